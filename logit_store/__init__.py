@@ -1,0 +1,1 @@
+"""The logit store: format, codec, writer, reader, verifier (numpy, pyarrow and zstandard only)."""

@@ -1,0 +1,1 @@
+"""The verbs and what they share: configuration, errors, the causal language model, tracking."""

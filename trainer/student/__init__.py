@@ -1,0 +1,1 @@
+"""The training loop: engine, head, data plan, checkpoint, export."""
