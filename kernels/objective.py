@@ -1,0 +1,144 @@
+"""What is minimised, as plain data: the objective, the head's transform, and which combinations are legal.
+
+No torch here: configuration is checked with these types before anything heavy is imported. The formulas behind
+the names are in docs/losses.md.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+DIVERGENCES: tuple[str, ...] = ("forward_kl",)
+TARGET_MODES: tuple[str, ...] = ("tail_bucket", "sampled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The loss of one position: kd_weight * KD + ce_weight * CE (docs/losses.md, 1).
+
+    Attributes:
+        kd_weight: factor of the distillation term; 0 makes the same program the CE-only baseline.
+        ce_weight: factor of the cross-entropy with the true next token.
+        divergence: one of `DIVERGENCES`.
+        target_mode: one of `TARGET_MODES`, or "auto" until `resolve_objective` has seen the store.
+        temperature: T of teacher and student in the distillation term; T^2 multiplies its value and gradient.
+        label_smoothing: share of the label's mass spread evenly over the vocabulary, in [0, 1).
+        z_loss: factor of the squared logsumexp of the logits, in the cross-entropy.
+    """
+
+    kd_weight: float
+    ce_weight: float
+    divergence: str
+    target_mode: str
+    temperature: float
+    label_smoothing: float
+    z_loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadTransform:
+    """How logits come from the head's matrix product: z = softcap(scale * (hidden @ weight.T + bias)).
+
+    softcap(y) = c * tanh(y / c) with c = `softcap`, or y where `softcap` is None (Gemma caps, Cohere and
+    Granite scale). Columns at and beyond `vocabulary_size` are padding of the embedding: they do not exist.
+    """
+
+    vocabulary_size: int
+    scale: float
+    softcap: float | None
+
+
+def resolve_objective(
+    objective: Objective, *, k: int, n: int, temperatures: Sequence[float], draw_temperature: float
+) -> Objective:
+    """Check an objective against a store's record and settle its "auto" target mode.
+
+    Args:
+        objective: what the user asked for.
+        k: entries of the record's exact head.
+        n: draws of the record's sampled tail.
+        temperatures: the record's grid, for which it holds the rest's mass.
+        draw_temperature: temperature at which the tail was drawn.
+
+    Returns:
+        The objective, its target mode one of `TARGET_MODES` whenever kd_weight > 0. "auto" becomes `sampled`
+        for a record with draws and `tail_bucket` for one without. With kd_weight = 0 any store will do and
+        the target mode stays as it is.
+
+    Raises:
+        ValueError: an illegal value or combination; the message names the argument and a legal alternative.
+    """
+    _check_numbers(objective)
+    if objective.kd_weight == 0:
+        return objective
+    if k == 0 and n == 0:
+        raise ValueError(
+            f"kd_weight is {objective.kd_weight} but the store holds tokens only (k=0, n=0): "
+            "capture a teacher first, or set kd_weight=0"
+        )
+    mode = objective.target_mode
+    if mode == "auto":
+        mode = "sampled" if n > 0 else "tail_bucket"
+    resolved = replace(objective, target_mode=mode)
+    _check_mode(resolved, k=k, n=n, draw_temperature=draw_temperature)
+    if not any(_same(objective.temperature, value) for value in temperatures):
+        raise ValueError(
+            f"temperature is {objective.temperature}, but the store holds the rest's mass at "
+            f"{', '.join(f'{value:g}' for value in temperatures)} only: choose one of these, "
+            "or capture again with a grid that holds it"
+        )
+    return resolved
+
+
+def _check_numbers(objective: Objective) -> None:
+    """Raise for a value that is illegal with every store."""
+    for name in ("kd_weight", "ce_weight", "z_loss"):
+        value = getattr(objective, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} is {value}, expected a finite number >= 0")
+    if objective.kd_weight == 0 and objective.ce_weight == 0:
+        raise ValueError(
+            "kd_weight and ce_weight are both 0, so there is nothing to train: raise one of them"
+        )
+    if not (math.isfinite(objective.temperature) and objective.temperature > 0):
+        raise ValueError(f"temperature is {objective.temperature}, expected a finite number > 0")
+    if not 0 <= objective.label_smoothing < 1:
+        raise ValueError(f"label_smoothing is {objective.label_smoothing}, expected a number in [0, 1)")
+    if objective.divergence not in DIVERGENCES:
+        raise ValueError(f"divergence is {objective.divergence!r}, expected one of {', '.join(DIVERGENCES)}")
+    if objective.target_mode not in (*TARGET_MODES, "auto"):
+        raise ValueError(
+            f"target_mode is {objective.target_mode!r}, expected one of auto, {', '.join(TARGET_MODES)}"
+        )
+
+
+def _check_mode(objective: Objective, *, k: int, n: int, draw_temperature: float) -> None:
+    """Raise for a target mode that the record or the divergence does not allow."""
+    mode = objective.target_mode
+    if mode == "sampled":
+        if n == 0:
+            raise ValueError(
+                "target_mode is 'sampled' but the store holds no draws (n=0): use target_mode=tail_bucket"
+            )
+        remedy = (
+            "use target_mode=tail_bucket" if k > 0 else "the store has no exact head (k=0) for another mode"
+        )
+        if objective.divergence != "forward_kl":
+            raise ValueError(
+                f"target_mode 'sampled' with divergence {objective.divergence!r} is biased (not linear in the "
+                f"teacher): use divergence=forward_kl; or {remedy}"
+            )
+        if not _same(objective.temperature, draw_temperature):
+            raise ValueError(
+                f"target_mode 'sampled' needs temperature = {draw_temperature:g}, at which the store's tail was "
+                f"drawn, found {objective.temperature:g}: set temperature={draw_temperature:g}, capture again "
+                f"with that draw temperature; or {remedy}"
+            )
+    elif k == 0:
+        raise ValueError(
+            f"target_mode is {mode!r} but the store has no exact head (k=0): use target_mode=sampled"
+        )
+
+
+def _same(left: float, right: float) -> bool:
+    return math.isclose(left, right, rel_tol=1e-6)

@@ -1,0 +1,32 @@
+"""The teacher's record as the losses take it.
+
+N positions, K stored entries, k head, n draws; K = k + n.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class SparseTargets(NamedTuple):
+    """What the teacher said at N positions. Ids of one position are distinct; -1 pads.
+
+    Attributes:
+        ids: int64 [N, K], the k head ids (most likely first), then the n draws' distinct ids.
+        head_logprobs: float32 [N, k], full-vocabulary log-probabilities at temperature 1.
+        tail_counts: float32 [N, n], how often each id was drawn; 0 at padding.
+        log_rest: float32 [N], log R_T at the objective's temperature: the sum of exp(l_v / T) over every id
+            outside the head; -inf where there is none.
+        entropy: float32 [N], nats, of the teacher at the draw temperature (used by `sampled` alone).
+    """
+
+    ids: Tensor
+    head_logprobs: Tensor
+    tail_counts: Tensor
+    log_rest: Tensor
+    entropy: Tensor
+
+    @property
+    def head_size(self) -> int:
+        """k, the number of head columns."""
+        return self.head_logprobs.shape[1]
