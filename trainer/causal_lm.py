@@ -1,0 +1,192 @@
+"""A Hugging Face causal language model, cut into the part that makes hidden states and the head.
+
+Teacher, student and evaluation all need the same three things: a model that is loaded with clear errors, its
+hidden states for packed rows, and the transform between `hidden @ weight.T` and the model's own logits.
+
+Shapes: B rows, L tokens of a row, H hidden, V rows of the head's weight.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from sparsekd.kernels.objective import HeadTransform
+from sparsekd.trainer.errors import ModelError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from: a folder or hub name, or fields of a configuration for random weights."""
+
+    path: str | None
+    revision: str | None
+    attention: str
+    trust_remote_code: bool
+    config: dict[str, Any] | None = None
+
+
+def load_config(source: ModelSource, key: str) -> PretrainedConfig:
+    """Loads or builds the transformers configuration.
+
+    Args:
+        source: Where the model comes from.
+        key: The configuration group, named in errors ("teacher" or "student").
+
+    Raises:
+        ModelError: The folder or hub name cannot be read, or the fields do not make a configuration.
+    """
+    if source.path is not None:
+        try:
+            return AutoConfig.from_pretrained(
+                source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(_load_problem(source, key, error)) from error
+    fields = dict(source.config or {})
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise ModelError(
+            f"{key}.path is not set and {key}.config has no model_type; "
+            f"give a model ({key}.path=...) or a configuration ({key}=llama_small, or "
+            f"{key}.config.model_type=llama with its sizes)."
+        )
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{key}.config does not make a {model_type!r} configuration: {error}") from error
+
+
+def load_causal_lm(source: ModelSource, key: str, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Loads a model from a folder or hub name, or makes one with random weights from a configuration.
+
+    With a live `HfDeepSpeedConfig` the parameters are partitioned while they load. Random weights come from
+    torch's global generator: seed it first.
+
+    Raises:
+        ModelError: The model cannot be loaded; the message says from where and why.
+    """
+    if source.path is None:
+        config = load_config(source, key)
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=source.attention,
+            trust_remote_code=source.trust_remote_code,
+        )
+        return model
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source.path,
+            revision=source.revision,
+            dtype=dtype,
+            attn_implementation=source.attention,
+            trust_remote_code=source.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(_load_problem(source, key, error)) from error
+
+
+def _load_problem(source: ModelSource, key: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    hint = (
+        "the folder holds no model that transformers can load"
+        if Path(source.path or "").is_dir()
+        else "it is neither a folder here nor a hub name that can be reached"
+    )
+    return f"{key}.path={source.path} cannot be loaded: {hint} ({reason})"
+
+
+def decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
+    """The part that makes hidden states, and the linear head.
+
+    Raises:
+        ModelError: The model has no linear output head over a decoder.
+    """
+    head = model.get_output_embeddings()
+    decoder = getattr(model, model.base_model_prefix, None)
+    if not isinstance(head, nn.Linear) or not isinstance(decoder, nn.Module) or decoder is model:
+        raise ModelError(
+            f"{type(model).__name__} has no linear head over a decoder; "
+            "sparsekd distils decoder-only causal language models with an nn.Linear head."
+        )
+    return decoder, head
+
+
+def head_transform(config: PretrainedConfig, vocabulary_size: int) -> HeadTransform:
+    """The model's own way from `hidden @ weight.T + bias` to logits.
+
+    Gemma caps its logits (`final_logit_softcapping`), Cohere multiplies (`logit_scale`), Granite divides
+    (`logits_scaling`). `check_head` proves the result against the model itself.
+
+    Args:
+        config: The model's configuration.
+        vocabulary_size: True vocabulary; rows of the head beyond it are padding.
+    """
+    text = config.get_text_config()
+    scale = 1.0
+    if getattr(text, "logit_scale", None) is not None:
+        scale *= float(text.logit_scale)
+    if getattr(text, "logits_scaling", None) is not None:
+        scale /= float(text.logits_scaling)
+    softcap = getattr(text, "final_logit_softcapping", None)
+    return HeadTransform(
+        vocabulary_size=vocabulary_size, scale=scale, softcap=None if softcap is None else float(softcap)
+    )
+
+
+def hidden_states(
+    decoder: nn.Module,
+    token_ids: Tensor,  # (B, L) int64
+    position_ids: Tensor,  # (B, L) int64, restarting at each document
+) -> Tensor:  # (B, L, H)
+    """Hidden states of packed rows in which no document sees another.
+
+    transformers recognises packed documents by restarting position ids, but only without an attention mask
+    and without a cache: either of the two silently lets attention cross (measured; tests show it on logits).
+    """
+    output = decoder(input_ids=token_ids, position_ids=position_ids, use_cache=False)
+    return output.last_hidden_state
+
+
+def dense_logits(
+    hidden: Tensor,  # (..., H)
+    head: nn.Linear,
+    transform: HeadTransform,
+) -> Tensor:  # (..., vocabulary_size) float32
+    """The model's logits over the true vocabulary, in float32. Gathers [..., V]: for small batches only."""
+    logits = torch.nn.functional.linear(hidden.float(), head.weight.float())
+    if head.bias is not None:
+        logits = logits + head.bias.float()
+    logits = transform.scale * logits[..., : transform.vocabulary_size]
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    return logits
+
+
+@torch.no_grad()
+def check_head(
+    own_logits: Tensor,  # (B, L, V) what the model itself returns
+    our_logits: Tensor,  # (B, L, vocabulary_size) from dense_logits
+    key: str,
+) -> None:
+    """Raises when our head differs from the model's own logits by more than the rounding of its dtype.
+
+    Raises:
+        ModelError: naming the deviation, with what to report.
+    """
+    own = own_logits[..., : our_logits.shape[-1]].float()
+    deviation = float((own - our_logits).norm() / own.norm().clamp_min(1e-30))
+    # Roundings of the output, of the scale and of the cap: a few units of the dtype's last place.
+    bound = 2e-2 if own_logits.dtype == torch.bfloat16 else 1e-4
+    if not deviation <= bound:
+        raise ModelError(
+            f"The head of the {key} gives logits that differ from the model's own by {deviation:.2e} "
+            f"(relative norm; at most {bound:.0e} is rounding): its configuration transforms logits in a way "
+            "that sparsekd does not know; report the model type."
+        )
