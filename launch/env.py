@@ -1,7 +1,7 @@
 """One mapping from Slurm's variables to the ones that torch.distributed reads.
 
-Under `srun` every task is a rank: nothing else has to be started on the nodes. torchrun sets its own variables,
-which win.
+Under `srun` every task is a rank: nothing else has to be started on the nodes. torchrun sets its own
+variables, which win.
 """
 
 import re
@@ -32,8 +32,8 @@ def torch_variables(environment: Mapping[str, str]) -> dict[str, str]:
         environment: The process's environment.
 
     Returns:
-        RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT under srun; the same for one
-        process where nothing is set; an empty mapping where torchrun has set them.
+        RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT under srun; the same for
+        one process where nothing is set; an empty mapping where torchrun has set them.
 
     Raises:
         ValueError: Slurm's variables contradict one another.

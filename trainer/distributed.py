@@ -81,7 +81,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def agree(problem: str | None) -> str | None:
-    """The first problem that any rank met, on every rank, so that all leave together instead of one hanging."""
+    """The first problem that any rank met, told to every rank, so that all leave together and none hangs."""
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     return next((found for found in problems if found is not None), None)

@@ -1,8 +1,8 @@
-"""Errors that a user can mend. The command line prints their one sentence, without a traceback, and exits with 2."""
+"""Errors that a user can mend: the command line prints their one sentence, no traceback, and exits with 2."""
 
 
 class UserError(Exception):
-    """Something the user can put right: the message says what was found, what was expected, where, what to do."""
+    """Something the user can put right: what was found, what was expected, where, and what to do."""
 
 
 class ConfigError(UserError):

@@ -1,0 +1,48 @@
+# `make demo` and `make test` do everything on a fresh machine with Python 3.11 or 3.12, make and g++.
+# On a machine without a GPU, PyTorch's CPU wheels are smaller: point PIP_EXTRA_INDEX_URL to PyTorch's CPU index.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+# The current folder must not come first on Python's path (see docs/architecture.md, "one import name").
+export PYTHONSAFEPATH := 1
+
+.PHONY: help setup demo test check format lint types pytest clean
+
+help:  ## Shows the targets.
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(BIN)/.installed  ## Makes the environment with pinned dependencies.
+
+# torch goes first: DeepSpeed's own build looks for it, and an open range would fetch another build of it.
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q -c constraints.txt torch
+	DS_BUILD_OPS=0 $(BIN)/pip install -q -c constraints.txt -e '.[teacher,eval,gpu,dev]'
+	touch $@
+
+demo: setup  ## The whole road on real text, on the CPU: text -> teacher -> store -> students -> report.
+	PATH="$(BIN):$$PATH" bash launch/demo.sh
+
+test: lint types pytest  ## Everything that CI runs.
+
+format: setup  ## Rewrites the code in the one format.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: setup  ## Format and lint.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+# Type checkers cannot follow the editable mapping of the folders: check a built copy.
+types: setup  ## Types, on a non-editable copy.
+	rm -rf .check build
+	$(BIN)/pip install -q --no-deps --no-build-isolation --target .check .
+	rm -rf build
+	cd .check && MYPYPATH=. $(BIN)/mypy --config-file ../pyproject.toml -p sparsekd
+
+pytest: setup  ## All tests; those that need a GPU skip with a reason.
+	$(BIN)/python -m pytest tests
+
+clean:  ## Removes what the targets made, but not runs.
+	rm -rf $(VENV) .check build *.egg-info

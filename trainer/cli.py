@@ -1,0 +1,210 @@
+"""The one door: `sparsekd VERB [overrides]`. Heavy libraries are imported by the verb that needs them."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+
+from sparsekd.logit_store.errors import StoreError
+from sparsekd.trainer.config import Config, options
+from sparsekd.trainer.errors import ConfigError, UserError
+
+VERBS = {
+    "plan": "tokens, bytes, shards and memory, before money is spent",
+    "doctor": "versions and problems of this environment, each with its remedy",
+    "prepare": "text -> tokenized rows with document boundaries (a token store)",
+    "capture": "teacher pass: token store -> logit store, by any number of ranks",
+    "store": "inspect or verify a store: store inspect PATH, store verify PATH [--teacher]",
+    "train": "logit store -> student, with DeepSpeed ZeRO",
+    "export": "checkpoint -> a folder that transformers loads without sparsekd",
+    "evaluate": "teacher, student and baseline side by side on held-out rows",
+    "report": "one HTML page: what was won, where, and how it was made",
+}
+
+EXAMPLES = """examples:
+  sparsekd prepare corpus=jsonl 'corpus.paths=[data/*.jsonl]' corpus.tokenizer=models/teacher \\
+      store.tokens=runs/a/tokens
+  torchrun --nproc-per-node 8 --no-python sparsekd capture teacher.path=models/teacher store=hybrid \\
+      store.tokens=runs/a/tokens store.path=runs/a/store
+  sparsekd store inspect runs/a/store
+  torchrun --nproc-per-node 8 --no-python sparsekd train store.path=runs/a/store student.path=models/small \\
+      run.root=runs/a run.name=kd train.steps=2000
+  sparsekd train experiment=demo objective=ce_only --cfg     (prints the configuration, runs nothing)
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code: 0 done, 2 for something the user can put right."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        print(f"sparsekd {metadata.version('sparsekd')}")
+        return 0
+    show_traceback = "--traceback" in words
+    words = [word for word in words if word != "--traceback"]
+    try:
+        return _dispatch(words[0], words[1:])
+    except (UserError, StoreError) as error:
+        if show_traceback:
+            traceback.print_exc()
+        # A wrong configuration is equally wrong on every rank: say it once.
+        if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
+            print(f"sparsekd {words[0]}: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _dispatch(verb: str, words: list[str]) -> int:
+    if verb not in VERBS:
+        raise ConfigError(f"{verb!r} is not a verb; there are {', '.join(VERBS)}.")
+    if "-h" in words or "--help" in words:
+        print(_verb_help(verb))
+        return 0
+    if verb == "doctor":
+        from sparsekd.trainer.doctor import run as run_doctor
+
+        return run_doctor()
+    if verb == "store":
+        return _store(words)
+    parser = argparse.ArgumentParser(prog=f"sparsekd {verb}", add_help=False, exit_on_error=False)
+    parser.add_argument("--config-dir")
+    parser.add_argument("--cfg", action="store_true")
+    flags, overrides = _parse(parser, words)
+    from sparsekd.trainer.compose import as_yaml, check_for_verb, compose_config
+
+    config = compose_config(overrides, config_directory=flags.config_dir)
+    if flags.cfg:
+        print(as_yaml(config), end="")
+        return 0
+    check_for_verb(config, verb)
+    _run(verb, config, overrides)
+    return 0
+
+
+def _run(verb: str, config: Config, overrides: list[str]) -> None:
+    if verb == "plan":
+        from sparsekd.trainer.quality.plan import run as run_verb
+    elif verb == "prepare":
+        from sparsekd.trainer.corpus.prepare import run as run_verb
+    elif verb == "capture":
+        from sparsekd.trainer.teacher.capture import run as run_verb
+    elif verb == "train":
+        from sparsekd.trainer.student.train import run as run_train
+
+        run_train(config, overrides)
+        return
+    elif verb == "export":
+        from sparsekd.trainer.student.export import run as run_verb
+    elif verb == "evaluate":
+        from sparsekd.trainer.quality.evaluate import run as run_verb
+    else:
+        from sparsekd.trainer.quality.report import run as run_verb
+    run_verb(config)
+
+
+def _store(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="sparsekd store", add_help=False, exit_on_error=False)
+    parser.add_argument("action")
+    parser.add_argument("path")
+    parser.add_argument("--teacher", action="store_true")
+    flags, overrides = _parse(parser, words)
+    if flags.action == "inspect":
+        from sparsekd.logit_store.inspect import inspect_text
+
+        print(inspect_text(flags.path))
+        return 0
+    if flags.action != "verify":
+        raise ConfigError(f"store {flags.action!r} is not an action; there are inspect and verify.")
+    from sparsekd.logit_store.verify import verify_store
+
+    result = verify_store(flags.path)
+    print(result.text())
+    if not result.ok:
+        return 2
+    if flags.teacher:
+        from sparsekd.trainer.compose import compose_config
+        from sparsekd.trainer.config import require
+        from sparsekd.trainer.teacher.verify import run as run_verify
+
+        config = compose_config(overrides)
+        require(config.teacher.path, "teacher.path", "by store verify --teacher")
+        run_verify(config, flags.path)
+    return 0
+
+
+def _parse(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Flags by argparse, everything else as overrides; an unknown flag is one sentence."""
+    try:
+        flags, rest = parser.parse_known_args(words)
+    except (argparse.ArgumentError, SystemExit) as error:
+        raise ConfigError(f"{parser.prog}: {error}; see `{parser.prog} --help`.") from error
+    for word in rest:
+        if word.startswith("-"):
+            raise ConfigError(f"{word} is not a flag of {parser.prog}; settings are given as key=value.")
+    return flags, rest
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    lines = [
+        "sparsekd: distil large language models from precomputed teacher logits",
+        "",
+        "usage: sparsekd VERB [key=value ...] [--config-dir DIR] [--cfg] [--traceback]",
+        "",
+        *(f"  {verb:<{width}}  {purpose}" for verb, purpose in VERBS.items()),
+        "",
+        "  --cfg         print the composed configuration and stop",
+        "  --config-dir  a folder with configuration groups of your own",
+        "  --traceback   show where an error arose",
+        "",
+        "`sparsekd VERB --help` lists the groups and every key with its default.",
+        "",
+        EXAMPLES,
+    ]
+    return "\n".join(lines)
+
+
+# The sections of the configuration that each verb reads.
+SECTIONS = {
+    "plan": ("store", "student", "objective", "train", "engine", "plan"),
+    "doctor": (),
+    "prepare": ("corpus", "store"),
+    "capture": ("store", "teacher", "launch"),
+    "store": ("teacher", "launch"),
+    "train": (
+        "run", "store", "student", "objective", "optimizer", "schedule", "engine", "train", "tracking",
+        "launch", "debug",
+    ),
+    "export": ("run", "export"),
+    "evaluate": ("run", "store", "teacher", "evaluate", "launch"),
+    "report": ("run", "store", "report"),
+}  # fmt: skip
+
+
+def _verb_help(verb: str) -> str:
+    from sparsekd.trainer.compose import groups
+
+    known = groups()
+    sections = SECTIONS[verb]
+    lines = [f"sparsekd {verb}: {VERBS[verb]}", ""]
+    shown = [name for name in known if name in sections or name in ("experiment", "debug")]
+    if sections:
+        lines.append("groups (group=choice):")
+        lines += [f"  {name:<12} {', '.join(known[name])}" for name in shown]
+    for section in sections:
+        lines += ["", f"{section}:"]
+        for leaf in options():
+            if leaf.key.rpartition(".")[0] != section:
+                continue
+            default = "null" if leaf.default is None else leaf.default
+            choice = f" [{' | '.join(leaf.choices)}]" if leaf.choices else ""
+            lines.append(f"  {leaf.key}={default}  ({leaf.type_name})")
+            lines.append(f"      {leaf.comment}{choice}")
+    return "\n".join([*lines, "", EXAMPLES])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
