@@ -3,12 +3,16 @@
 N positions, K stored entries, k head, n draws, V rows of the head's weight, H hidden.
 """
 
+import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsekd.kernels.objective import HeadTransform, Objective
+from sparsekd.kernels.chunked import chunked_loss
+from sparsekd.kernels.function import LossInputs, run_fused
+from sparsekd.kernels.objective import HeadTransform, Objective, check_combination
+from sparsekd.kernels.reference import reference_loss
 from sparsekd.kernels.targets import SparseTargets
 
 IMPLEMENTATIONS: tuple[str, ...] = ("reference", "torch", "triton")
@@ -67,7 +71,31 @@ def sparse_kd_loss(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value, named with what was expected.
     """
-    raise ValueError(f"impl is {impl!r}: being built")
+    _check_tensors(hidden, weight, bias, targets, labels, weights, head)
+    _check_objective(objective, targets)
+    _check_implementation(impl, hidden, chunk_positions)
+    inputs = LossInputs(
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        targets=targets,
+        labels=labels,
+        weights=weights,
+        objective=objective,
+        head=head,
+        chunk_positions=chunk_positions,
+        hidden_gradient=hidden.requires_grad,
+        weight_gradient=weight.requires_grad,
+        bias_gradient=bias is not None and bias.requires_grad,
+    )
+    if impl == "reference":
+        return LossOutput(*reference_loss(inputs))
+    if impl == "torch":
+        return LossOutput(*run_fused(chunked_loss, inputs))
+    # Imported on use: Triton is not installed everywhere, and reads TRITON_INTERPRET when imported.
+    from sparsekd.kernels.triton_loss import triton_loss
+
+    return LossOutput(*run_fused(triton_loss, inputs))
 
 
 def default_impl(device: torch.device) -> str:
@@ -82,3 +110,99 @@ def default_impl(device: torch.device) -> str:
     except ImportError:
         return "torch"
     return "triton"
+
+
+def _expect(good: bool, argument: str, found: object, expected: str) -> None:
+    if not good:
+        raise ValueError(f"{argument} is {found}, expected {expected}")
+
+
+def _check_tensors(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: SparseTargets | None,
+    labels: Tensor,
+    weights: Tensor,
+    head: HeadTransform,
+) -> None:
+    """Shapes, dtypes, devices; nothing that reads values from the device."""
+    _expect(hidden.ndim == 2, "hidden's shape", tuple(hidden.shape), "[positions, hidden size]")
+    count, size = hidden.shape
+    float_kinds = (torch.float32, torch.float64, torch.bfloat16)
+    _expect(hidden.dtype in float_kinds, "hidden's dtype", hidden.dtype, "bfloat16, float32 or float64")
+    _expect(
+        weight.ndim == 2 and weight.shape[1] == size, "weight's shape", tuple(weight.shape), f"[rows, {size}]"
+    )
+    rows = weight.shape[0]
+    _expect(
+        0 < head.vocabulary_size <= rows,
+        "head.vocabulary_size",
+        head.vocabulary_size,
+        f"a number from 1 to the weight's {rows} rows",
+    )
+    _expect(head.scale > 0, "head.scale", head.scale, "a number > 0")
+    _expect(head.softcap is None or head.softcap > 0, "head.softcap", head.softcap, "None or a number > 0")
+    expected: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [
+        ("weight", weight, (rows, size), hidden.dtype),
+        ("labels", labels, (count,), torch.int64),
+        ("weights", weights, (count,), torch.float32),
+    ]
+    if bias is not None:
+        expected.append(("bias", bias, (rows,), hidden.dtype))
+    if targets is not None:
+        _expect(targets.ids.ndim == 2, "targets.ids' shape", tuple(targets.ids.shape), "[positions, entries]")
+        _expect(
+            targets.head_logprobs.ndim == 2 and targets.head_size <= targets.ids.shape[1],
+            "targets.head_logprobs' shape",
+            tuple(targets.head_logprobs.shape),
+            f"[{count}, k] with k <= {targets.ids.shape[1]}, the columns of targets.ids",
+        )
+        draws = targets.ids.shape[1] - targets.head_size
+        expected += [
+            ("targets.ids", targets.ids, (count, targets.ids.shape[1]), torch.int64),
+            ("targets.head_logprobs", targets.head_logprobs, (count, targets.head_size), torch.float32),
+            ("targets.tail_counts", targets.tail_counts, (count, draws), torch.float32),
+            ("targets.log_rest", targets.log_rest, (count,), torch.float32),
+            ("targets.entropy", targets.entropy, (count,), torch.float32),
+        ]
+    for name, tensor, shape, dtype in expected:
+        _expect(tuple(tensor.shape) == shape, f"{name}'s shape", tuple(tensor.shape), str(shape))
+        _expect(tensor.dtype == dtype, f"{name}'s dtype", tensor.dtype, str(dtype))
+        _expect(
+            tensor.device == hidden.device, f"{name}'s device", tensor.device, f"{hidden.device} as hidden"
+        )
+
+
+def _check_objective(objective: Objective, targets: SparseTargets | None) -> None:
+    """The objective is resolved and the record holds what it reads."""
+    if objective.kd_weight == 0:
+        return
+    _expect(targets is not None, "targets", None, f"a record, since kd_weight is {objective.kd_weight}")
+    assert targets is not None
+    k, n = targets.head_size, targets.tail_counts.shape[1]
+    # The temperature was checked against the store's grid when the objective was resolved.
+    check_combination(objective, k=k, n=n)
+
+
+def _check_implementation(impl: str, hidden: Tensor, chunk_positions: int | None) -> None:
+    """The implementation exists and runs on this device and dtype."""
+    _expect(impl in IMPLEMENTATIONS, "impl", repr(impl), f"one of {', '.join(IMPLEMENTATIONS)}")
+    _expect(
+        chunk_positions is None or chunk_positions > 0,
+        "chunk_positions",
+        chunk_positions,
+        "None or a number > 0",
+    )
+    if impl != "triton":
+        return
+    _expect(
+        hidden.dtype != torch.float64, "hidden's dtype", hidden.dtype, "bfloat16 or float32 for impl='triton'"
+    )
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    _expect(
+        hidden.is_cuda or interpreted,
+        "hidden's device",
+        hidden.device,
+        "cuda for impl='triton' (or TRITON_INTERPRET=1 before the start): use impl='torch' elsewhere",
+    )

@@ -1,15 +1,18 @@
 """What is minimised, as plain data: the objective, the head's transform, and which combinations are legal.
 
-No torch here: configuration is checked with these types before anything heavy is imported. The formulas behind
-the names are in docs/losses.md.
+No torch here: configuration is checked with these types before anything heavy is imported. The formulas
+behind the names are in docs/losses.md.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-DIVERGENCES: tuple[str, ...] = ("forward_kl",)
-TARGET_MODES: tuple[str, ...] = ("tail_bucket", "sampled")
+DIVERGENCES: tuple[str, ...] = ("forward_kl", "reverse_kl", "total_variation")
+TARGET_MODES: tuple[str, ...] = ("tail_bucket", "sampled", "renormalized", "truncated")
+# `sampled` would be biased for a divergence that is not linear in the teacher; the sum over the head alone is
+# no divergence at all, and only its forward form is in use.
+FORWARD_KL_ONLY: tuple[str, ...] = ("sampled", "truncated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,8 @@ def resolve_objective(
     if mode == "auto":
         mode = "sampled" if n > 0 else "tail_bucket"
     resolved = replace(objective, target_mode=mode)
-    _check_mode(resolved, k=k, n=n, draw_temperature=draw_temperature)
+    check_combination(resolved, k=k, n=n)
+    _check_draw_temperature(resolved, k=k, draw_temperature=draw_temperature)
     if not any(_same(objective.temperature, value) for value in temperatures):
         raise ValueError(
             f"temperature is {objective.temperature}, but the store holds the rest's mass at "
@@ -112,31 +116,45 @@ def _check_numbers(objective: Objective) -> None:
         )
 
 
-def _check_mode(objective: Objective, *, k: int, n: int, draw_temperature: float) -> None:
-    """Raise for a target mode that the record or the divergence does not allow."""
+def check_combination(objective: Objective, *, k: int, n: int) -> None:
+    """Raise for a target mode that the record or the divergence does not allow.
+
+    Args:
+        objective: its target mode settled.
+        k: entries of the record's exact head.
+        n: draws of the record's sampled tail.
+
+    Raises:
+        ValueError: naming the argument, what was found and a legal alternative.
+    """
     mode = objective.target_mode
-    if mode == "sampled":
-        if n == 0:
-            raise ValueError(
-                "target_mode is 'sampled' but the store holds no draws (n=0): use target_mode=tail_bucket"
-            )
-        remedy = (
-            "use target_mode=tail_bucket" if k > 0 else "the store has no exact head (k=0) for another mode"
+    if mode not in TARGET_MODES:
+        raise ValueError(
+            f"target_mode is {mode!r}, expected one of {', '.join(TARGET_MODES)}; "
+            "resolve_objective settles 'auto'"
         )
-        if objective.divergence != "forward_kl":
-            raise ValueError(
-                f"target_mode 'sampled' with divergence {objective.divergence!r} is biased (not linear in the "
-                f"teacher): use divergence=forward_kl; or {remedy}"
-            )
-        if not _same(objective.temperature, draw_temperature):
-            raise ValueError(
-                f"target_mode 'sampled' needs temperature = {draw_temperature:g}, at which the store's tail was "
-                f"drawn, found {objective.temperature:g}: set temperature={draw_temperature:g}, capture again "
-                f"with that draw temperature; or {remedy}"
-            )
-    elif k == 0:
+    if mode == "sampled" and n == 0:
+        raise ValueError(
+            "target_mode is 'sampled' but the store holds no draws (n=0): use target_mode=tail_bucket"
+        )
+    if mode != "sampled" and k == 0:
         raise ValueError(
             f"target_mode is {mode!r} but the store has no exact head (k=0): use target_mode=sampled"
+        )
+    if mode in FORWARD_KL_ONLY and objective.divergence != "forward_kl":
+        raise ValueError(
+            f"divergence {objective.divergence!r} is not defined in target_mode {mode!r}: "
+            f"use divergence=forward_kl{'' if k == 0 else ', or target_mode=tail_bucket'}"
+        )
+
+
+def _check_draw_temperature(objective: Objective, *, k: int, draw_temperature: float) -> None:
+    """Raise where draws made at one temperature are asked to speak for another."""
+    if objective.target_mode == "sampled" and not _same(objective.temperature, draw_temperature):
+        raise ValueError(
+            f"target_mode 'sampled' needs temperature={draw_temperature:g}, at which the store's tail was "
+            f"drawn, found {objective.temperature:g}: set temperature={draw_temperature:g}, or capture again with "
+            f"that draw temperature{'' if k == 0 else ', or use target_mode=tail_bucket'}"
         )
 
 

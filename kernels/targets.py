@@ -30,3 +30,8 @@ class SparseTargets(NamedTuple):
     def head_size(self) -> int:
         """k, the number of head columns."""
         return self.head_logprobs.shape[1]
+
+
+def take_rows(targets: SparseTargets | None, rows: slice | Tensor) -> SparseTargets | None:
+    """The record of some positions."""
+    return None if targets is None else SparseTargets(*(value[rows] for value in targets))

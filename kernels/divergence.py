@@ -1,0 +1,186 @@
+"""The objectives as plain functions of the statistics; numbers in brackets are formulas of docs/losses.md.
+
+Nothing here knows about vocabularies or chunks. -inf stands for probability 0 and is masked in the operand,
+before the operation that would make it NaN (docs/losses.md, 9).
+
+N positions, K support entries, J outcomes, k head, n draws, T temperature.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sparsekd.kernels.objective import Objective
+from sparsekd.kernels.statistics import LogitGradient, Statistics, logit_gradient
+from sparsekd.kernels.targets import SparseTargets
+
+# Reverse KL is infinite where the teacher has probability 0; its log is held at this floor instead, about the
+# log of the smallest normal float32.
+LOG_PROBABILITY_FLOOR = -87.0
+
+
+def support_columns(targets: SparseTargets | None, objective: Objective) -> int:
+    """How many columns of `targets.ids` the objective reads: its support.
+
+    Without distillation the teacher's most likely id remains, for the agreement.
+    """
+    if targets is None:
+        return 0
+    if objective.kd_weight == 0:
+        return min(1, targets.head_size)
+    return targets.ids.shape[1] if objective.target_mode == "sampled" else targets.head_size
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum_j p_j (log p_j - log q_j) over outcomes [N, J] -> [N]  (4.1)."""
+    present = log_p > -torch.inf
+    log_p = torch.where(present, log_p, 0.0)
+    log_q = torch.where(present, log_q, 0.0)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum_j q_j (log q_j - log p_j), log p floored -> [N]  (4.2)."""
+    present = log_q > -torch.inf
+    log_q = torch.where(present, log_q, 0.0)
+    log_p = torch.where(present, log_p, 0.0).clamp_min(LOG_PROBABILITY_FLOOR)
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum_j |p_j - q_j| / 2 -> [N]  (4.3)."""
+    return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+
+
+DIVERGENCE_FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "total_variation": total_variation,
+}
+
+
+def teacher_outcomes(targets: SparseTargets, temperature: float, dtype: torch.dtype) -> Tensor:
+    """log p at T of the k head ids and of the rest as one outcome, [N, k + 1]  (3.1)."""
+    head = torch.where(
+        targets.ids[:, : targets.head_size] >= 0, targets.head_logprobs.to(dtype) / temperature, -torch.inf
+    )
+    unnormalised = torch.cat([head, targets.log_rest.to(dtype)[:, None]], dim=1)
+    return unnormalised - unnormalised.logsumexp(1, keepdim=True)
+
+
+def sampled_cross_entropy(statistics: Statistics, targets: SparseTargets, temperature: float) -> Tensor:
+    """-entropy - sum_v w_v log q_v: unbiased for the forward KL at the draw temperature -> [N]  (5.2)."""
+    log_p = teacher_outcomes(targets, temperature, statistics.support.dtype)
+    draws = targets.tail_counts.shape[1]
+    drawn = log_p[:, -1:].exp() * targets.tail_counts / draws
+    target = torch.cat([log_p[:, :-1].exp(), drawn], dim=1)
+    log_total = torch.cat([statistics.support, statistics.rest_t[:, None]], dim=1).logsumexp(1, keepdim=True)
+    present = targets.ids >= 0
+    log_q = torch.where(present, torch.where(present, statistics.support, 0.0) - log_total, 0.0)
+    return -targets.entropy - (target * log_q).sum(1)
+
+
+def distillation(statistics: Statistics, targets: SparseTargets, objective: Objective) -> Tensor:
+    """The distillation term without its T^2, nats, [N]  (5.1 to 5.4)."""
+    if objective.target_mode == "sampled":
+        return sampled_cross_entropy(statistics, targets, objective.temperature)
+    log_p = teacher_outcomes(targets, objective.temperature, statistics.support.dtype)
+    log_q = torch.cat([statistics.support, statistics.rest_t[:, None]], dim=1)
+    if objective.target_mode == "renormalized":
+        log_p, log_q = log_p[:, :-1], log_q[:, :-1]
+        log_p = log_p - log_p.logsumexp(1, keepdim=True)
+    log_q = log_q - log_q.logsumexp(1, keepdim=True)
+    if objective.target_mode == "truncated":
+        log_p, log_q = log_p[:, :-1], log_q[:, :-1]
+    return DIVERGENCE_FUNCTIONS[objective.divergence](log_p, log_q)
+
+
+def cross_entropy(statistics: Statistics, labels: Tensor, objective: Objective) -> Tensor:
+    """Cross-entropy with the label, smoothed, plus the z-loss; 0 where ignored, nats, [N]  (6.1)."""
+    logits = torch.cat([statistics.support * objective.temperature, statistics.rest_1[:, None]], dim=1)
+    log_total = logits.logsumexp(1)
+    smoothing = objective.label_smoothing
+    value = log_total - (1 - smoothing) * statistics.label
+    if smoothing:
+        value = value - smoothing * statistics.mean
+    if objective.z_loss:
+        value = value + objective.z_loss * log_total.square()
+    return torch.where(labels >= 0, value, 0.0)
+
+
+def position_losses(
+    statistics: Statistics, targets: SparseTargets | None, labels: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """(KD with its T^2, CE) of each position, unweighted, [N] each  (1.1)."""
+    ce = cross_entropy(statistics, labels, objective)
+    if targets is None or objective.kd_weight == 0:
+        return torch.zeros_like(ce), ce
+    return distillation(statistics, targets, objective) * objective.temperature**2, ce
+
+
+def differentiate(
+    statistics: Statistics,
+    support_ids: Tensor,
+    targets: SparseTargets | None,
+    labels: Tensor,
+    weights: Tensor,
+    objective: Objective,
+    *,
+    vocabulary_size: int,
+    needs_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, LogitGradient | None]:
+    """The weighted sum of the objective, its parts per position, and its gradient for every logit.
+
+    Args:
+        statistics: of N positions, detached.
+        support_ids: int64 [N, K], the ids of statistics.support.
+        targets: the record of these positions, or None.
+        labels: int64 [N]; negative is ignored.
+        weights: [N].
+        objective: resolved.
+        vocabulary_size: V, the true one.
+        needs_gradient: whether to make the gradient.
+
+    Returns:
+        (scalar loss, kd [N], ce [N], gradient or None), all detached.
+    """
+    # The forward of an autograd Function runs without gradients; these small tensors want them.
+    with torch.set_grad_enabled(needs_gradient):
+        leaves = Statistics(*(value.detach().requires_grad_(needs_gradient) for value in statistics))
+        kd, ce = position_losses(leaves, targets, labels, objective)
+        per_position = objective.ce_weight * ce
+        if objective.kd_weight:
+            per_position = per_position + objective.kd_weight * kd
+        loss = (weights * per_position).sum()
+    if not needs_gradient:
+        return loss, kd, ce, None
+    found = torch.autograd.grad(loss, list(leaves), allow_unused=True)
+    gradients = Statistics(
+        *(
+            torch.zeros_like(leaf) if value is None else value
+            for leaf, value in zip(leaves, found, strict=True)
+        )
+    )
+    gradient = logit_gradient(
+        gradients, support_ids, temperature=objective.temperature, vocabulary_size=vocabulary_size
+    )
+    return loss.detach(), kd.detach(), ce.detach(), gradient
+
+
+def top_agreement(
+    statistics: Statistics, rest_maximum: Tensor, targets: SparseTargets | None, temperature: float
+) -> Tensor:
+    """1 where the student's most likely id is the teacher's, [N]; 0 where the record has no head.
+
+    Args:
+        statistics: of these positions; column 0 of the support is the teacher's most likely id.
+        rest_maximum: [N], the largest logit outside the support, -inf where nothing is outside.
+        targets: the record, or None.
+        temperature: T.
+    """
+    support = statistics.support
+    if targets is None or targets.head_size == 0:
+        return torch.zeros_like(statistics.rest_t)
+    best = torch.maximum(support.amax(1), rest_maximum / temperature)
+    return ((targets.ids[:, 0] >= 0) & (support[:, 0] >= best)).to(support.dtype)
