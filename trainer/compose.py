@@ -48,7 +48,7 @@ def compose_config(overrides: Sequence[str], *, config_directory: str | None = N
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"), redirect_stderr(StringIO()):
-            composed = compose("config", overrides=[*overrides, *search_path])
+            composed = compose("config", overrides=[*map(_allow_free_keys, overrides), *search_path])
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_first_sentence(error)) from error
@@ -220,13 +220,10 @@ def _check_keys(overrides: Sequence[str], config_directory: str | None) -> None:
         if key in known_groups and not override.is_delete():
             _check_choice(key, str(override.value()), known_groups[key], config_directory)
             continue
-        free_form = any(
-            key.startswith(f"{leaf.key}.") for leaf in leaves.values() if "dict" in leaf.type_name
-        )
-        if key in leaves or free_form or (config_directory is not None and "." not in key):
+        if key in leaves or _is_free(key) or (config_directory is not None and "." not in key):
             continue
         names = [*leaves, *sections, *known_groups]
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0.62)
         if not near:
             tail = key.rpartition(".")[2]
             near = [name for name in leaves if name.rpartition(".")[2] == tail][:1]
@@ -237,9 +234,19 @@ def _check_keys(overrides: Sequence[str], config_directory: str | None) -> None:
         inside = ", ".join(name.rpartition(".")[2] for name in leaves if name.rpartition(".")[0] == section)
         raise ConfigError(
             f"{key!r} is not a configuration key (in {text!r})"
-            + (f"; did you mean {near[0]!r}?" if near else "")
+            + (f"; did you mean {near[0]!r}?" if near else ".")
             + (f" Keys of {section}: {inside}." if inside else f" Sections: {', '.join(sections)}.")
         )
+
+
+def _is_free(key: str) -> bool:
+    """Whether `key` is, or lies in, a mapping whose keys the user chooses, such as `student.config`."""
+    return any(f"{key}.".startswith(f"{leaf.key}.") for leaf in options() if "dict" in leaf.type_name)
+
+
+def _allow_free_keys(text: str) -> str:
+    """Hydra wants `++` before a key that the schema does not know; in a free mapping that is every key."""
+    return f"++{text}" if text[:1] not in "+~" and _is_free(text.partition("=")[0]) else text
 
 
 def _check_choice(group: str, value: str, choices: list[str], config_directory: str | None) -> None:
@@ -266,8 +273,8 @@ def _first_sentence(error: Exception) -> str:
     lines = []
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     for line in str(cause).strip().splitlines():
-        name, separator, value = line.strip().partition(":")
-        if separator and name in ("full_key", "object_type", "reference_type"):
+        name, _, value = line.strip().replace("=", ":", 1).partition(":")
+        if name in ("full_key", "object_type", "reference_type"):
             details[name] = value.strip()
         elif line.strip():
             lines.append(line.strip())

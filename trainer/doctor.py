@@ -112,7 +112,7 @@ def accelerator() -> Finding:
 
 
 def deepspeed_toolchain() -> Finding:
-    """DeepSpeed compiles a shared-memory operation at its first run on CPUs: it needs a compiler and ninja."""
+    """DeepSpeed compiles an operation at its first run on a CPU, and needs a compiler and ninja for it."""
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
     if "ninja" in missing and importlib.util.find_spec("ninja") is not None:
         missing.remove("ninja")

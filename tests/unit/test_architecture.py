@@ -1,0 +1,81 @@
+"""Imports run downward only, and what must answer at once does not import torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROOMS = ("corpus", "teacher", "student", "quality")
+GROUND_FLOOR = {
+    "kernels": {"torch", "triton", "numpy"},
+    "logit_store": {"numpy", "pyarrow", "zstandard", "tokenizers"},
+}
+
+
+def imported_modules(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("package", GROUND_FLOOR)
+def test_ground_floor_imports_only_its_own_libraries(package: str) -> None:
+    files = sorted((ROOT / package).glob("**/*.py"))
+    assert files
+    for path in files:
+        for module in imported_modules(path):
+            top = module.split(".")[0]
+            if top == "sparsekd":
+                assert module.startswith(f"sparsekd.{package}"), f"{path} imports {module}"
+            else:
+                assert top in sys.stdlib_module_names | GROUND_FLOOR[package], f"{path} imports {module}"
+
+
+def test_rooms_do_not_import_one_another() -> None:
+    for room in ROOMS:
+        others = tuple(f"sparsekd.trainer.{other}" for other in ROOMS if other != room)
+        for path in sorted((ROOT / "trainer" / room).glob("**/*.py")):
+            crossing = {module for module in imported_modules(path) if module.startswith(others)}
+            assert not crossing, f"{path} imports {crossing}"
+
+
+def test_shared_modules_do_not_import_rooms_at_their_top() -> None:
+    rooms = tuple(f"sparsekd.trainer.{room}" for room in ROOMS)
+    for path in sorted((ROOT / "trainer").glob("*.py")):
+        tree = ast.parse(path.read_text())
+        top = {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)}
+        assert not {module for module in top if module.startswith(rooms)}, path
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from sparsekd.trainer.cli import main; main(['train', '--help'])",
+        "from sparsekd.trainer.cli import main; main(['train', 'experiment=demo', '--cfg'])",
+        "from sparsekd.trainer.cli import main; main(['train', 'objective.kd_wait=1'])",
+        "import sparsekd.trainer.quality.plan",
+        "import sparsekd.logit_store.inspect, sparsekd.logit_store.verify, sparsekd.logit_store.writer",
+    ],
+)
+def test_light_commands_do_not_import_torch(statement: str) -> None:
+    code = f"{statement}\nimport sys\nassert 'torch' not in sys.modules, 'torch was imported'"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+
+
+def test_files_stay_short() -> None:
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for folder in ("kernels", "logit_store", "trainer", "launch", "conf", "benchmarks")
+        for path in (ROOT / folder).glob("**/*.py")
+        if (lines := len(path.read_text().splitlines())) > 500
+    }
+    assert not long, f"files of more than 500 lines tell more than one story: {long}"

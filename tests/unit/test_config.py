@@ -1,0 +1,157 @@
+"""Composition: defaults, groups, and one clear sentence for everything that can be mistyped."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from sparsekd.trainer.cli import main
+from sparsekd.trainer.compose import as_yaml, check_for_verb, compose_config, groups
+from sparsekd.trainer.config import Config, options, run_folder
+from sparsekd.trainer.errors import ConfigError
+
+
+def test_no_override_gives_the_schema_s_defaults() -> None:
+    assert compose_config([]) == Config()
+
+
+def test_every_choice_of_every_group_composes() -> None:
+    for group, choices in groups().items():
+        assert choices, f"group {group} has no choices"
+        for choice in choices:
+            compose_config([f"{group}={choice}"])
+
+
+def test_every_option_has_a_comment_that_is_a_sentence() -> None:
+    keys = [leaf.key for leaf in options()]
+    assert len(keys) == len(set(keys))
+    for leaf in options():
+        assert leaf.comment.endswith("."), leaf.key
+
+
+def test_override_group_and_experiment_win_in_this_order() -> None:
+    config = compose_config(["experiment=demo", "objective=ce_only", "run.name=ce", "train.steps=7"])
+    assert (config.objective.kd_weight, config.objective.ce_weight) == (0.0, 1.0)
+    assert run_folder(config) == "runs/demo/ce"
+    assert config.train.steps == 7
+    assert config.store.path == "runs/demo/store"
+    assert compose_config(["experiment=demo", "run.root=elsewhere"]).store.tokens == "elsewhere/tokens"
+
+
+def test_demo_teacher_differs_from_the_demo_only_in_what_it_trains() -> None:
+    demo, teacher = compose_config(["experiment=demo"]), compose_config(["experiment=demo_teacher"])
+    changed = {
+        item.name
+        for item in dataclasses.fields(Config)
+        if getattr(demo, item.name) != getattr(teacher, item.name)
+    }
+    assert changed <= {"run", "store", "student", "objective", "optimizer", "train"}
+    assert demo.store.tokens == teacher.store.tokens == teacher.store.path
+
+
+def test_configuration_survives_its_own_yaml(tmp_path: Path) -> None:
+    config = compose_config(["experiment=demo"])
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "again.yaml").write_text("# @package _global_\n" + as_yaml(config))
+    assert compose_config(["experiment=again"], config_directory=str(tmp_path)) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "objective.kd_wieght=1",
+            ["objective.kd_wieght", "did you mean 'objective.kd_weight'", "temperature"],
+        ),
+        ("steps=5", ["'steps'", "did you mean 'train.steps'"]),
+        ("nonsense=5", ["nonsense", "Sections:", "objective"]),
+        ("objective=ce_onyl", ["objective=ce_onyl", "did you mean ce_only", "kd_ce"]),
+        ("experiment=dmeo", ["did you mean demo"]),
+        ("train.steps=many", ["train.steps", "many", "int"]),
+        ("train.steps=0", ["train.steps=0", "at least 1"]),
+        ("engine.zero_stage=4", ["engine.zero_stage=4", "0 to 3"]),
+        ("engine.dtype=fp16", ["engine.dtype=fp16", "bfloat16, float32"]),
+        ("optimizer.betas=[0.9,1.5]", ["optimizer.betas", "0 to 1"]),
+        ("objective.divergence=kl", ["objective.divergence=kl", "forward_kl"]),
+        ("objective.target_mode=tail_buckett", ["did you mean tail_bucket"]),
+        ("store.codec=zip", ["store.codec=zip", "exact"]),
+        ("train=5", ["whole section", "steps"]),
+        ("train.steps", ["'train.steps'", "key=value"]),
+        ("train.steps=1,2", ["sweep"]),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_names_what_is_legal(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose_config([override])
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize(
+    ("verb", "overrides", "words"),
+    [
+        ("prepare", [], ["corpus.paths is not set"]),
+        ("prepare", ["corpus.paths=[x]", "store.tokens=y"], ["corpus.tokenizer", "neither is set"]),
+        ("capture", ["store.tokens=STORE/tokns"], ["STORE/tokns", "did you mean", "STORE/tokens"]),
+        (
+            "capture",
+            ["store.tokens=STORE/tokens", "store.path=x", "teacher.path=y", "store.k=0", "store.n=0"],
+            ["store.k=0"],
+        ),
+        (
+            "capture",
+            ["store.tokens=STORE/tokens", "store.path=x", "teacher.path=y", "store.draw_temperature=3"],
+            ["draw_temperature=3", "[1.0, 2.0, 4.0]"],
+        ),
+        ("train", [], ["store.path is not set"]),
+        ("train", ["store.path=STORE/tokens", "objective.kd_weight=0"], ["nothing to learn"]),
+        ("train", ["store.path=STORE/tokens", "engine.zero_stage=0"], ["zero_stage=0", "float32"]),
+        ("train", ["store.path=STORE/tokens"], ["student.path"]),
+        ("evaluate", ["store.path=STORE/tokens"], ["evaluate.models is not set"]),
+        (
+            "evaluate",
+            ["store.path=STORE/tokens", "evaluate.models={kd: STORE/tokens}"],
+            ["evaluate.baseline=ce", "null"],
+        ),
+    ],
+)
+def test_what_a_verb_needs_is_checked_before_anything_is_loaded(
+    tmp_path: Path, verb: str, overrides: list[str], words: list[str]
+) -> None:
+    (tmp_path / "tokens").mkdir()
+    config = compose_config([text.replace("STORE", str(tmp_path)) for text in overrides])
+    with pytest.raises(ConfigError) as caught:
+        check_for_verb(config, verb)
+    for word in words:
+        assert word.replace("STORE", str(tmp_path)) in str(caught.value)
+
+
+def test_the_command_line_prints_one_sentence_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "objective.kd_wieght=1"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("sparsekd train: 'objective.kd_wieght'")
+    assert printed.err.count("\n") == 1
+    assert main(["train", "objective.kd_wieght=1", "--traceback"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    assert main(["trian"]) == 2
+    assert "'trian' is not a verb" in capsys.readouterr().err
+    assert main(["train", "--stpes", "5"]) == 2
+    assert "--stpes is not a flag" in capsys.readouterr().err
+
+
+def test_help_shows_groups_every_key_with_its_comment_and_five_examples(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for leaf in options():
+        if leaf.key.startswith(("train.", "objective.", "engine.", "student.", "tracking.")):
+            assert leaf.key in text
+            assert leaf.comment in text
+    for group in ("objective", "experiment", "engine"):
+        assert ", ".join(groups()[group]) in text
+    examples = text[text.index("examples:") :]
+    assert sum(line.startswith(("  sparsekd", "  torchrun")) for line in examples.splitlines()) == 5
