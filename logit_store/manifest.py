@@ -242,10 +242,10 @@ def tokenizer_digest(folder: Path) -> str:
     """Returns the sha256 (hex) over the files of a tokenizer folder, see `digest_of_files`."""
     if not folder.is_dir():
         raise StoreError(f"The tokenizer folder {folder} does not exist: give a folder with tokenizer.json.")
-    return digest_of_files((name, path.read_bytes()) for name, path in tokenizer_files(folder))
+    return digest_of_files((name, path.read_bytes()) for name, path in files_of_tokenizer(folder))
 
 
-def tokenizer_files(folder: Path) -> list[tuple[str, Path]]:
+def files_of_tokenizer(folder: Path) -> list[tuple[str, Path]]:
     """Returns (name relative to the folder, path) of every file below it, sorted by name."""
     paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".tmp-"))
     return sorted((path.relative_to(folder).as_posix(), path) for path in paths)

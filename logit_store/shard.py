@@ -1,0 +1,299 @@
+"""One shard: an Arrow IPC file with one record batch per row, and its commit record.
+
+The commit record knows where each row's batch lies, so a row is one positional read. Arrow has no checksums;
+all of them are ours: crc32 of each row's batch (in the commit record) and of each plane (in the batch), and
+sha256 of the file.
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from sparsekd.logit_store.checks import check_row
+from sparsekd.logit_store.codec import PlaneError, codec_of
+from sparsekd.logit_store.errors import DamagedStoreError
+from sparsekd.logit_store.files import HashingFile, read_signed_json
+from sparsekd.logit_store.manifest import FORMAT_VERSION, Manifest, manifest_digest
+from sparsekd.logit_store.row import PADDING_DOCUMENT, Row, segment_lengths
+
+_MAGIC = b"ARROW1\0\0"
+"""First bytes of every Arrow IPC file, padded to 8."""
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """What is counted over rows, for the index and for people.
+
+    Attributes:
+        tokens: positions, padding included.
+        tokens_counted: positions where the loss mask is True.
+        tokens_padding: positions of padding segments.
+        segments: documents, or pieces of one, without padding.
+    """
+
+    tokens: int
+    tokens_counted: int
+    tokens_padding: int
+    segments: int
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """What makes a shard exist: written after the shard's file is durable.
+
+    Attributes:
+        split: name of the row space.
+        shard: number of the shard in it.
+        manifest_sha256: `manifest_digest` of the store.
+        file_sha256: of the shard's file, hex.
+        file_bytes: its length.
+        offsets: int64 [rows], where each row's batch begins in the file.
+        lengths: int64 [rows], bytes of each row's batch.
+        crc32: uint32 [rows], of these bytes.
+        counts: over the rows.
+        plane_bytes: stored bytes of each plane, over the rows.
+    """
+
+    split: str
+    shard: int
+    manifest_sha256: str
+    file_sha256: str
+    file_bytes: int
+    offsets: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    crc32: NDArray[np.uint32]
+    counts: RowCounts
+    plane_bytes: dict[str, int]
+
+    @property
+    def rows(self) -> int:
+        return len(self.offsets)
+
+
+def shard_file(path: Path, split: str, shard: int) -> Path:
+    """Returns the path of a shard's Arrow file."""
+    return path / "shards" / split / f"{shard:06d}.arrow"
+
+
+def commit_file(path: Path, split: str, shard: int) -> Path:
+    """Returns the path of a shard's commit record."""
+    return path / "shards" / split / f"{shard:06d}.json"
+
+
+def row_schema(manifest: Manifest) -> pa.Schema:
+    """Returns the Arrow schema of a row's batch, without metadata."""
+    planes = codec_of(manifest).planes(manifest)
+    checksum = pa.field("item", pa.uint32(), nullable=False)
+    return pa.schema(
+        [
+            pa.field("row", pa.int64(), nullable=False),
+            pa.field("crc32", pa.list_(checksum, len(planes)), nullable=False),
+            *(pa.field(plane, pa.binary(), nullable=False) for plane in planes),
+        ]
+    )
+
+
+def shard_schema(manifest: Manifest, split: str, shard: int) -> pa.Schema:
+    """Returns the schema of a shard's file: that of a row, with the shard's identity as metadata."""
+    return row_schema(manifest).with_metadata(
+        {
+            "sparsekd.format_version": str(FORMAT_VERSION),
+            "sparsekd.manifest_sha256": manifest_digest(manifest),
+            "sparsekd.codec": manifest.codec.name,
+            "sparsekd.split": split,
+            "sparsekd.shard": str(shard),
+        }
+    )
+
+
+def shard_header(manifest: Manifest, split: str, shard: int) -> bytes:
+    """Returns the bytes with which the shard's file must begin."""
+    return _MAGIC + shard_schema(manifest, split, shard).serialize().to_pybytes()
+
+
+def row_place(store: Path, split: str, index: int, rows_per_shard: int) -> str:
+    """Returns a row's place in words, for messages."""
+    return f"{store}, split {split}, shard {index // rows_per_shard:06d}, row {index}"
+
+
+def write_rows(
+    file: HashingFile, store: Path, manifest: Manifest, split: str, shard: int, rows: Sequence[Row]
+) -> CommitRecord:
+    """Writes a shard's Arrow file and returns its commit record.
+
+    Every row is checked, encoded, decoded again and checked again: what could not be read is not written.
+
+    Raises:
+        InvalidRowError: a row breaks a rule.
+    """
+    codec = codec_of(manifest)
+    planes = codec.planes(manifest)
+    schema = shard_schema(manifest, split, shard)
+    checksums = schema.field("crc32").type
+    plane_bytes = dict.fromkeys(planes, 0)
+    batches: list[tuple[int, int]] = []
+    crc32: list[int] = []
+    first = shard * manifest.rows_per_shard
+    header = shard_header(manifest, split, shard)
+    writer = pa.ipc.new_file(file, schema)
+    for index, row in enumerate(rows, start=first):
+        where = row_place(store, split, index, manifest.rows_per_shard)
+        check_row(row, manifest, mass_tolerance=codec.mass_tolerance, where=where)
+        stored = codec.encode(row, manifest)
+        check_row(codec.decode(stored, manifest), manifest, mass_tolerance=codec.mass_tolerance, where=where)
+        plane_crcs = pa.array([zlib.crc32(stored[plane]) for plane in planes], pa.uint32())
+        batch = pa.record_batch(
+            [
+                pa.array([index], pa.int64()),
+                pa.FixedSizeListArray.from_arrays(plane_crcs, type=checksums),
+                *(pa.array([stored[plane]], pa.binary()) for plane in planes),
+            ],
+            schema=schema,
+        )
+        crc32.append(zlib.crc32(batch.serialize()))
+        # The file begins with the schema, which Arrow writes together with the first batch.
+        offset = max(file.size, len(header))
+        writer.write_batch(batch)
+        batches.append((offset, file.size - offset))
+        for plane in planes:
+            plane_bytes[plane] += len(stored[plane])
+    writer.close()
+    offsets, lengths = np.array(batches, np.int64).T
+    return CommitRecord(
+        split=split,
+        shard=shard,
+        manifest_sha256=manifest_digest(manifest),
+        file_sha256=file.hexdigest(),
+        file_bytes=file.size,
+        offsets=offsets,
+        lengths=lengths,
+        crc32=np.array(crc32, np.uint32),
+        counts=count_rows(rows),
+        plane_bytes=plane_bytes,
+    )
+
+
+def count_rows(rows: Sequence[Row]) -> RowCounts:
+    """Counts positions and segments over rows."""
+    padding = sum(int(segment_lengths(row)[row.segment_documents == PADDING_DOCUMENT].sum()) for row in rows)
+    return RowCounts(
+        tokens=sum(len(row.token_ids) for row in rows),
+        tokens_counted=sum(int(row.loss_mask.sum()) for row in rows),
+        tokens_padding=padding,
+        segments=sum(int((row.segment_documents != PADDING_DOCUMENT).sum()) for row in rows),
+    )
+
+
+def commit_to_content(record: CommitRecord) -> dict[str, Any]:
+    """Returns a commit record as the content of its file."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "split": record.split,
+        "shard": record.shard,
+        "manifest_sha256": record.manifest_sha256,
+        "file_sha256": record.file_sha256,
+        "file_bytes": record.file_bytes,
+        "offsets": record.offsets.tolist(),
+        "lengths": record.lengths.tolist(),
+        "crc32": record.crc32.tolist(),
+        "counts": asdict(record.counts),
+        "plane_bytes": record.plane_bytes,
+    }
+
+
+def read_commit(path: Path, manifest_sha256: str, split: str, shard: int) -> tuple[CommitRecord, bytes]:
+    """Reads a commit record and the bytes it was read from.
+
+    Raises:
+        DamagedStoreError: there is none, it is damaged, or it belongs to another shard or store.
+    """
+    place = commit_file(path, split, shard)
+    try:
+        data = place.read_bytes()
+    except FileNotFoundError:
+        raise DamagedStoreError(
+            f"{place} is missing: without its commit record shard {shard:06d} of split {split} does not "
+            "exist; "
+            "restore it from a copy, or run the command that wrote the store again on a copy without "
+            "INDEX.json."
+        ) from None
+    content = read_signed_json(place, data)
+    record = CommitRecord(
+        split=content["split"],
+        shard=content["shard"],
+        manifest_sha256=content["manifest_sha256"],
+        file_sha256=content["file_sha256"],
+        file_bytes=content["file_bytes"],
+        offsets=np.array(content["offsets"], np.int64),
+        lengths=np.array(content["lengths"], np.int64),
+        crc32=np.array(content["crc32"], np.uint32),
+        counts=RowCounts(**content["counts"]),
+        plane_bytes=content["plane_bytes"],
+    )
+    found = (record.split, record.shard, record.manifest_sha256)
+    if found != (split, shard, manifest_sha256):
+        raise DamagedStoreError(
+            f"{place} is the record of shard {record.shard:06d} of split {record.split} of the store with "
+            "manifest "
+            f"{record.manifest_sha256[:12]}, expected shard {shard:06d} of split {split} of manifest "
+            f"{manifest_sha256[:12]}: put the right file back from a copy."
+        )
+    return record, data
+
+
+def read_batch(message: bytes, schema: pa.Schema) -> tuple[int, NDArray[np.uint32], dict[str, pa.Buffer]]:
+    """Returns (row number, crc32 of each plane, stored bytes of each plane) of a row's batch.
+
+    Args:
+        message: the batch's bytes, whose checksum the caller has compared: Arrow trusts what it reads.
+        schema: `row_schema`.
+    """
+    batch = pa.ipc.read_record_batch(pa.py_buffer(message), schema)
+    planes = {name: batch.column(name)[0].as_buffer() for name in schema.names[2:]}
+    return batch.column("row")[0].as_py(), batch.column("crc32").values.to_numpy(), planes
+
+
+def find_damage(message: bytes, schema: pa.Schema, offset: int) -> str:
+    """Says which plane of a damaged batch differs from its own crc32, and where it lies in the file."""
+    try:
+        buffer = pa.py_buffer(message)
+        batch = pa.ipc.read_record_batch(buffer, schema)
+        batch.validate(full=True)
+        crcs = batch.column("crc32").values.to_numpy()
+        for position, plane in enumerate(schema.names[2:]):
+            stored = batch.column(plane)[0].as_buffer()
+            if zlib.crc32(stored) != crcs[position]:
+                begin = offset + stored.address - buffer.address
+                return f"plane {plane}, bytes {begin} to {begin + stored.size - 1} of the file"
+    except (pa.ArrowException, OSError, ValueError, IndexError, AttributeError, OverflowError):
+        # Expected of damaged bytes: the header that says where the planes lie is itself unreadable.
+        pass
+    return (
+        f"no single plane, but the frame around them, bytes {offset} to {offset + len(message) - 1} of the "
+        "file"
+    )
+
+
+def decode_row(message: bytes, manifest: Manifest, schema: pa.Schema, index: int, where: str) -> Row:
+    """Decodes and checks a row's batch whose crc32 was right.
+
+    Raises:
+        DamagedStoreError: it is another row, or a plane cannot be decoded.
+        InvalidRowError: the decoded row breaks a rule.
+    """
+    codec = codec_of(manifest)
+    found, _, planes = read_batch(message, schema)
+    if found != index:
+        raise DamagedStoreError(f"{where} holds row {found} instead: rows were swapped; restore the shard.")
+    try:
+        row = codec.decode(planes, manifest)
+    except PlaneError as error:
+        raise DamagedStoreError(f"{where}, plane {error.plane}: {error}; restore the shard.") from error
+    check_row(row, manifest, mass_tolerance=codec.mass_tolerance, where=where)
+    return row

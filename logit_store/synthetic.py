@@ -1,0 +1,238 @@
+"""Synthetic rows, for tests and benchmarks: a made-up teacher whose record is right in every part.
+
+Shapes: L positions of a row, V vocabulary, k head entries, n draws, G grid temperatures,
+C positions of a chunk.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsekd.logit_store.manifest import (
+    ALIGNMENT,
+    FORMAT_VERSION,
+    CodecSpec,
+    Manifest,
+    RecordSpec,
+    TeacherIdentity,
+    TokenizerIdentity,
+    digest_of_files,
+)
+from sparsekd.logit_store.row import NO_ID, PADDING_DOCUMENT, Row, TeacherRecord, segment_lengths
+from sparsekd.logit_store.writer import create_store, seal, write_shard
+
+_SHARPNESS = 3.0
+"""Standard deviation of the made-up logits: at V = 1,000 an entropy of about 3 nats."""
+
+_CHUNK_VALUES = 1 << 22
+"""Float64 probabilities held at once."""
+
+
+def synthetic_manifest(*, vocabulary_size: int = 300, **overrides: Any) -> Manifest:
+    """Returns a small valid manifest.
+
+    Args:
+        vocabulary_size: of the made-up tokenizer, whose files `write_synthetic_tokenizer` writes.
+        **overrides: fields of Manifest; k, n, temperatures and draw_temperature go to its record.
+    """
+    fields = {"k", "n", "temperatures", "draw_temperature", "seed"} & overrides.keys()
+    record = RecordSpec(k=4, n=6, temperatures=(1.0, 2.0, 4.0), draw_temperature=1.0, seed=7)
+    record = dataclasses.replace(record, **{name: overrides.pop(name) for name in fields})
+    has_teacher = record.k + record.n > 0
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        alignment=ALIGNMENT,
+        sequence_length=16,
+        rows_per_shard=3,
+        splits=("train", "heldout"),
+        dataset={"name": "synthetic", "sources": [{"name": "noise", "sha256": "0" * 64}]},
+        tokenizer=TokenizerIdentity(
+            name="synthetic",
+            vocabulary_size=vocabulary_size,
+            digest=digest_of_files(_tokenizer_content(vocabulary_size).items()),
+            chat_template_digest=None,
+            eos_token_id=0,
+        ),
+        record=record,
+        teacher=TeacherIdentity(
+            name="synthetic",
+            revision=None,
+            weights_digest="0" * 64,
+            dtype="float64",
+            logits_dtype="float64",
+            engine="numpy",
+            versions={},
+        )
+        if has_teacher
+        else None,
+        codec=CodecSpec("exact", {}),
+    )
+    return dataclasses.replace(manifest, **overrides)
+
+
+def write_synthetic_tokenizer(folder: Path, vocabulary_size: int) -> Path:
+    """Writes the tokenizer of `synthetic_manifest`, which spells id 17 as `w17`; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in _tokenizer_content(vocabulary_size).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def synthetic_rows(manifest: Manifest, count: int, seed: int) -> list[Row]:
+    """Returns random valid rows of several documents, some with padding, some with a masked prompt.
+
+    Each token is drawn from the teacher's distribution at the position before it, so that the rows are
+    aligned as those of a good teacher are.
+    """
+    return [_row(manifest, np.random.default_rng([seed, index])) for index in range(count)]
+
+
+def write_synthetic_store(path: Path, manifest: Manifest, rows: Mapping[str, int], seed: int) -> str:
+    """Writes and seals a store of random rows below an existing folder; returns its digest.
+
+    Args:
+        path: of the store; the made-up tokenizer is written beside it.
+        manifest: from `synthetic_manifest`.
+        rows: number of rows of each split.
+        seed: of the rows.
+    """
+    size = manifest.tokenizer.vocabulary_size
+    tokenizer = write_synthetic_tokenizer(path.with_name(path.name + "-tokenizer"), size)
+    create_store(path, manifest, tokenizer)
+    shards = {}
+    for split, count in rows.items():
+        content = synthetic_rows(manifest, count, seed + manifest.splits.index(split))
+        starts = range(0, count, manifest.rows_per_shard)
+        shards[split] = len(starts)
+        for shard, start in enumerate(starts):
+            write_shard(path, manifest, split, shard, content[start : start + manifest.rows_per_shard])
+    return seal(path, {**dict.fromkeys(manifest.splits, 0), **shards})
+
+
+def _tokenizer_content(vocabulary_size: int) -> dict[str, bytes]:
+    description: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {
+            "type": "WordLevel",
+            "vocab": {f"w{number}": number for number in range(vocabulary_size)},
+            "unk_token": "w0",
+        },
+    }
+    return {"tokenizer.json": json.dumps(description).encode()}
+
+
+def _row(manifest: Manifest, random: np.random.Generator) -> Row:
+    length = manifest.sequence_length
+    wanted = min(int(random.integers(1, 5)), length)
+    later = np.sort(random.choice(np.arange(1, length), wanted - 1, replace=False)) if wanted > 1 else []
+    starts = np.array([0, *later], np.int32)
+    documents = np.sort(random.choice(1000, len(starts), replace=False)).astype(np.int64)
+    if len(starts) > 1 and random.random() < 0.5:
+        documents[-1] = PADDING_DOCUMENT
+    plain = Row(np.zeros(length, np.int32), np.zeros(length, np.bool_), starts, documents, None)
+    ends = starts + segment_lengths(plain)
+    followed = np.repeat(documents != PADDING_DOCUMENT, segment_lengths(plain))
+    followed[ends - 1] = False
+    mask = followed.copy()
+    if random.random() < 0.3:
+        mask[: (ends[0] - starts[0]) // 2] = False  # a prompt: it has next tokens, but they do not count
+    if manifest.teacher is None:
+        tokens = random.integers(0, manifest.tokenizer.vocabulary_size, length).astype(np.int32)
+        return dataclasses.replace(plain, token_ids=tokens, loss_mask=mask)
+    tokens, teacher = _teach(manifest, followed, random)
+    return dataclasses.replace(plain, token_ids=tokens, loss_mask=mask, teacher=teacher)
+
+
+def _teach(
+    manifest: Manifest, followed: NDArray[np.bool_], random: np.random.Generator
+) -> tuple[NDArray[np.int32], TeacherRecord]:
+    """Returns token ids [L] and the record of a made-up teacher; `followed` [L]: a true token exists."""
+    length, size = manifest.sequence_length, manifest.tokenizer.vocabulary_size
+    chunk = max(1, _CHUNK_VALUES // size)
+    tokens = np.empty(length + 1, np.int32)
+    tokens[0] = random.integers(size)
+    parts: list[dict[str, NDArray[Any]]] = []
+    for start in range(0, length, chunk):
+        stop = min(start + chunk, length)
+        logits = random.standard_normal((stop - start, size)) * _SHARPNESS
+        logprobs = logits - _log_sum_exp(logits)[:, None]
+        tokens[start + 1 : stop + 1] = _draw(logprobs, random.random((stop - start, 1)))[:, 0]
+        parts.append(_record(manifest, logprobs, tokens[start + 1 : stop + 1], followed[start:stop], random))
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return tokens[:length], TeacherRecord(**joined)
+
+
+def _record(
+    manifest: Manifest,
+    logprobs: NDArray[np.float64],
+    next_tokens: NDArray[np.int32],
+    followed: NDArray[np.bool_],
+    random: np.random.Generator,
+) -> dict[str, NDArray[Any]]:
+    """Returns the fields of TeacherRecord for log-probabilities [C, V], in float64 until stored."""
+    spec = manifest.record
+    # The order is that of the stored float32 values, whose ties go by id; a stable sort keeps ids ascending.
+    order = np.argsort(-logprobs.astype(np.float32), axis=1, kind="stable")[:, : spec.k]
+    rest = logprobs.copy()
+    np.put_along_axis(rest, order, -np.inf, axis=1)
+    empty = np.isneginf(rest).all(axis=1)
+    log_rest = np.stack([_log_sum_exp(rest / temperature) for temperature in spec.temperatures], axis=1)
+    at_draw = logprobs / spec.draw_temperature
+    at_draw -= _log_sum_exp(at_draw)[:, None]
+    rest_at_one = rest - np.where(empty, 0, _log_sum_exp(rest))[:, None]
+    ids = np.full((len(logprobs), spec.n), NO_ID, np.int32)
+    counts = np.zeros((len(logprobs), spec.n), np.int32)
+    if spec.n:
+        draws = _draw(rest / spec.draw_temperature, random.random((len(logprobs), spec.n)))
+        for position in np.flatnonzero(~empty):
+            distinct, times = np.unique(draws[position], return_counts=True)
+            ids[position, : len(distinct)] = distinct
+            counts[position, : len(distinct)] = times
+    true = np.take_along_axis(logprobs, next_tokens[:, None], axis=1)[:, 0]
+    return {
+        "head_ids": order.astype(np.int32),
+        "head_logprobs": np.take_along_axis(logprobs, order, axis=1).astype(np.float32),
+        "tail_ids": ids,
+        "tail_counts": counts,
+        "log_rest": log_rest.astype(np.float32),
+        "rest_entropy": _entropy(rest_at_one).astype(np.float32),
+        "true_logprob": np.where(followed, true, 0).astype(np.float32),
+        "entropy": _entropy(at_draw).astype(np.float32),
+    }
+
+
+def _log_sum_exp(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns log sum exp over the last axis; -inf where there is nothing but -inf."""
+    highest = values.max(axis=-1)
+    shift = np.where(np.isneginf(highest), 0, highest)
+    with np.errstate(divide="ignore"):
+        return np.log(np.exp(values - shift[..., None]).sum(axis=-1)) + shift
+
+
+def _entropy(logprobs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns -sum p log p over the last axis; 0 where every probability is 0."""
+    probabilities = np.exp(logprobs)
+    return -(probabilities * np.where(probabilities > 0, logprobs, 0)).sum(axis=-1)
+
+
+def _draw(logits: NDArray[np.float64], uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Returns ids [C, draws] by inverting the cumulative distribution of each row of logits [C, V]."""
+    highest = logits.max(axis=1, keepdims=True)
+    cumulative = np.cumsum(np.exp(logits - np.where(np.isneginf(highest), 0, highest)), axis=1)
+    drawn = [
+        np.searchsorted(line, share * line[-1], side="right")
+        for line, share in zip(cumulative, uniforms, strict=True)
+    ]
+    return np.minimum(np.stack(drawn), logits.shape[1] - 1)
