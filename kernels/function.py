@@ -20,7 +20,7 @@ SCALE_ELEMENTS = 16 * 1024 * 1024
 
 
 class LossInputs(NamedTuple):
-    """What an implementation is given: the checked arguments of `sparse_kd_loss`, and what wants a gradient."""
+    """What an implementation is given: checked arguments of `sparse_kd_loss`, and what wants a gradient."""
 
     hidden: Tensor
     weight: Tensor

@@ -153,8 +153,8 @@ def _check_draw_temperature(objective: Objective, *, k: int, draw_temperature: f
     if objective.target_mode == "sampled" and not _same(objective.temperature, draw_temperature):
         raise ValueError(
             f"target_mode 'sampled' needs temperature={draw_temperature:g}, at which the store's tail was "
-            f"drawn, found {objective.temperature:g}: set temperature={draw_temperature:g}, or capture again with "
-            f"that draw temperature{'' if k == 0 else ', or use target_mode=tail_bucket'}"
+            f"drawn, found {objective.temperature:g}: set temperature={draw_temperature:g}, or capture again "
+            f"with that draw temperature{'' if k == 0 else ', or use target_mode=tail_bucket'}"
         )
 
 
