@@ -1,0 +1,317 @@
+"""Documents as they come: text files, JSON lines, Parquet, saved Hugging Face datasets and hub names.
+
+Every reader streams: one document, one line or one batch of rows is in memory at a time. The order depends
+on the given paths and on relative names alone, never on the file system, so that two machines with the same
+files read the same corpus.
+"""
+
+import fnmatch
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from sparsekd.trainer.config import CorpusConfig, require
+from sparsekd.trainer.errors import DataError
+
+# Rows of a Parquet file or dataset that are decoded at a time: enough to hide the cost of a batch, and small
+# beside a row group.
+BATCH_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document and where it stood.
+
+    Attributes:
+        text: The text, decoded and otherwise untouched; may be empty.
+        content: Its UTF-8 bytes, from which digests and the held-out choice come.
+        source: Index into `corpus.paths`.
+        place: File relative to the given path, with line or row number where it has one; for messages.
+    """
+
+    text: str
+    content: bytes
+    source: int
+    place: str
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of the corpus: where it is now, and its name relative to what was given."""
+
+    path: Path
+    name: str
+
+
+def source_name(given: str) -> str:
+    """The name of one of `corpus.paths` in the manifest: its last part (stores travel), a hub name whole."""
+    is_hub_name = not Path(given).is_absolute() and given.count("/") == 1 and not Path(given).exists()
+    return given if is_hub_name and not glob.has_magic(given) else Path(given).name
+
+
+def read_documents(config: CorpusConfig) -> Iterator[Document]:
+    """Yields the documents of `corpus.paths` in their fixed order, `corpus.max_documents` at most.
+
+    Raises:
+        ConfigError: No path is given.
+        DataError: A path matches nothing, or a file, line or row cannot be read; the message says where.
+    """
+    require(config.paths, "corpus.paths", "to find documents")
+    return islice(_read_all(config), config.max_documents)
+
+
+def _read_all(config: CorpusConfig) -> Iterator[Document]:
+    for source, given in enumerate(config.paths):
+        if config.format == "dataset":
+            yield from _read_dataset(given, source, config)
+            continue
+        for file in list_files(given, config.include, config.exclude):
+            if config.format == "text":
+                yield _read_text(file, source)
+            elif config.format == "jsonl":
+                yield from _read_jsonl(file, source, config.text_field)
+            elif config.format == "parquet":
+                yield from _read_parquet(file, source, config.text_field)
+            else:
+                raise DataError(
+                    f"corpus.format is {config.format!r}, expected text, jsonl, parquet or dataset."
+                )
+
+
+def list_files(given: str, include: str, exclude: list[str]) -> list[SourceFile]:
+    """The files of one path, sorted by relative name.
+
+    Args:
+        given: A file, a folder (searched recursively; links to folders are not followed) or a glob pattern,
+            in which `**` stands for any depth. A path that exists is never read as a pattern.
+        include: Pattern of file names taken from folders.
+        exclude: Patterns of relative paths inside folders that are left out. The path is matched with and
+            without a leading slash, so that `*/test/*` also matches a folder `test` at the top.
+
+    Raises:
+        DataError: Nothing is there, or nothing is left.
+    """
+    path = Path(given)
+    if path.is_file():
+        return [SourceFile(path, path.name)]
+    if path.is_dir():
+        found = sorted(_walk(path, include, exclude), key=lambda file: file.name)
+        if not found:
+            raise DataError(
+                f"corpus.paths: the folder {given} holds no file with corpus.include={include!r} that "
+                f"corpus.exclude={exclude} leaves; check the patterns."
+            )
+        return found
+    matches = sorted(glob.glob(given, recursive=True))
+    if not matches:
+        raise DataError(
+            f"corpus.paths: {given} is neither a file nor a folder, and as a pattern it matches nothing; "
+            "check the path (relative paths start where the command was started)."
+        )
+    files = []
+    for match in matches:
+        if Path(match).is_file():
+            files.append(SourceFile(Path(match), _below_pattern(match, given)))
+        elif not given.rstrip("/").endswith("**"):  # `**` names the folders whose files it names too
+            prefix = _below_pattern(match, given)
+            below = _walk(Path(match), include, exclude)
+            files += [SourceFile(file.path, f"{prefix}/{file.name}") for file in below]
+    return sorted(files, key=lambda file: file.name)
+
+
+def _walk(folder: Path, include: str, exclude: list[str]) -> Iterator[SourceFile]:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent, name)
+            relative = path.relative_to(folder).as_posix()
+            if not fnmatch.fnmatchcase(name, include):
+                continue
+            if any(
+                fnmatch.fnmatchcase(relative, pattern) or fnmatch.fnmatchcase(f"/{relative}", pattern)
+                for pattern in exclude
+            ):
+                continue
+            if path.is_file():
+                yield SourceFile(path, relative)
+
+
+def _below_pattern(match: str, pattern: str) -> str:
+    """`match` relative to the part of `pattern` before its first wildcard."""
+    fixed = []
+    for part in Path(pattern).parts:
+        if glob.has_magic(part):
+            break
+        fixed.append(part)
+    return Path(match).relative_to(Path(*fixed)).as_posix()
+
+
+def _document(text: str, source: int, place: str) -> Document:
+    try:
+        content = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: the text holds {text[error.start]!r} (half of a surrogate pair) at character "
+            f"{error.start}, which is no Unicode text; mend or remove this document."
+        ) from error
+    return Document(text=text, content=content, source=source, place=place)
+
+
+def _read_text(file: SourceFile, source: int) -> Document:
+    try:
+        content = file.path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file.path} cannot be read: {error.strerror}.") from error
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file.path} is not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start} cannot be "
+            "decoded; convert the file or leave it out with corpus.exclude."
+        ) from error
+    return Document(text=text, content=content, source=source, place=file.name)
+
+
+def _read_jsonl(file: SourceFile, source: int, field: str) -> Iterator[Document]:
+    with _open(file) as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            where = f"{file.path}, line {number}"
+            try:
+                record = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{where} is not UTF-8: byte 0x{line[error.start]:02x} at offset {error.start} of the "
+                    "line cannot be decoded; convert the file."
+                ) from error
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{where} is not JSON: {error.msg} at column {error.colno}; mend or remove the line."
+                ) from error
+            if not isinstance(record, dict) or field not in record:
+                found = f"the fields {sorted(record)}" if isinstance(record, dict) else type(record).__name__
+                raise DataError(
+                    f"{where} has no field {field!r}, found {found}; set corpus.text_field to the text's."
+                )
+            yield _document(_as_text(record[field], where, field), source, f"{file.name}:{number}")
+
+
+def _open(file: SourceFile) -> Any:
+    try:
+        return file.path.open("rb")
+    except OSError as error:
+        raise DataError(f"{file.path} cannot be read: {error.strerror}.") from error
+
+
+def _as_text(value: Any, where: str, field: str) -> str:
+    """A text field's value; null counts as an empty document."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(
+            f"{where}: {field!r} is of type {type(value).__name__}, expected text; "
+            "set corpus.text_field to the field that holds the text."
+        )
+    return value
+
+
+def _read_parquet(file: SourceFile, source: int, column: str) -> Iterator[Document]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(file.path)
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{file.path} cannot be read as Parquet: {reason}") from error
+    with table:
+        names = table.schema_arrow.names
+        if column not in names:
+            raise DataError(
+                f"{file.path} has no column {column!r}, found {names}; set corpus.text_field to the text's."
+            )
+        row = 0
+        try:
+            for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    text = _as_text(value, f"{file.path}, row {row}", column)
+                    yield _document(text, source, f"{file.name}:{row}")
+                    row += 1
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{file.path} cannot be read at row {row} or shortly after: {reason}") from error
+
+
+def _read_dataset(given: str, source: int, config: CorpusConfig) -> Iterator[Document]:
+    table = _load_dataset(given, config)
+    if config.text_field not in table.column_names:
+        raise DataError(
+            f"The dataset {given} has no column {config.text_field!r}, found {table.column_names}; "
+            "set corpus.text_field to the text's."
+        )
+    row = 0
+    for batch in table.select_columns([config.text_field]).iter(batch_size=BATCH_ROWS):
+        for value in batch[config.text_field]:
+            text = _as_text(value, f"{given}, row {row}", config.text_field)
+            yield _document(text, source, f"{source_name(given)}:{row}")
+            row += 1
+
+
+def _load_dataset(given: str, config: CorpusConfig) -> Any:
+    """A `datasets.Dataset`, memory-mapped: saved by `save_to_disk`, or whatever `load_dataset` takes."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            "corpus.format=dataset needs the package `datasets`, which is not installed; "
+            "install it with: pip install 'sparsekd[teacher]'."
+        ) from error
+    datasets.disable_progress_bars()
+    folder = Path(given)
+    saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+    try:
+        if saved:
+            table = datasets.load_from_disk(given)
+        else:
+            table = datasets.load_dataset(given, config.dataset_config, split=config.dataset_split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"The dataset {given} cannot be loaded: {reason}") from error
+    if isinstance(table, datasets.DatasetDict):
+        if config.dataset_split not in table:
+            raise DataError(
+                f"The dataset {given} has no split {config.dataset_split!r}, found {sorted(table)}; "
+                "set corpus.dataset_split."
+            )
+        table = table[config.dataset_split]
+    return table
+
+
+class CorpusDigest:
+    """Running digest, size and count of a stream of documents: the corpus's identity.
+
+    The digest is SHA-256 over each document's length (8 bytes, little-endian) and bytes, in order, so that
+    moving a border between two documents changes it.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self.documents = 0
+        self.bytes = 0
+
+    def add(self, content: bytes) -> None:
+        """Takes in one document."""
+        self._hash.update(len(content).to_bytes(8, "little"))
+        self._hash.update(content)
+        self.documents += 1
+        self.bytes += len(content)
+
+    def hexdigest(self) -> str:
+        """The digest so far, in hexadecimal."""
+        return self._hash.hexdigest()

@@ -1,0 +1,32 @@
+"""Which documents are held out: a question to a document's content, not to its place.
+
+So the choice does not depend on order or on what else is in the corpus, and equal documents land on one side:
+a text that is trained on never stands among the held-out ones as a copy.
+"""
+
+import hashlib
+
+# 64 bits of the digest, read as a fraction of 1.
+DIGEST_BYTES = 8
+
+
+def is_heldout(content: bytes, *, fraction: float, seed: int) -> bool:
+    """Whether a document belongs to the held-out split.
+
+    Args:
+        content: The document's UTF-8 bytes.
+        fraction: Expected share of distinct documents held out, in [0, 1).
+        seed: Another seed makes another choice.
+
+    Returns:
+        True where BLAKE2b of the content, keyed with the seed and read as a number in [0, 1), is below
+        `fraction`.
+    """
+    key = seed.to_bytes(8, "little")
+    digest = hashlib.blake2b(content, digest_size=DIGEST_BYTES, key=key).digest()
+    return int.from_bytes(digest, "little") < int(fraction * 2 ** (8 * DIGEST_BYTES))
+
+
+def split_of(content: bytes, *, fraction: float, seed: int) -> str:
+    """The store's split to which a document belongs: "train" or "heldout"."""
+    return "heldout" if is_heldout(content, fraction=fraction, seed=seed) else "train"

@@ -1,0 +1,121 @@
+"""The tokenizer of a corpus: loaded as it is, or a byte-level BPE trained on the training split.
+
+It travels with the store in Hugging Face's form, so that capture, training, evaluation and the exported
+student use the very same files.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from sparsekd.logit_store.manifest import TokenizerIdentity, canonical_json, tokenizer_digest
+from sparsekd.trainer.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+
+# What transformers notes about where a tokenizer was loaded from: different on each machine, read by nobody.
+PLACE_FIELDS = ("is_local", "local_files_only", "name_or_path")
+
+
+def load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer from a folder or hub name.
+
+    Raises:
+        DataError: It cannot be loaded, or has no end-of-text token to close documents with.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"corpus.tokenizer={source} cannot be loaded as a tokenizer ({reason}); give the teacher's "
+            "folder or hub name, or train one with corpus.train_vocabulary_size."
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"corpus.tokenizer={source} has no end-of-text token, with which documents are closed; "
+            "set eos_token in its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE: every text can be written with it, and decoding gives the text back.
+
+    Deterministic: the same texts in the same order give the same files, whatever the number of threads.
+
+    Args:
+        texts: Documents of the training split.
+        vocabulary_size: Entries at most, the 256 bytes and the end-of-text token (id 0) among them; a small
+            corpus runs out of pairs before.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+    )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a tokenizer's files so that equal tokenizers give equal bytes, wherever they came from."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for name in PLACE_FIELDS:
+        settings.pop(name, None)
+    path.write_text(canonical_json(settings), encoding="ascii")
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, folder: Path, name: str) -> TokenizerIdentity:
+    """What the manifest says of a tokenizer whose files are in `folder`.
+
+    The vocabulary size is one more than the largest id, added tokens included: len(tokenizer) for every
+    tokenizer without holes in its ids.
+    """
+    template = tokenizer.chat_template
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return TokenizerIdentity(
+        name=name,
+        vocabulary_size=max(tokenizer.get_vocab().values()) + 1,
+        digest=tokenizer_digest(folder),
+        chat_template_digest=None if template is None else hashlib.sha256(text.encode("utf-8")).hexdigest(),
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[NDArray[np.int32]]:
+    """Tokens of each document, closed by the end-of-text token; empty for a text that gives no token.
+
+    A document begins as the tokenizer itself begins a text (with Llama's or Gemma's start token, say). The
+    name of a special token inside a text is text: it cannot end a document.
+
+    Returns:
+        int32 arrays, one for each text.
+    """
+    end = tokenizer.eos_token_id
+    encoded = tokenizer(
+        texts, add_special_tokens=True, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    bare = len(tokenizer("", add_special_tokens=True)["input_ids"])
+    documents = []
+    for ids in encoded:
+        if len(ids) <= bare:
+            documents.append(np.empty(0, dtype=np.int32))
+            continue
+        closed = ids if ids[-1] == end else [*ids, end]
+        documents.append(np.asarray(closed, dtype=np.int32))
+    return documents
