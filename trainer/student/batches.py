@@ -1,0 +1,174 @@
+"""Rows of a store become the tensors of a micro-batch, and a thread reads them ahead of the training loop.
+
+Shapes: B rows of a micro-batch, L tokens of a row, N = B * L positions, K stored entries, k head, n draws.
+"""
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsekd.kernels.objective import Objective
+from sparsekd.kernels.targets import SparseTargets
+from sparsekd.logit_store.manifest import RecordSpec
+from sparsekd.logit_store.row import Row, position_ids
+
+IGNORED_LABEL = -100
+"""Label of a position without a true next token, as torch's cross-entropy has it."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass of the student needs.
+
+    A dataclass and not a tuple: DeepSpeed's hooks take tuples apart to look for activations, of which there
+    are none here.
+    """
+
+    token_ids: Tensor  # (B, L) int64
+    position_ids: Tensor  # (B, L) int64, restarting at each document
+    labels: Tensor  # (N,) int64, the next token, or IGNORED_LABEL
+    weights: Tensor  # (N,) float32, 1 where the loss counts
+    targets: SparseTargets | None  # None where the distillation term has weight 0
+
+
+def grid_index(objective: Objective, record: RecordSpec) -> int | None:
+    """The column of `log_rest` for the objective's temperature, or None where no teacher record is needed."""
+    if objective.kd_weight == 0:
+        return None
+    same = [math.isclose(objective.temperature, value, rel_tol=1e-6) for value in record.temperatures]
+    return same.index(True)
+
+
+def micro_batch(rows: Sequence[Row], *, temperature_column: int | None) -> MicroBatch:
+    """Stacks rows into the tensors of a forward pass, on the CPU.
+
+    Args:
+        rows: B rows of equal length.
+        temperature_column: Column of the records' `log_rest`; None leaves the teacher out.
+    """
+    token_ids = np.stack([row.token_ids for row in rows]).astype(np.int64)
+    mask = np.stack([row.loss_mask for row in rows])
+    labels = np.full_like(token_ids, IGNORED_LABEL)
+    labels[:, :-1] = token_ids[:, 1:]
+    labels[~mask] = IGNORED_LABEL
+    return MicroBatch(
+        token_ids=torch.from_numpy(token_ids),
+        position_ids=torch.from_numpy(np.stack([position_ids(row) for row in rows]).astype(np.int64)),
+        labels=torch.from_numpy(labels.reshape(-1)),
+        weights=torch.from_numpy(mask.reshape(-1).astype(np.float32)),
+        targets=None if temperature_column is None else sparse_targets(rows, temperature_column),
+    )
+
+
+def sparse_targets(rows: Sequence[Row], temperature_column: int) -> SparseTargets:
+    """The teacher's records of B rows as N = B * L positions, ids = head | draws."""
+    records = [row.teacher for row in rows if row.teacher is not None]
+    ids = np.concatenate(
+        [np.concatenate([record.head_ids, record.tail_ids], axis=1) for record in records]
+    )  # (N, K)
+    return SparseTargets(
+        ids=torch.from_numpy(ids.astype(np.int64)),
+        head_logprobs=torch.from_numpy(np.concatenate([record.head_logprobs for record in records])),
+        tail_counts=torch.from_numpy(
+            np.concatenate([record.tail_counts for record in records]).astype(np.float32)
+        ),
+        log_rest=torch.from_numpy(
+            np.concatenate([record.log_rest[:, temperature_column] for record in records])
+        ),
+        entropy=torch.from_numpy(np.concatenate([record.entropy for record in records])),
+    )
+
+
+def without_weight(batch: MicroBatch) -> MicroBatch:
+    """The same tensors, counting for nothing: what a rank computes while others still have rows."""
+    return replace(batch, weights=torch.zeros_like(batch.weights))
+
+
+def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """Copies a (pinned) micro-batch to the device without waiting."""
+    return _each_tensor(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def pinned(batch: MicroBatch) -> MicroBatch:
+    """The micro-batch in page-locked memory, from which a GPU copies without the CPU's help."""
+    return _each_tensor(batch, lambda tensor: tensor.pin_memory())
+
+
+def _each_tensor(batch: MicroBatch, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+    values: dict[str, Any] = {item.name: getattr(batch, item.name) for item in fields(batch)}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            values[name] = change(value)
+        elif value is not None:
+            values[name] = SparseTargets(*(change(tensor) for tensor in value))
+    return MicroBatch(**values)
+
+
+Item = TypeVar("Item")
+
+
+class ReadAhead(Generic[Item]):
+    """Takes items from an iterator in a thread, a bounded number ahead, in their own order.
+
+    An exception in the thread is raised again by the `next()` that would have returned its item.
+    `seconds_waited` grows by the time that `next()` had to wait.
+    """
+
+    def __init__(self, items: Iterator[Item], *, depth: int) -> None:
+        self.seconds_waited = 0.0
+        self._items = items
+        self._ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(maxsize=depth)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="read-ahead", daemon=True)
+        self._thread.start()
+
+    def next(self) -> Item:
+        """The next item.
+
+        Raises:
+            StopIteration: There are no more.
+            Exception: Whatever stopped the thread.
+        """
+        began = time.perf_counter()
+        item, problem = self._ready.get()
+        self.seconds_waited += time.perf_counter() - began
+        if problem is not None:
+            raise problem
+        assert item is not None
+        return item
+
+    def __enter__(self) -> "ReadAhead[Item]":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _read(self) -> None:
+        try:
+            for item in self._items:
+                if not self._put((item, None)):
+                    return
+            self._put((None, StopIteration()))
+        except BaseException as problem:  # it belongs to the loop, whatever it is
+            self._put((None, problem))
+
+    def _put(self, entry: tuple[Item | None, BaseException | None]) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._ready.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False

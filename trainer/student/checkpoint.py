@@ -1,0 +1,213 @@
+"""Checkpoints that are whole or not there: written to a temporary folder, checked in, published by one rename.
+
+DeepSpeed writes files under their final names, and its pointer to the latest checkpoint before the other ranks
+are done. So it writes into a folder that no reader takes for a checkpoint; a commit record with every file's
+size and checksum is added; then the folder gets its name.
+"""
+
+import json
+import os
+import shutil
+import uuid
+import zlib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+
+from sparsekd.trainer.distributed import Ranks, agree, broadcast_object
+from sparsekd.trainer.errors import CheckpointError
+
+COMMIT_NAME = "COMMIT.json"
+ENGINE_FOLDER = "engine"
+"""The part of a checkpoint that DeepSpeed writes and reads (its "tag")."""
+
+_BLOCK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a checkpoint's record says: where the run stood, and under which settings."""
+
+    step: int
+    rows_consumed: int
+    tokens: int
+    sums: list[float]  # running sums of the metrics since their last line
+    world_size: int
+    threads_per_rank: int
+    store_digest: str
+    settings: dict[str, Any]  # those that decide the numbers, flat
+    config_digest: str
+    versions: dict[str, str]
+    files: dict[str, dict[str, int]]  # name -> bytes, crc32
+
+
+def step_name(step: int) -> str:
+    """Name of a published checkpoint's folder."""
+    return f"step-{step:08d}"
+
+
+def published(folder: Path) -> list[Path]:
+    """The published checkpoints in a run's `checkpoints` folder, oldest first. Not yet verified."""
+    names = folder.glob("step-" + "[0-9]" * 8)
+    return sorted(path for path in names if (path / COMMIT_NAME).is_file())
+
+
+def read_commit(checkpoint: Path) -> Commit:
+    """Reads a checkpoint's record.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be read.
+    """
+    place = checkpoint / COMMIT_NAME
+    try:
+        raw = json.loads(place.read_text())
+        return Commit(**{item.name: raw[item.name] for item in fields(Commit)})
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{checkpoint} is not a checkpoint: it has no {COMMIT_NAME}; name a folder such as "
+            f"runs/NAME/checkpoints/{step_name(200)}."
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{place} cannot be read ({error}); use an older checkpoint.") from error
+
+
+def save(engine: deepspeed.DeepSpeedEngine, folder: Path, commit: Commit, here: Ranks) -> Path:
+    """Writes and publishes a checkpoint; every rank calls it. Returns the published folder.
+
+    Args:
+        engine: The engine, between two optimizer steps.
+        folder: The run's `checkpoints` folder.
+        commit: The record; its `files` are filled in here.
+        here: This rank.
+    """
+    token = uuid.uuid4().hex[:12]
+    working = folder / broadcast_object(f".{step_name(commit.step)}.tmp-{token}")
+    engine.save_checkpoint(str(working), tag=ENGINE_FOLDER, save_latest=False)
+    dist.barrier()
+    listed = _gathered(_checked_in(working, _share(_file_names(working), here)))
+    final = folder / step_name(commit.step)
+    if here.is_first:
+        record = asdict(commit) | {"files": dict(sorted(listed.items()))}
+        _write_durably(working / COMMIT_NAME, json.dumps(record, indent=1, sort_keys=True) + "\n")
+        _sync_folder(working)
+        if final.exists():
+            discard(final)
+        os.rename(working, final)
+        _sync_folder(folder)
+    dist.barrier()
+    return final
+
+
+def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> None:
+    """Brings weights and optimizer state of a checkpoint of the same world size into the engine.
+
+    Raises:
+        CheckpointError: DeepSpeed found nothing to load.
+    """
+    path, _ = engine.load_checkpoint(str(checkpoint), tag=ENGINE_FOLDER, load_lr_scheduler_states=False)
+    if path is None:
+        raise CheckpointError(f"DeepSpeed finds nothing to load in {checkpoint}; use an older checkpoint.")
+
+
+def verify(checkpoint: Path, here: Ranks) -> str | None:
+    """What is wrong with a checkpoint, on every rank; None if all files are as recorded.
+
+    The files are shared out over the ranks, each of which reads its part once.
+    """
+    try:
+        commit = read_commit(checkpoint)
+    except CheckpointError as error:
+        return agree(str(error))
+    problem = None
+    for name in _share(sorted(commit.files), here):
+        path, wanted = checkpoint / name, commit.files[name]
+        if not path.is_file():
+            problem = f"{path} is missing"
+        elif path.stat().st_size != wanted["bytes"]:
+            problem = f"{path} has {path.stat().st_size} bytes, expected {wanted['bytes']}"
+        elif _crc32(path) != wanted["crc32"]:
+            problem = f"{path} does not match its recorded checksum"
+    return agree(problem)
+
+
+def newest_verified(folder: Path, here: Ranks) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are all as recorded, and what is wrong with newer ones.
+
+    Every rank gets the first rank's view of the folder, so that none waits for another.
+    """
+    names = broadcast_object([path.name for path in published(folder)])
+    problems: list[str] = []
+    for name in reversed(names):
+        problem = verify(folder / name, here)
+        if problem is None:
+            return folder / name, problems
+        problems.append(problem)
+    return None, problems
+
+
+def prune(folder: Path, *, keep: int) -> None:
+    """Removes all but the newest checkpoints, and what broken-off runs left behind. First rank only."""
+    for old in published(folder)[:-keep]:
+        discard(old)
+    for leftover in folder.glob(".step-*.tmp-*"):
+        shutil.rmtree(leftover)
+
+
+def discard(checkpoint: Path) -> None:
+    """Removes a published checkpoint: first its name, so that no reader ever sees half of it."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.tmp-discarded-{uuid.uuid4().hex[:12]}")
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed)
+
+
+def _share(names: list[str], here: Ranks) -> list[str]:
+    return names[here.rank :: here.world_size]
+
+
+def _file_names(folder: Path) -> list[str]:
+    """Files below the folder, as the first rank sees them."""
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return broadcast_object(found)
+
+
+def _checked_in(folder: Path, names: list[str]) -> dict[str, dict[str, int]]:
+    """Makes files durable and measures them."""
+    measured = {}
+    for name in names:
+        path = folder / name
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        measured[name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+    return measured
+
+
+def _gathered(part: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    parts: list[dict[str, dict[str, int]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, part)
+    return {name: entry for found in parts for name, entry in found.items()}
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

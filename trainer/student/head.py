@@ -1,0 +1,119 @@
+"""The student as DeepSpeed sees it: one module whose forward is the loss.
+
+Under ZeRO-3 a weight exists only inside the forward and backward of the module that owns it. So the loss is
+the forward of the output head itself, called inside the engine's forward. The head keeps its Parameter object
+(its class is swapped), so that an embedding tied to it stays tied.
+
+Shapes: B rows, L tokens of a row, N = B * L positions, H hidden, V rows of the head's weight.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsekd.kernels.loss import sparse_kd_loss
+from sparsekd.kernels.objective import HeadTransform, Objective
+from sparsekd.trainer.causal_lm import decoder_and_head, dense_logits, hidden_states
+from sparsekd.trainer.errors import ModelError
+from sparsekd.trainer.student.batches import MicroBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """Which loss the head computes, and how."""
+
+    objective: Objective
+    transform: HeadTransform
+    impl: str
+    chunk_positions: int | None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Asks the student for logits twice: by the model's own forward and by our reading of its head."""
+
+    token_ids: Tensor  # (B, L) int64
+    position_ids: Tensor  # (B, L) int64
+
+
+class WeightedLoss(NamedTuple):
+    """The loss of a micro-batch and what it is made of, all weighted sums over positions."""
+
+    loss: Tensor  # float32 scalar, differentiable
+    parts: Tensor  # float64 (3,): kd, ce, agreement; detached
+
+
+class DistillationHead(nn.Linear):
+    """An output head that is plain with hidden states alone, and the loss with a micro-batch beside them."""
+
+    settings: LossSettings
+
+    def forward(self, input: Tensor, request: MicroBatch | Probe | None = None) -> Tensor | WeightedLoss:
+        """Logits (..., V) without a request; the weighted loss for a micro-batch; true logits for a probe.
+
+        Args:
+            input: Hidden states, (..., H), as the decoder returns them.
+            request: What is wanted of them.
+        """
+        if request is None:
+            return super().forward(input)
+        if isinstance(request, Probe):
+            return dense_logits(input, self, self.settings.transform)
+        output = sparse_kd_loss(
+            input.reshape(-1, input.shape[-1]),
+            self.weight,
+            bias=self.bias,
+            targets=request.targets,
+            labels=request.labels,
+            weights=request.weights,
+            objective=self.settings.objective,
+            head=self.settings.transform,
+            impl=self.settings.impl,
+            chunk_positions=self.settings.chunk_positions,
+        )
+        parts = torch.stack([output.kd, output.ce, output.agreement]).double() @ request.weights.double()
+        return WeightedLoss(loss=output.loss, parts=parts)
+
+
+def make_distillation_head(head: nn.Linear, settings: LossSettings) -> DistillationHead:
+    """Turns a model's head into a `DistillationHead` in place: same object, same Parameter.
+
+    Raises:
+        ModelError: The head is a subclass of nn.Linear whose forward is its own.
+    """
+    if type(head) is not nn.Linear:
+        raise ModelError(
+            f"The student's head is a {type(head).__name__}, not a plain nn.Linear, so its loss would skip "
+            "what that class adds; use a model without adapters or quantisation on its head."
+        )
+    head.__class__ = DistillationHead
+    assert isinstance(head, DistillationHead)
+    head.settings = settings
+    return head
+
+
+class Student(nn.Module):
+    """A causal language model whose forward takes a micro-batch and returns its loss."""
+
+    def __init__(self, model: PreTrainedModel, settings: LossSettings) -> None:
+        super().__init__()
+        self.model = model
+        make_distillation_head(decoder_and_head(model)[1], settings)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether embedding and head are one Parameter: by identity, not by what the configuration claims."""
+        return self.model.get_input_embeddings().weight is self.model.get_output_embeddings().weight
+
+    def forward(self, request: MicroBatch | Probe) -> WeightedLoss | tuple[Tensor, Tensor]:
+        """The loss of a micro-batch, or for a probe the model's own logits and ours."""
+        decoder, head = decoder_and_head(self.model)
+        hidden = hidden_states(decoder, request.token_ids, request.position_ids)  # (B, L, H)
+        ours = head(hidden, request)
+        if isinstance(request, MicroBatch):
+            return ours
+        own = self.model(input_ids=request.token_ids, position_ids=request.position_ids, use_cache=False)
+        return own.logits, ours

@@ -1,0 +1,164 @@
+"""The student to train: loaded or made from a configuration, and checked against its store."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from sparsekd.logit_store.manifest import TokenizerIdentity
+from sparsekd.trainer.causal_lm import ModelSource, load_causal_lm, load_config
+from sparsekd.trainer.config import StudentConfig
+from sparsekd.trainer.errors import ModelError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+# What decides how text becomes ids; the rest of tokenizer.json is padding, truncation and post-processing.
+_PIPELINE = ("model", "normalizer", "pre_tokenizer")
+
+
+def student_source(config: StudentConfig, tokenizer: TokenizerIdentity) -> ModelSource:
+    """Where the student comes from; a configuration without a vocabulary gets the store's.
+
+    Raises:
+        ModelError: Neither a path nor a configuration is given, or both are.
+    """
+    fields = dict(config.config)
+    if config.path is not None and fields:
+        raise ModelError(
+            f"student.path={config.path} and student.config ({', '.join(sorted(fields))}) are both set; "
+            "a loaded student brings its own configuration: give one of the two."
+        )
+    if fields:
+        fields.setdefault("vocab_size", tokenizer.vocabulary_size)
+        # The defaults of a model type speak of its own tokenizer, not of the store's.
+        fields.setdefault("bos_token_id", None)
+        fields.setdefault("eos_token_id", tokenizer.eos_token_id)
+        fields.setdefault("pad_token_id", None)
+    return ModelSource(
+        path=config.path,
+        revision=config.revision,
+        attention=config.attention,
+        trust_remote_code=config.trust_remote_code,
+        config=fields,
+    )
+
+
+def check_student(
+    config: PretrainedConfig, source: ModelSource, *, tokenizer: TokenizerIdentity, tokenizer_path: Path
+) -> None:
+    """Checks that the student can predict every id of the store, and means the same by it.
+
+    A vocabulary padded beyond the tokenizer's is normal: the loss leaves the padding out.
+
+    Raises:
+        ModelError: The vocabulary is too small, or the student's own tokenizer differs from the store's.
+    """
+    size = config.get_text_config().vocab_size
+    if size < tokenizer.vocabulary_size:
+        where = f"The student {source.path}" if source.path is not None else "student.config"
+        raise ModelError(
+            f"{where} has a vocabulary of {size}, but the store's tokenizer ({tokenizer.name}) has "
+            f"{tokenizer.vocabulary_size} ids; choose a student of the same tokenizer"
+            + (", or leave student.config.vocab_size out." if source.path is None else ".")
+        )
+    if source.path is None:
+        return
+    difference = tokenizer_difference(source.path, source.revision, tokenizer_path)
+    if difference is not None:
+        raise ModelError(
+            f"The tokenizer of student.path={source.path} is not the store's ({tokenizer.name}): "
+            f"{difference}; the student would read and predict other tokens than the teacher. Choose a student "
+            "of the same tokenizer, or prepare and capture a store with this one."
+        )
+
+
+def tokenizer_difference(student: str, revision: str | None, store_tokenizer: Path) -> str | None:
+    """How the student's own tokenizer differs from the store's, in words; None where it does not, or is none.
+
+    Compared is what decides the ids: the vocabulary with its added tokens, and for fast tokenizers the model
+    (merges), normaliser and pre-tokeniser, all as the same library reads them.
+    """
+    if not _has_tokenizer(student, revision):
+        return None
+    try:
+        own, stored = (
+            AutoTokenizer.from_pretrained(student, revision=revision),
+            AutoTokenizer.from_pretrained(str(store_tokenizer)),
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"The tokenizers of student.path={student} and of the store cannot be compared: {error}"
+        ) from error
+    own_ids, stored_ids = own.get_vocab(), stored.get_vocab()
+    if own_ids != stored_ids:
+        token = min(
+            (
+                token
+                for token in own_ids.keys() | stored_ids.keys()
+                if own_ids.get(token) != stored_ids.get(token)
+            ),
+            key=lambda token: (min(own_ids.get(token, 1 << 62), stored_ids.get(token, 1 << 62)), token),
+        )
+        return (
+            f"{len(own_ids)} and {len(stored_ids)} entries, and {token!r} is {_place(own_ids, token)} in the "
+            f"student's and {_place(stored_ids, token)} in the store's"
+        )
+    if own.is_fast and stored.is_fast:
+        ours, theirs = (json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (own, stored))
+        different = [part for part in _PIPELINE if ours.get(part) != theirs.get(part)]
+        if different:
+            return f"the same entries, but another {' and '.join(different)}"
+    return None
+
+
+def _place(ids: dict[str, int], token: str) -> str:
+    return f"number {ids[token]}" if token in ids else "missing"
+
+
+def _has_tokenizer(student: str, revision: str | None) -> bool:
+    if Path(student).is_dir():
+        return any((Path(student) / name).is_file() for name in _TOKENIZER_FILES)
+    quiet: dict[str, Any] = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+        "_raise_exceptions_for_gated_repo": False,
+    }
+    return any(
+        cached_file(student, name, revision=revision, **quiet) is not None for name in _TOKENIZER_FILES
+    )
+
+
+def load_student(
+    config: StudentConfig,
+    tokenizer: TokenizerIdentity,
+    tokenizer_path: Path,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+) -> PreTrainedModel:
+    """The student's model, ready to be wrapped: checked, seeded, with activation checkpointing if wanted.
+
+    With a live `HfDeepSpeedConfig` of stage 3 the weights are partitioned as they are made or read. Random
+    weights depend on the seed alone, not on the number of ranks or the stage.
+
+    Raises:
+        ModelError: It cannot be loaded, or does not fit the store.
+    """
+    source = student_source(config, tokenizer)
+    model_config = load_config(source, "student")
+    check_student(model_config, source, tokenizer=tokenizer, tokenizer_path=tokenizer_path)
+    torch.manual_seed(seed)
+    model = load_causal_lm(source, "student", dtype=dtype)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if model_config.get_text_config().tie_word_embeddings and not tied:
+        raise ModelError(
+            "The student's configuration says tie_word_embeddings, but its embedding and head are two "
+            "parameters; report the model type."
+        )
+    model.config.use_cache = False
+    if config.activation_checkpointing:
+        # Reentrant: the other kind compares shapes of saved tensors, which ZeRO-3 changes in between.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    return model
