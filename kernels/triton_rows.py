@@ -1,0 +1,240 @@
+"""Triton kernels for the elementwise part of the loss: no matrix products, no atomics.
+
+They run in this order on a slab of raw products hidden @ weight.T (docs/losses.md, 8):
+`prep` reads the support's and the label's logits, then punches the support out of the slab as -inf;
+`stats` makes maximum, logsumexps and sum of what remains in one read;
+`grad` writes the dense part of the gradient from a second read;
+`fix` overwrites the support and the label.
+Separate kernels, because none may read what another thread of the same program just wrote.
+
+C positions of the slab, K support entries, V vocabulary (true), z = softcap(scale * (product + bias)),
+u = z / T.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _transform(product, bias, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """(z, dz/dproduct) of raw products; -inf stays -inf with slope 0."""
+    raw = scale * (product + bias)
+    slope = tl.full(raw.shape, 1.0, tl.float32) * scale
+    if HAS_SOFTCAP:
+        # Masked before the operation: tanh(-inf) would bring a punched entry back as -softcap.
+        hole = raw == float("-inf")
+        scaled = tl.where(hole, 0.0, raw / softcap)
+        # exp of a negative number cannot overflow.
+        decay = tl.exp(-2.0 * tl.abs(scaled))
+        size = (1.0 - decay) / (1.0 + decay)
+        tanh = tl.where(scaled < 0, -size, size)
+        raw = tl.where(hole, float("-inf"), softcap * tanh)
+        slope = tl.where(hole, 0.0, slope * (1.0 - tanh * tanh))
+    return raw, slope
+
+
+@triton.jit
+def prep_kernel(
+    slab_ptr,  # float32 [C, stride]; support entries become -inf
+    bias_ptr,  # float32 [V]
+    ids_ptr,  # int64 [C, K], -1 pads
+    labels_ptr,  # int64 [C], negative is ignored
+    support_ptr,  # float32 [C, K] out: z at the ids, -inf at padding
+    support_slope_ptr,  # float32 [C, K] out: dz/dproduct there
+    label_ptr,  # float32 [C] out: z at the label, 0 where ignored
+    label_slope_ptr,  # float32 [C] out
+    slab_stride,
+    entries,  # K
+    scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    slab_row = slab_ptr + row * slab_stride
+    column = tl.arange(0, BLOCK_K)
+    ids = tl.load(ids_ptr + row * entries + column, mask=column < entries, other=-1)
+    present = ids >= 0
+    products = tl.load(slab_row + ids, mask=present, other=0.0)
+    bias = tl.zeros([BLOCK_K], tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + ids, mask=present, other=0.0)
+    logits, slope = _transform(products, bias, scale, softcap, HAS_SOFTCAP)
+    out = row * entries + column
+    tl.store(support_ptr + out, tl.where(present, logits, float("-inf")), mask=column < entries)
+    tl.store(support_slope_ptr + out, tl.where(present, slope, 0.0), mask=column < entries)
+
+    # A label inside the support is taken from the registers above: its slab entry is being punched out.
+    # (One lane instead of a scalar: the interpreter takes no scalar masks.)
+    lane = tl.arange(0, 1)
+    label = tl.load(labels_ptr + row + lane)
+    hit = present & (ids == label)
+    outside = (label >= 0) & (tl.sum(hit.to(tl.int32), 0) + lane == 0)
+    product = tl.load(slab_row + label, mask=outside, other=0.0)
+    label_bias = tl.zeros([1], tl.float32)
+    if HAS_BIAS:
+        label_bias = tl.load(bias_ptr + label, mask=outside, other=0.0)
+    lone, lone_slope = _transform(product, label_bias, scale, softcap, HAS_SOFTCAP)
+    from_support = tl.sum(tl.where(hit, logits, 0.0), 0)
+    from_support_slope = tl.sum(tl.where(hit, slope, 0.0), 0)
+    from_slab = tl.sum(tl.where(outside, lone, 0.0), 0)
+    from_slab_slope = tl.sum(tl.where(outside, lone_slope, 0.0), 0)
+    tl.store(label_ptr + row, from_support + from_slab)
+    tl.store(label_slope_ptr + row, from_support_slope + from_slab_slope)
+    tl.store(slab_row + ids, tl.full([BLOCK_K], float("-inf"), tl.float32), mask=present)
+
+
+@triton.jit
+def stats_kernel(
+    slab_ptr,  # float32 [C, stride], punched
+    bias_ptr,  # float32 [V]
+    maximum_ptr,  # float32 [C] out: largest z outside the support, -inf where nothing is outside
+    rest_t_ptr,  # float32 [C] out: logsumexp of u outside the support
+    rest_1_ptr,  # float32 [C] out: logsumexp of z outside the support
+    sum_ptr,  # float32 [C] out: sum of z outside the support; 0 unless NEEDS_SUM
+    slab_stride,
+    vocabulary_size,
+    scale,
+    softcap,
+    inverse_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    UNIT_TEMPERATURE: tl.constexpr,
+    NEEDS_SUM: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    slab_row = slab_ptr + row * slab_stride
+    lane = tl.arange(0, BLOCK_V)
+    # One running maximum and sum per lane; they meet once, after the loop.
+    maximum = tl.full([BLOCK_V], float("-inf"), tl.float32)
+    sum_t = tl.zeros([BLOCK_V], tl.float32)
+    sum_1 = tl.zeros([BLOCK_V], tl.float32)
+    total = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, vocabulary_size, BLOCK_V):
+        column = start + lane
+        inside = column < vocabulary_size
+        products = tl.load(slab_row + column, mask=inside, other=float("-inf"))
+        bias = tl.zeros([BLOCK_V], tl.float32)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + column, mask=inside, other=0.0)
+        logits, _ = _transform(products, bias, scale, softcap, HAS_SOFTCAP)
+        if NEEDS_SUM:
+            total += tl.where(logits > float("-inf"), logits, 0.0)
+        higher = tl.maximum(maximum, logits)
+        # -inf - -inf is NaN: a lane that has seen nothing yet subtracts 0.
+        shift = tl.where(higher > float("-inf"), higher, 0.0)
+        sum_1 = sum_1 * tl.exp(maximum - shift) + tl.exp(logits - shift)
+        if not UNIT_TEMPERATURE:
+            fading = tl.exp((maximum - shift) * inverse_temperature)
+            sum_t = sum_t * fading + tl.exp((logits - shift) * inverse_temperature)
+        maximum = higher
+    highest = tl.max(maximum, 0)
+    shift = tl.where(highest > float("-inf"), highest, 0.0)
+    row_1 = tl.sum(sum_1 * tl.exp(maximum - shift), 0)
+    empty = row_1 == 0
+    rest_1 = tl.where(empty, float("-inf"), tl.log(tl.where(empty, 1.0, row_1)) + shift)
+    rest_t = rest_1
+    if not UNIT_TEMPERATURE:
+        row_t = tl.sum(sum_t * tl.exp((maximum - shift) * inverse_temperature), 0)
+        safe = tl.log(tl.where(empty, 1.0, row_t)) + shift * inverse_temperature
+        rest_t = tl.where(empty, float("-inf"), safe)
+    tl.store(maximum_ptr + row, highest)
+    tl.store(rest_1_ptr + row, rest_1)
+    tl.store(rest_t_ptr + row, rest_t)
+    tl.store(sum_ptr + row, tl.sum(total, 0))
+
+
+@triton.jit
+def grad_kernel(
+    slab_ptr,  # float32 [C, stride], punched
+    bias_ptr,  # float32 [V]
+    gradient_ptr,  # bfloat16 or float32 [C, stride] out: d loss / d product, dense part
+    rest_t_ptr,  # float32 [C]
+    rest_1_ptr,  # float32 [C]
+    by_rest_t_ptr,  # float32 [C], coefficient of exp(u - rest_t)
+    by_rest_1_ptr,  # float32 [C], coefficient of exp(z - rest_1)
+    uniform_ptr,  # float32 [C], added at every true column
+    slab_stride,
+    gradient_stride,
+    vocabulary_size,
+    scale,
+    softcap,
+    inverse_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    UNIT_TEMPERATURE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = column < vocabulary_size
+    products = tl.load(slab_ptr + row * slab_stride + column, mask=inside, other=float("-inf"))
+    bias = tl.zeros([BLOCK_V], tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + column, mask=inside, other=0.0)
+    logits, slope = _transform(products, bias, scale, softcap, HAS_SOFTCAP)
+    rest_1 = tl.load(rest_1_ptr + row)
+    rest_1 = tl.where(rest_1 > float("-inf"), rest_1, 0.0)
+    by_rest_1 = tl.load(by_rest_1_ptr + row)
+    by_rest_t = tl.load(by_rest_t_ptr + row)
+    uniform = tl.load(uniform_ptr + row)
+    if UNIT_TEMPERATURE:
+        value = (by_rest_1 + by_rest_t) * tl.exp(logits - rest_1) + uniform
+    else:
+        rest_t = tl.load(rest_t_ptr + row)
+        rest_t = tl.where(rest_t > float("-inf"), rest_t, 0.0)
+        value = by_rest_1 * tl.exp(logits - rest_1) + uniform
+        value += by_rest_t * tl.exp(logits * inverse_temperature - rest_t)
+    gradient = gradient_ptr + row * gradient_stride + column
+    tl.store(gradient, (value * slope).to(gradient_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def fix_kernel(
+    gradient_ptr,  # bfloat16 or float32 [C, stride]; support and label are overwritten
+    ids_ptr,  # int64 [C, K]
+    labels_ptr,  # int64 [C]
+    support_gradient_ptr,  # float32 [C, K], d loss / dz at the ids
+    support_slope_ptr,  # float32 [C, K]
+    label_logit_ptr,  # float32 [C]
+    label_slope_ptr,  # float32 [C]
+    rest_t_ptr,  # float32 [C]
+    rest_1_ptr,  # float32 [C]
+    by_rest_t_ptr,  # float32 [C]
+    by_rest_1_ptr,  # float32 [C]
+    uniform_ptr,  # float32 [C]
+    by_label_ptr,  # float32 [C], added at the label
+    gradient_stride,
+    entries,  # K
+    inverse_temperature,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    gradient_row = gradient_ptr + row * gradient_stride
+    column = tl.arange(0, BLOCK_K)
+    inside = column < entries
+    place = row * entries + column
+    ids = tl.load(ids_ptr + place, mask=inside, other=-1)
+    lane = tl.arange(0, 1)
+    label = tl.load(labels_ptr + row + lane)
+    by_label = tl.load(by_label_ptr + row)
+    hit = (ids >= 0) & (ids == label)
+    value = tl.load(support_gradient_ptr + place, mask=inside, other=0.0)
+    slope = tl.load(support_slope_ptr + place, mask=inside, other=0.0)
+    value = (value + tl.where(hit, by_label, 0.0)) * slope
+    tl.store(gradient_row + ids, value.to(gradient_ptr.dtype.element_ty), mask=ids >= 0)
+
+    # A label outside the support: its dense value again, in float32, so that the sum is rounded once.
+    alone = (label >= 0) & (tl.sum(hit.to(tl.int32), 0) + lane == 0)
+    logit = tl.load(label_logit_ptr + row)
+    rest_t = tl.load(rest_t_ptr + row)
+    rest_1 = tl.load(rest_1_ptr + row)
+    rest_t = tl.where(rest_t > float("-inf"), rest_t, 0.0)
+    rest_1 = tl.where(rest_1 > float("-inf"), rest_1, 0.0)
+    dense = tl.load(by_rest_t_ptr + row) * tl.exp(tl.where(alone, logit * inverse_temperature - rest_t, 0.0))
+    dense += tl.load(by_rest_1_ptr + row) * tl.exp(tl.where(alone, logit - rest_1, 0.0))
+    dense += tl.load(uniform_ptr + row) + by_label
+    lone = dense * tl.load(label_slope_ptr + row)
+    tl.store(gradient_row + label, lone.to(gradient_ptr.dtype.element_ty), mask=alone)
