@@ -23,6 +23,7 @@ from sparsekd.logit_store.manifest import (
 )
 from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.shard import (
+    REMEDY,
     CommitRecord,
     RowCounts,
     decode_row,
@@ -129,7 +130,7 @@ class LogitStore:
             raise DamagedStoreError(
                 f"{self.path}, split {split}, shard {shard_index:06d}: the commit record is not the one "
                 "that was "
-                "sealed: restore the shard's two files from a copy."
+                f"sealed; {REMEDY}."
             )
         with self._lock:
             self._commits[key] = record
@@ -164,19 +165,17 @@ class LogitStore:
             except StoreError as error:
                 if place.exists():
                     continue
-                raise DamagedStoreError(f"{place} is missing: restore it from a copy.") from error
+                raise DamagedStoreError(f"{place} is missing: {REMEDY}.") from error
             if zlib.crc32(message) == crc32 and len(message) == length:
                 return message
         if len(message) < length:
             raise DamagedStoreError(
                 f"{where}: {place.name} ends at byte {offset + len(message)}, expected at least "
                 f"{offset + length}: "
-                "the file is cut off or cannot be read; restore it from a copy."
+                f"the file is cut off or cannot be read; {REMEDY}."
             )
-        damage = find_damage(message, self._schema, offset)
-        raise DamagedStoreError(
-            f"{where}: stored bytes differ from their checksum in {damage}; restore the shard from a copy."
-        )
+        damage = find_damage(message, self._schema, offset, index)
+        raise DamagedStoreError(f"{where}: stored bytes differ from their checksum in {damage}; {REMEDY}.")
 
     def read_row(self, split: str, index: int) -> Row:
         """Returns a row, after one positional read.

@@ -26,6 +26,14 @@ _MAGIC = b"ARROW1\0\0"
 """First bytes of every Arrow IPC file, padded to 8."""
 
 
+REMEDY = (
+    "restore it from a copy, or remove this shard's two files and INDEX.json and run the command that wrote "
+    "the "
+    "store again"
+)
+"""What to do about a damaged shard: the writing command makes a missing one anew, equal to the byte."""
+
+
 @dataclass(frozen=True)
 class RowCounts:
     """What is counted over rows, for the index and for people.
@@ -220,8 +228,7 @@ def read_commit(path: Path, manifest_sha256: str, split: str, shard: int) -> tup
         raise DamagedStoreError(
             f"{place} is missing: without its commit record shard {shard:06d} of split {split} does not "
             "exist; "
-            "restore it from a copy, or run the command that wrote the store again on a copy without "
-            "INDEX.json."
+            f"{REMEDY}."
         ) from None
     content = read_signed_json(place, data)
     record = CommitRecord(
@@ -259,8 +266,16 @@ def read_batch(message: bytes, schema: pa.Schema) -> tuple[int, NDArray[np.uint3
     return batch.column("row")[0].as_py(), batch.column("crc32").values.to_numpy(), planes
 
 
-def find_damage(message: bytes, schema: pa.Schema, offset: int) -> str:
-    """Says which plane of a damaged batch differs from its own crc32, and where it lies in the file."""
+def find_damage(message: bytes, schema: pa.Schema, offset: int, index: int) -> str:
+    """Says what is wrong with a batch that differs from its crc32, and where it lies in the file.
+
+    Args:
+        message: the batch's bytes.
+        schema: `row_schema`.
+        offset: of the batch in the file.
+        index: number of the row that should be there.
+    """
+    everywhere = f"bytes {offset} to {offset + len(message) - 1} of the file"
     try:
         buffer = pa.py_buffer(message)
         batch = pa.ipc.read_record_batch(buffer, schema)
@@ -271,13 +286,13 @@ def find_damage(message: bytes, schema: pa.Schema, offset: int) -> str:
             if zlib.crc32(stored) != crcs[position]:
                 begin = offset + stored.address - buffer.address
                 return f"plane {plane}, bytes {begin} to {begin + stored.size - 1} of the file"
+        found = batch.column("row")[0].as_py()
+        if found != index:
+            return f"every plane: it is the batch of row {found}, {everywhere}"
     except (pa.ArrowException, OSError, ValueError, IndexError, AttributeError, OverflowError):
         # Expected of damaged bytes: the header that says where the planes lie is itself unreadable.
         pass
-    return (
-        f"no single plane, but the frame around them, bytes {offset} to {offset + len(message) - 1} of the "
-        "file"
-    )
+    return f"no single plane, but the frame around them, {everywhere}"
 
 
 def decode_row(message: bytes, manifest: Manifest, schema: pa.Schema, index: int, where: str) -> Row:
@@ -290,10 +305,10 @@ def decode_row(message: bytes, manifest: Manifest, schema: pa.Schema, index: int
     codec = codec_of(manifest)
     found, _, planes = read_batch(message, schema)
     if found != index:
-        raise DamagedStoreError(f"{where} holds row {found} instead: rows were swapped; restore the shard.")
+        raise DamagedStoreError(f"{where} holds row {found} instead: rows were swapped; {REMEDY}.")
     try:
         row = codec.decode(planes, manifest)
     except PlaneError as error:
-        raise DamagedStoreError(f"{where}, plane {error.plane}: {error}; restore the shard.") from error
+        raise DamagedStoreError(f"{where}, plane {error.plane}: {error}; {REMEDY}.") from error
     check_row(row, manifest, mass_tolerance=codec.mass_tolerance, where=where)
     return row

@@ -136,8 +136,8 @@ def _tokenizer_content(vocabulary_size: int) -> dict[str, bytes]:
 def _row(manifest: Manifest, random: np.random.Generator) -> Row:
     length = manifest.sequence_length
     wanted = min(int(random.integers(1, 5)), length)
-    later = np.sort(random.choice(np.arange(1, length), wanted - 1, replace=False)) if wanted > 1 else []
-    starts = np.array([0, *later], np.int32)
+    later = np.sort(random.permutation(np.arange(1, length))[: wanted - 1])
+    starts = np.concatenate([[0], later]).astype(np.int32)
     documents = np.sort(random.choice(1000, len(starts), replace=False)).astype(np.int64)
     if len(starts) > 1 and random.random() < 0.5:
         documents[-1] = PADDING_DOCUMENT
