@@ -1,0 +1,322 @@
+"""`plan`: how large, how long and how much memory, before money is spent. Torch-free: it answers at once.
+
+Shapes: L tokens of a row, k head entries, n draws, G grid temperatures, C positions of a chunk, N positions
+of a micro-batch, H hidden, V vocabulary.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+
+from sparsekd.logit_store.codec import codec_of
+from sparsekd.logit_store.manifest import (
+    ALIGNMENT,
+    FORMAT_VERSION,
+    CodecSpec,
+    Manifest,
+    RecordSpec,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
+from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.row import Row, TeacherRecord
+from sparsekd.trainer.config import Config
+from sparsekd.trainer.errors import ConfigError
+
+# Decoders with gated MLPs and without biases; others have terms that this formula does not know.
+COUNTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+RANKS_SHOWN = (1, 2, 8, 64)
+# The implementations' own rules take at most so many positions at a time (kernels/chunked.py).
+LARGEST_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What will be captured: all splits together.
+
+    Attributes:
+        tokens: positions, padding included, because it is stored as well.
+        rows: packed rows.
+        shards: shards of all splits, which are the units of work of `capture`.
+        train_rows: rows of the training split.
+        sequence_length: positions of a row.
+        vocabulary_size: true vocabulary.
+        source: where these numbers are from, for people.
+    """
+
+    tokens: int
+    rows: int
+    shards: int
+    train_rows: int
+    sequence_length: int
+    vocabulary_size: int
+    source: str
+
+
+def corpus_of(config: Config) -> Corpus:
+    """Counts from the token store, or from plan.tokens and plan.vocabulary_size where there is none yet.
+
+    Raises:
+        ConfigError: Neither is given.
+    """
+    per_shard = config.store.rows_per_shard
+    if config.store.tokens is not None and Path(config.store.tokens).is_dir():
+        store = open_store(Path(config.store.tokens))
+        manifest = store.manifest
+        rows = {split: store.rows(split) for split in manifest.splits}
+        total = sum(rows.values())
+        return Corpus(
+            tokens=total * manifest.sequence_length,
+            rows=total,
+            shards=sum(len(store.shards(split)) for split in manifest.splits),
+            train_rows=rows["train"],
+            sequence_length=manifest.sequence_length,
+            vocabulary_size=manifest.tokenizer.vocabulary_size,
+            source=f"counted in {config.store.tokens}",
+        )
+    for name in ("tokens", "vocabulary_size"):
+        if getattr(config.plan, name) is None:
+            raise ConfigError(
+                f"There is no token store to count (store.tokens={config.store.tokens}) and plan.{name} is "
+                "not set: give store.tokens=FOLDER, or plan.tokens=... and plan.vocabulary_size=..."
+            )
+    length = config.corpus.sequence_length
+    rows_needed = math.ceil(_number(config.plan.tokens) / length)
+    heldout = round(rows_needed * config.corpus.heldout_fraction)
+    return Corpus(
+        tokens=rows_needed * length,
+        rows=rows_needed,
+        shards=math.ceil((rows_needed - heldout) / per_shard) + math.ceil(heldout / per_shard),
+        train_rows=rows_needed - heldout,
+        sequence_length=length,
+        vocabulary_size=int(_number(config.plan.vocabulary_size)),
+        source="from plan.tokens, without padding",
+    )
+
+
+def bytes_per_token(config: Config, corpus: Corpus) -> dict[str, float]:
+    """Bytes that each plane of the store takes per position before compression.
+
+    The codec itself says so: it encodes one empty row, and each frame tells the size of its content.
+    """
+    length, spec = corpus.sequence_length, config.store
+    grid = len(spec.temperatures)
+    captured = spec.k + spec.n > 0
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        alignment=ALIGNMENT,
+        sequence_length=length,
+        rows_per_shard=spec.rows_per_shard,
+        splits=("train", "heldout"),
+        dataset={},
+        tokenizer=TokenizerIdentity("plan", corpus.vocabulary_size, "", None, None),
+        record=RecordSpec(spec.k, spec.n, tuple(sorted(spec.temperatures)), spec.draw_temperature, spec.seed),
+        teacher=TeacherIdentity("plan", None, "", "", "", "", {}) if captured else None,
+        codec=CodecSpec(spec.codec, {}),
+    )
+    values = np.zeros(length, np.float32)
+    record = TeacherRecord(
+        head_ids=np.zeros((length, spec.k), np.int32),
+        head_logprobs=np.zeros((length, spec.k), np.float32),
+        tail_ids=np.zeros((length, spec.n), np.int32),
+        tail_counts=np.zeros((length, spec.n), np.int32),
+        log_rest=np.zeros((length, grid), np.float32),
+        rest_entropy=values,
+        true_logprob=values,
+        entropy=values,
+    )
+    row = Row(
+        token_ids=np.zeros(length, np.int32),
+        loss_mask=np.zeros(length, np.bool_),
+        segment_starts=np.zeros(1, np.int32),
+        segment_documents=np.zeros(1, np.int64),
+        teacher=record if captured else None,
+    )
+    planes = codec_of(manifest).encode(row, manifest)
+    return {
+        name: zstandard.get_frame_parameters(stored).content_size / length for name, stored in planes.items()
+    }
+
+
+def student_fields(config: Config) -> dict[str, Any]:
+    """The student's sizes: student.config, or config.json where student.path is a folder; else nothing."""
+    if config.student.path is None:
+        return dict(config.student.config)
+    place = Path(config.student.path, "config.json")
+    return json.loads(place.read_text()) if place.is_file() else {}
+
+
+def count_parameters(fields: dict[str, Any], vocabulary_size: int) -> int | None:
+    """Parameters of a llama-like decoder, tied weights counted once; None when a size is missing.
+
+    V H (twice when untied) + layers (H D (2 heads + 2 kv heads) + 3 H I + 2 H) + H, with D the head size and
+    I the MLP's. Biases and norms of single heads, well below 1 %, are left out.
+    """
+    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    if fields.get("model_type") not in COUNTED_MODEL_TYPES or any(name not in fields for name in needed):
+        return None
+    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    grouped = fields.get("num_key_value_heads") or heads
+    head_size = fields.get("head_dim") or hidden // heads
+    vocabulary = fields.get("vocab_size") or vocabulary_size
+    embeddings = vocabulary * hidden * (1 if fields.get("tie_word_embeddings") else 2)
+    attention = hidden * head_size * (2 * heads + 2 * grouped)
+    layer = attention + 3 * hidden * fields["intermediate_size"] + 2 * hidden
+    return embeddings + fields["num_hidden_layers"] * layer + hidden
+
+
+def model_state_bytes(parameters: int, *, stage: int, dtype: str, ranks: int) -> float:
+    """Bytes of weights, gradients and optimizer states on one rank.
+
+    Per parameter: 2 or 4 bytes of weights, 4 of float32 gradients, 12 of AdamW (master weight, two moments).
+    ZeRO stage 1 divides the optimizer states by the ranks, stage 2 also the gradients, stage 3 also the
+    weights (Rajbhandari et al. 2020, arXiv 1910.02054, section 3; they count 2 bytes for half-precision
+    gradients, sparsekd accumulates in float32).
+    """
+    weights, gradients, optimizer = (2 if dtype == "bfloat16" else 4), 4, 12
+    share = [
+        optimizer / (ranks if stage >= 1 else 1),
+        gradients / (ranks if stage >= 2 else 1),
+        weights / (ranks if stage >= 3 else 1),
+    ]
+    return parameters * sum(share)
+
+
+def checkpoint_bytes(parameters: int, dtype: str) -> int:
+    """Bytes of one checkpoint: master weights and two moments in float32, and the weights of the module."""
+    return parameters * (12 + (2 if dtype == "bfloat16" else 4))
+
+
+def dense_loss_bytes(positions: int, vocabulary: int) -> int:
+    """Peak of distilling with whole logits: student's and teacher's and one gradient, float32 [N, V] each."""
+    return 3 * 4 * positions * vocabulary
+
+
+def sparse_loss_bytes(positions: int, chunk: int, vocabulary: int, hidden: int) -> int:
+    """Peak of the chunked loss, everything in float32.
+
+    Logits [C, V], whose memory becomes their gradient, and a working copy; gradients of the head's weight
+    [V, H] and of the hidden states [N, H].
+    """
+    return 2 * 4 * min(chunk, positions) * vocabulary + 4 * vocabulary * hidden + 4 * positions * hidden
+
+
+def run(config: Config) -> None:
+    """Prints the plan."""
+    corpus = corpus_of(config)
+    planes = bytes_per_token(config, corpus)
+    for title, lines in (
+        ("corpus", _corpus_lines(config, corpus)),
+        ("store, before compression", _store_lines(config, corpus, planes)),
+        ("student", _student_lines(config, corpus)),
+        ("loss of one micro-batch", _loss_lines(config, corpus)),
+    ):
+        print(title)
+        width = max(len(name) for name, _ in lines)
+        for name, value in lines:
+            print(f"  {name:<{width}}  {value}")
+    if config.store.tokens is None or not Path(config.store.tokens).is_dir():
+        print("next: sparsekd prepare corpus.paths=[...] store.tokens=FOLDER")
+    else:
+        path = config.store.path or "STORE"
+        print(
+            "next: torchrun --nproc-per-node RANKS --no-python sparsekd capture "
+            f"store.tokens={config.store.tokens} store.path={path} teacher.path=MODEL",
+            flush=True,
+        )
+
+
+def _corpus_lines(config: Config, corpus: Corpus) -> list[tuple[str, str]]:
+    batch = config.train.global_batch_rows
+    read = config.train.steps * batch
+    lines = [
+        ("tokens", f"{corpus.tokens:,} ({corpus.source})"),
+        ("rows", f"{corpus.rows:,} of {corpus.sequence_length:,} tokens"),
+        ("vocabulary", f"{corpus.vocabulary_size:,}"),
+        (
+            "training",
+            f"{config.train.steps:,} steps of {batch:,} rows read {read * corpus.sequence_length:,} tokens: "
+            f"{read / max(corpus.train_rows, 1):.2f} times the training rows",
+        ),
+    ]
+    speed = config.plan.teacher_tokens_per_second
+    if speed is None:
+        lines.append(("teacher pass", "hours unknown; give plan.teacher_tokens_per_second=..."))
+    else:
+        lines.append(("teacher pass", f"{corpus.tokens / speed / 3600:.2f} hours at {speed:,.0f} tokens/s"))
+    return lines
+
+
+def _store_lines(config: Config, corpus: Corpus, planes: dict[str, float]) -> list[tuple[str, str]]:
+    total = sum(planes.values())
+    lines = [("record", f"k={config.store.k}, n={config.store.n}, codec {config.store.codec}")]
+    lines += [(name, f"{width:8.2f} bytes per token") for name, width in planes.items()]
+    lines += [
+        ("all planes", f"{total:8.2f} bytes per token"),
+        ("size", f"{_size(total * corpus.tokens)} in {corpus.shards:,} shards"),
+    ]
+    return lines
+
+
+def _student_lines(config: Config, corpus: Corpus) -> list[tuple[str, str]]:
+    parameters = count_parameters(student_fields(config), corpus.vocabulary_size)
+    if parameters is None:
+        return [
+            (
+                "parameters",
+                "not counted: needs student.config (or a folder as student.path) of type "
+                + ", ".join(COUNTED_MODEL_TYPES),
+            )
+        ]
+    engine = config.engine
+    ranks = ", ".join(
+        f"{_size(model_state_bytes(parameters, stage=engine.zero_stage, dtype=engine.dtype, ranks=ranks))} "
+        f"on {ranks}"
+        for ranks in RANKS_SHOWN
+    )
+    weights = 2 if engine.dtype == "bfloat16" else 4
+    each = checkpoint_bytes(parameters, engine.dtype)
+    kept = config.train.keep_checkpoints
+    return [
+        ("parameters", f"about {parameters:,}"),
+        ("states per rank", f"{ranks} ranks (ZeRO {engine.zero_stage})"),
+        ("", f"{weights} + 4 + 12 bytes: weights, float32 gradients, AdamW; without activations"),
+        ("checkpoints", f"about {_size(each)} each, {_size(each * kept)} for the {kept} that are kept"),
+    ]
+
+
+def _loss_lines(config: Config, corpus: Corpus) -> list[tuple[str, str]]:
+    vocabulary = corpus.vocabulary_size
+    positions = config.train.micro_batch_rows * corpus.sequence_length
+    lines = [
+        ("dense", f"{_size(dense_loss_bytes(positions, vocabulary))} = 12 N V, N = {positions:,} positions")
+    ]
+    hidden = student_fields(config).get("hidden_size") or config.plan.hidden_size
+    if hidden is None:
+        lines.append(("sparse", "not counted: needs student.config.hidden_size or plan.hidden_size"))
+        return lines
+    chunk = config.objective.chunk_positions or LARGEST_CHUNK
+    peak = sparse_loss_bytes(positions, chunk, vocabulary, hidden)
+    lines.append(
+        ("sparse", f"{_size(peak)} = 8 C V + 4 V H + 4 N H, C = {min(chunk, positions):,}, H = {hidden:,}")
+    )
+    return lines
+
+
+def _number(value: float | None) -> float:
+    assert value is not None
+    return value
+
+
+def _size(count: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")

@@ -1,0 +1,241 @@
+"""One model over the held-out rows: every counted position's figures.
+
+Shapes: B rows, L tokens of a row, N counted positions, C of them at a time, H hidden, V vocabulary, k head,
+n draws.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsekd.kernels.objective import HeadTransform
+from sparsekd.logit_store.manifest import RecordSpec
+from sparsekd.logit_store.reader import LogitStore
+from sparsekd.logit_store.row import Row, position_ids
+from sparsekd.trainer.causal_lm import (
+    DTYPES,
+    ModelSource,
+    check_head,
+    decoder_and_head,
+    dense_logits,
+    head_transform,
+    hidden_states,
+    load_causal_lm,
+    load_config,
+)
+from sparsekd.trainer.errors import ModelError
+from sparsekd.trainer.quality import metrics
+from sparsekd.trainer.quality.heldout import row_batches
+from sparsekd.trainer.quality.result import ESTIMATE, EXACT, LOWER_BOUND, UPPER_BOUND
+
+# Positions whose logits exist at one time: some five float32 [C, V] arrays, 1.6 GB at V = 152,064.
+_POSITIONS_AT_ONCE = 512
+
+
+class Judged(NamedTuple):
+    """A loaded model and its way to logits."""
+
+    model: PreTrainedModel
+    decoder: nn.Module
+    head: nn.Linear
+    transform: HeadTransform
+    weight_bytes: int  # of the weights in the dtype in which they are saved
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A model's figures at the counted positions, each [N] in row order; None where they cannot be had.
+
+    `loss`, `entropy`, `kl` are in nats; the others are probabilities or yes and no.
+    """
+
+    loss: NDArray[np.float32]
+    top_ids: NDArray[np.int64]
+    confidence: NDArray[np.float32]
+    hit: NDArray[np.bool_]
+    entropy: NDArray[np.float32]
+    agreement: NDArray[np.bool_] | None
+    kl: NDArray[np.float32] | None
+    acceptance: NDArray[np.float32] | None
+    tokens_per_second: float
+
+
+def load_judged(source: ModelSource, key: str, store: LogitStore, dtype: str, device: torch.device) -> Judged:
+    """Loads a model, checks that it fits the store's vocabulary and that our logits are its own.
+
+    Raises:
+        ModelError: It cannot be loaded, its vocabulary is too small, or its head is unknown to us.
+    """
+    saved = getattr(load_config(source, key), "dtype", None)
+    model = load_causal_lm(source, key, dtype=DTYPES[dtype]).to(device).eval()
+    decoder, head = decoder_and_head(model)
+    vocabulary = store.manifest.tokenizer.vocabulary_size
+    entries = min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0])
+    if entries < vocabulary:
+        raise ModelError(
+            f"{key} at {source.path} has {entries} vocabulary entries, but the store {store.path} was made "
+            f"with a tokenizer of {vocabulary} ({store.manifest.tokenizer.name}): name a model of that "
+            "tokenizer."
+        )
+    transform = head_transform(model.config, vocabulary)
+    with torch.inference_mode():
+        token_ids, positions = _inputs([store.read_row("heldout", 0)], device)
+        own = model(input_ids=token_ids, position_ids=positions, use_cache=False).logits
+        ours = dense_logits(hidden_states(decoder, token_ids, positions), head, transform)
+        check_head(own, ours, key)
+    width = torch.finfo(saved).bits // 8 if isinstance(saved, torch.dtype) else 4
+    return Judged(model, decoder, head, transform, model.num_parameters() * width)
+
+
+def kinds(record: RecordSpec, *, teacher_runs: bool) -> dict[str, str]:
+    """Which comparisons with the teacher can be had, and how far each can be trusted."""
+    if teacher_runs:
+        return {"agreement": EXACT, "kl": EXACT, "acceptance": EXACT}
+    found = {}
+    if record.k > 0:
+        found["agreement"] = EXACT
+    if 1.0 in record.temperatures:
+        if record.n > 0 and record.draw_temperature == 1.0:
+            found["kl"] = ESTIMATE
+        elif record.k > 0:
+            found["kl"] = LOWER_BOUND
+        if record.k > 0:
+            found["acceptance"] = UPPER_BOUND
+    return found
+
+
+@torch.inference_mode()
+def score(judged: Judged, store: LogitStore, *, rows: int, batch: int, teacher: Judged | None) -> Scores:
+    """Runs a model over the first `rows` held-out rows.
+
+    Args:
+        judged: The model.
+        store: Its held-out rows; their records stand for the teacher where `teacher` is None.
+        rows: How many.
+        batch: Rows in one forward pass.
+        teacher: Runs beside the model, so that every figure is exact; both are in memory then.
+    """
+    device = judged.head.weight.device
+    wanted = kinds(store.manifest.record, teacher_runs=teacher is not None)
+    columns: dict[str, list[NDArray]] = {}
+    # (seconds, tokens) of each batch; the first is a warm-up wherever there is a second.
+    laps: list[tuple[float, int]] = []
+    for chunk in row_batches(store, rows, batch):
+        token_ids, positions = _inputs(chunk, device)
+        mask = np.stack([row.loss_mask for row in chunk])
+        counted = torch.from_numpy(mask).to(device)
+        labels = token_ids.roll(-1, dims=1)[counted]
+        began = _now(device)
+        hidden = hidden_states(judged.decoder, token_ids, positions)[counted]
+        seconds = _now(device) - began
+        teacher_hidden = None
+        if teacher is not None:
+            teacher_hidden = hidden_states(teacher.decoder, token_ids, positions)[counted]
+        record = _Record.of(chunk, store.manifest.record, device) if teacher is None else None
+        for start in range(0, len(labels), _POSITIONS_AT_ONCE):
+            part = slice(start, start + _POSITIONS_AT_ONCE)
+            began = _now(device)
+            log_q = dense_logits(hidden[part], judged.head, judged.transform).log_softmax(-1)
+            seconds += _now(device) - began
+            own = metrics.own_scores(log_q, labels[part])
+            found = dict(own._asdict())
+            if teacher is not None and teacher_hidden is not None:
+                log_p = dense_logits(teacher_hidden[part], teacher.head, teacher.transform).log_softmax(-1)
+                found["agreement"] = own.top_ids == log_p.argmax(-1)
+                found["kl"] = metrics.dense_kl(log_p, log_q)
+                found["acceptance"] = metrics.dense_acceptance(log_p, log_q)
+            elif record is not None:
+                found |= _against_record(record.part(part), log_q, own.top_ids, wanted)
+            for name, value in found.items():
+                columns.setdefault(name, []).append(value.cpu().numpy())
+        laps.append((seconds, token_ids.numel()))
+    timed = laps[1:] or laps
+    whole = {name: np.concatenate(parts) for name, parts in columns.items()}
+    return Scores(
+        loss=whole["loss"],
+        top_ids=whole["top_ids"],
+        confidence=whole["confidence"],
+        hit=whole["hit"],
+        entropy=whole["entropy"],
+        agreement=whole["agreement"] if "agreement" in wanted else None,
+        kl=whole["kl"] if "kl" in wanted else None,
+        acceptance=whole["acceptance"] if "acceptance" in wanted else None,
+        tokens_per_second=sum(tokens for _, tokens in timed) / sum(seconds for seconds, _ in timed),
+    )
+
+
+class _Record(NamedTuple):
+    """The records of the counted positions of a batch, on the device, at temperature 1."""
+
+    head_ids: Tensor  # (N, k) int64
+    head_logprobs: Tensor  # (N, k) float32
+    tail_ids: Tensor  # (N, n) int64
+    tail_counts: Tensor  # (N, n) float32
+    log_rest: Tensor  # (N,) float32; NaN where temperature 1 is not on the grid, and never read then
+    entropy: Tensor  # (N,) float32
+
+    @classmethod
+    def of(cls, rows: list[Row], spec: RecordSpec, device: torch.device) -> "_Record | None":
+        """Gathers the records; None in a token store."""
+
+        def gather(name: str, dtype: torch.dtype) -> Tensor:
+            parts = [getattr(row.teacher, name)[row.loss_mask] for row in rows]
+            return torch.from_numpy(np.concatenate(parts)).to(device, dtype)
+
+        if any(row.teacher is None for row in rows):
+            return None
+        log_rest = gather("log_rest", torch.float32)
+        at_one = spec.temperatures.index(1.0) if 1.0 in spec.temperatures else None
+        return cls(
+            head_ids=gather("head_ids", torch.int64),
+            head_logprobs=gather("head_logprobs", torch.float32),
+            tail_ids=gather("tail_ids", torch.int64),
+            tail_counts=gather("tail_counts", torch.float32),
+            log_rest=log_rest.new_full(log_rest.shape[:1], torch.nan)
+            if at_one is None
+            else log_rest[:, at_one],
+            entropy=gather("entropy", torch.float32),
+        )
+
+    def part(self, positions: slice) -> "_Record":
+        return _Record(*(value[positions] for value in self))
+
+
+def _against_record(
+    record: _Record, log_q: Tensor, top_ids: Tensor, wanted: dict[str, str]
+) -> dict[str, Tensor]:
+    """The comparisons that a stored record allows, [N] each."""
+    found = {}
+    head = (record.head_ids, record.head_logprobs)
+    if "agreement" in wanted:
+        found["agreement"] = top_ids == record.head_ids[:, 0]
+    if "kl" in wanted:
+        found["kl"] = (
+            metrics.sampled_kl(
+                log_q, *head, record.tail_ids, record.tail_counts, record.log_rest, record.entropy
+            )
+            if wanted["kl"] == ESTIMATE
+            else metrics.bucket_kl(log_q, *head, record.log_rest)
+        )
+    if "acceptance" in wanted:
+        found["acceptance"] = metrics.bucket_acceptance(log_q, *head, record.log_rest)
+    return found
+
+
+def _inputs(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and position ids, int64 [B, L] each."""
+    token_ids = np.stack([row.token_ids for row in rows]).astype(np.int64)
+    positions = np.stack([position_ids(row) for row in rows]).astype(np.int64)
+    return torch.from_numpy(token_ids).to(device), torch.from_numpy(positions).to(device)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
