@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsekd.logit_store.manifest import ALIGNMENT, FORMAT_VERSION, CodecSpec, Manifest, RecordSpec
 from sparsekd.logit_store.reader import LogitStore, open_store
-from sparsekd.logit_store.row import PADDING_DOCUMENT, Row, document_of_position
+from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.writer import create_store, seal, write_shard
 from sparsekd.trainer.config import Config, CorpusConfig, require
 from sparsekd.trainer.corpus import packing
@@ -29,7 +29,7 @@ from sparsekd.trainer.corpus.tokenizer import (
     tokenizer_identity,
     train_tokenizer,
 )
-from sparsekd.trainer.errors import ConfigError, DataError
+from sparsekd.trainer.errors import DataError
 
 SPLITS = ("train", "heldout")
 
@@ -66,7 +66,6 @@ def run(config: Config) -> None:
     corpus = config.corpus
     path = Path(require(config.store.tokens, "store.tokens", "as the folder of the token store"))
     require(corpus.paths, "corpus.paths", "to find documents")
-    _check_tokenizer_keys(corpus)
     started = time.monotonic()
     survey = survey_documents(corpus)
     print(
@@ -83,19 +82,6 @@ def run(config: Config) -> None:
     shards = write_rows(path, manifest, corpus, survey, tokenizer)
     seal(path, shards)
     _report(open_store(path), survey, path, time.monotonic() - started)
-
-
-def _check_tokenizer_keys(corpus: CorpusConfig) -> None:
-    if corpus.tokenizer is None and corpus.train_vocabulary_size is None:
-        raise ConfigError(
-            "Neither corpus.tokenizer nor corpus.train_vocabulary_size is set, so there is no tokenizer; "
-            "give the teacher's folder or hub name as corpus.tokenizer, or a size to train one."
-        )
-    if corpus.tokenizer is not None and corpus.train_vocabulary_size is not None:
-        raise ConfigError(
-            f"corpus.tokenizer={corpus.tokenizer} and corpus.train_vocabulary_size="
-            f"{corpus.train_vocabulary_size} are both set; set one of them to null."
-        )
 
 
 def survey_documents(corpus: CorpusConfig) -> Survey:
@@ -139,8 +125,9 @@ def _tokenizer(corpus: CorpusConfig) -> tuple[PreTrainedTokenizerBase, str]:
     """The tokenizer and its name for people."""
     if corpus.tokenizer is not None:
         return load_tokenizer(corpus.tokenizer, corpus.tokenizer_revision), source_name(corpus.tokenizer)
-    size = corpus.train_vocabulary_size
-    assert size is not None  # _check_tokenizer_keys
+    size: int = require(
+        corpus.train_vocabulary_size, "corpus.tokenizer or corpus.train_vocabulary_size", "to make tokens"
+    )
     print(f"prepare: training a byte-level BPE with {size:,} entries on the training split", flush=True)
     train_texts = (
         document.text
@@ -271,28 +258,20 @@ def _batches(corpus: CorpusConfig, digests: list[CorpusDigest]) -> Iterator[list
 
 
 def _report(store: LogitStore, survey: Survey, path: Path, seconds: float) -> None:
-    length = store.manifest.sequence_length
-    print(f"prepare: {path} is sealed after {seconds:.0f} s; {_bytes_on_disk(path):,} bytes")
     tokenizer = store.manifest.tokenizer
+    total = sum(store.index(split).file_bytes for split in SPLITS)
+    print(f"prepare: {path} is sealed after {seconds:.0f} s, {total:,} bytes of rows")
     print(f"prepare: tokenizer {tokenizer.name}, {tokenizer.vocabulary_size:,} ids")
     for split in SPLITS:
-        rows = store.rows(split)
-        padding = 0
-        if rows:
-            last = document_of_position(store.read_row(split, rows - 1))
-            padding = int((last == PADDING_DOCUMENT).sum())
-        positions = rows * length
-        share = padding / positions if positions else 0.0
+        counts = store.index(split).counts
+        share = counts.tokens_padding / max(counts.tokens, 1)
         print(
-            f"prepare: {split:8} {survey.documents[split]:,} documents, {positions - padding:,} tokens, "
-            f"{rows:,} rows of {length:,}, padding {share:.2%}"
+            f"prepare: {split:8} {survey.documents[split]:,} documents, "
+            f"{counts.tokens - counts.tokens_padding:,} tokens, {store.rows(split):,} rows of "
+            f"{store.manifest.sequence_length:,}, padding {share:.2%}"
         )
     print(
         f"next: sparsekd capture teacher.path=TEACHER store.tokens={path} store.path=STORE   "
         f"(or train without a teacher: sparsekd train objective=ce_only store.path={path})",
         flush=True,
     )
-
-
-def _bytes_on_disk(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
