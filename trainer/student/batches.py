@@ -88,9 +88,11 @@ def sparse_targets(rows: Sequence[Row], temperature_column: int) -> SparseTarget
     )
 
 
-def without_weight(batch: MicroBatch) -> MicroBatch:
-    """The same tensors, counting for nothing: what a rank computes while others still have rows."""
-    return replace(batch, weights=torch.zeros_like(batch.weights))
+def counting_rows(batch: MicroBatch, count: int) -> MicroBatch:
+    """The same micro-batch, of which only the first `count` rows count; the others fill a forward pass."""
+    weights = batch.weights.reshape(batch.token_ids.shape).clone()
+    weights[count:] = 0.0
+    return replace(batch, weights=weights.reshape(-1))
 
 
 def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there: written to a temporary folder, checked in, published by one rename.
+"""Checkpoints that are whole or not there: written to a temporary folder, then published by one rename.
 
-DeepSpeed writes files under their final names, and its pointer to the latest checkpoint before the other ranks
-are done. So it writes into a folder that no reader takes for a checkpoint; a commit record with every file's
-size and checksum is added; then the folder gets its name.
+DeepSpeed writes files under their final names, and its pointer to the latest checkpoint before the other
+ranks are done. So it writes into a folder that no reader takes for a checkpoint; a commit record with every
+file's size and checksum is added; then the folder gets its name.
 """
 
 import json
@@ -92,7 +92,8 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, commit: Commit, here: 
     if here.is_first:
         record = asdict(commit) | {"files": dict(sorted(listed.items()))}
         _write_durably(working / COMMIT_NAME, json.dumps(record, indent=1, sort_keys=True) + "\n")
-        _sync_folder(working)
+        for inner in (working, *(path for path in working.rglob("*") if path.is_dir())):
+            _sync_folder(inner)
         if final.exists():
             discard(final)
         os.rename(working, final)

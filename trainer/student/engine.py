@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
-from sparsekd.trainer.causal_lm import DTYPES
 from sparsekd.trainer.config import EngineConfig, OptimizerConfig
 from sparsekd.trainer.errors import ConfigError
 from sparsekd.trainer.student.data_plan import BatchShape
@@ -200,8 +199,3 @@ def local_gradient_norm(engine: deepspeed.DeepSpeedEngine) -> Tensor | None:
         return None
     norms = [parameter.grad.norm() for parameter in engine.module.parameters() if parameter.grad is not None]
     return torch.stack(norms).norm()
-
-
-def compute_dtype(engine: EngineConfig) -> torch.dtype:
-    """The dtype of weights in forward and backward."""
-    return DTYPES[engine.dtype]

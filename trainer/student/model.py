@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from sparsekd.logit_store.manifest import TokenizerIdentity
-from sparsekd.trainer.causal_lm import ModelSource, load_causal_lm, load_config
+from sparsekd.trainer.causal_lm import ModelSource, load_causal_lm
 from sparsekd.trainer.config import StudentConfig
 from sparsekd.trainer.errors import ModelError
 
@@ -69,8 +69,8 @@ def check_student(
     if difference is not None:
         raise ModelError(
             f"The tokenizer of student.path={source.path} is not the store's ({tokenizer.name}): "
-            f"{difference}; the student would read and predict other tokens than the teacher. Choose a student "
-            "of the same tokenizer, or prepare and capture a store with this one."
+            f"{difference}; the student would read and predict other tokens than the teacher. Choose a "
+            "student of the same tokenizer, or prepare and capture a store with this one."
         )
 
 
@@ -131,28 +131,20 @@ def _has_tokenizer(student: str, revision: str | None) -> bool:
 
 
 def load_student(
-    config: StudentConfig,
-    tokenizer: TokenizerIdentity,
-    tokenizer_path: Path,
-    *,
-    dtype: torch.dtype,
-    seed: int,
+    config: StudentConfig, source: ModelSource, *, dtype: torch.dtype, seed: int
 ) -> PreTrainedModel:
-    """The student's model, ready to be wrapped: checked, seeded, with activation checkpointing if wanted.
+    """The student's model, seeded, with activation checkpointing if wanted.
 
     With a live `HfDeepSpeedConfig` of stage 3 the weights are partitioned as they are made or read. Random
     weights depend on the seed alone, not on the number of ranks or the stage.
 
     Raises:
-        ModelError: It cannot be loaded, or does not fit the store.
+        ModelError: It cannot be loaded, or its head is not tied as its configuration says.
     """
-    source = student_source(config, tokenizer)
-    model_config = load_config(source, "student")
-    check_student(model_config, source, tokenizer=tokenizer, tokenizer_path=tokenizer_path)
     torch.manual_seed(seed)
     model = load_causal_lm(source, "student", dtype=dtype)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    if model_config.get_text_config().tie_word_embeddings and not tied:
+    if model.config.get_text_config().tie_word_embeddings and not tied:
         raise ModelError(
             "The student's configuration says tie_word_embeddings, but its embedding and head are two "
             "parameters; report the model type."
