@@ -1,8 +1,8 @@
 """The `triton` implementation: products by cuBLAS, the elementwise part by the row kernels, no host wait.
 
-Two chunk sizes, because the logits and the weight gradient want different ones: C positions of float32 logits
-in a slab (a staging area; any few hundred keep the product busy), and up to B positions of gradient in a buffer
-of the parameters' dtype, because each addition to the weight gradient passes over all of it.
+Two chunk sizes, because the logits and the weight gradient want different ones: C positions of float32
+logits in a slab (a staging area; any few hundred keep the product busy), and up to B positions of gradient in
+a buffer of the parameters' dtype, because each addition to the weight gradient passes over all of it.
 
 N positions, C positions of the slab, B positions of the buffer, K support entries, V vocabulary (true),
 H hidden.
@@ -47,7 +47,8 @@ def buffer_rule(count: int, slab: int, row_bytes: int) -> int:
         row_bytes: of one position's gradient.
     """
     most = max(slab, min(BUFFER_POSITIONS, BUFFER_BYTES // row_bytes))
-    buffers = max(1, math.ceil(count / most))
+    count = max(count, 1)
+    buffers = math.ceil(count / most)
     return math.ceil(math.ceil(count / buffers) / slab) * slab
 
 

@@ -1,0 +1,148 @@
+"""Where -inf lives, what is padded, what is dropped, what is empty."""
+
+import pytest
+import torch
+
+from sparsekd.kernels.targets import SparseTargets
+
+IMPLEMENTATIONS = ("reference", "torch", "triton")
+BOUND = 1e-5
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("mode", ["tail_bucket", "sampled", "renormalized", "truncated"])
+@pytest.mark.parametrize("softcap", [None, 6.0])
+def test_the_head_is_the_vocabulary(oracle, impl, mode, softcap):
+    """An empty rest: log R is -inf, no draws, and the student's own rest is empty where all ids are used."""
+    case = oracle.make_case(
+        seed=20,
+        vocabulary=9,
+        k=9,
+        n=3,
+        target_mode=mode,
+        temperature=2.0,
+        softcap=softcap,
+        label_smoothing=0.1,
+    )
+    assert bool((case.targets.log_rest == -torch.inf).all() and (case.targets.ids[:, 9:] == -1).all())
+    found, expected = oracle.measured(case, impl), oracle.dense(case)
+    oracle.check(found, expected, BOUND)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("mode", ["tail_bucket", "sampled"])
+def test_a_teacher_with_an_empty_rest_and_a_student_without(oracle, impl, mode):
+    """p = 0 for the rest as a whole: nothing to learn there, but the student's mass on it is pushed out."""
+    case = oracle.make_case(seed=21, target_mode=mode)
+    targets = case.targets
+    ids = targets.ids.clone()
+    ids[:, targets.head_size :] = -1
+    empty = targets._replace(
+        ids=ids,
+        log_rest=torch.full_like(targets.log_rest, -torch.inf),
+        tail_counts=torch.zeros_like(targets.tail_counts),
+    )
+    case = case.change(targets=empty)
+    oracle.check(oracle.measured(case, impl), oracle.dense(case), BOUND)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("mode", ["tail_bucket", "sampled", "renormalized", "truncated"])
+def test_padded_ids(oracle, impl, mode):
+    """Padding in the head, whatever log-probability stands there, and a position of nothing but padding."""
+    case = oracle.make_case(seed=22, target_mode=mode, temperature=2.0, softcap=6.0)
+    targets = case.targets
+    ids, logprobs, counts = targets.ids.clone(), targets.head_logprobs.clone(), targets.tail_counts.clone()
+    ids[1, 3:5], logprobs[1, 3:5] = -1, torch.tensor([0.0, -torch.inf])
+    case.labels[1] = 0
+    if mode in ("tail_bucket", "sampled"):
+        ids[4], counts[4] = -1, 0.0
+    if mode == "sampled":
+        ids[5, targets.head_size :], counts[5] = -1, 0.0
+    case = case.change(targets=targets._replace(ids=ids, head_logprobs=logprobs, tail_counts=counts))
+    oracle.check(oracle.measured(case, impl), oracle.dense(case), BOUND)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_padded_vocabulary_gets_exactly_zero(oracle, impl):
+    case = oracle.make_case(seed=23, padding=11, label_smoothing=0.1)
+    case.weight[53:] = 1e4
+    case.bias[53:] = 1e4
+    found = oracle.measured(case, impl)
+    oracle.check(found, oracle.dense(case), BOUND)
+    assert bool((found.weight[53:] == 0).all() and (found.bias[53:] == 0).all())
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "total_variation"])
+@pytest.mark.parametrize("towards", ["head", "rest"])
+def test_a_gap_of_a_hundred_nats(oracle, impl, divergence, towards):
+    """The student puts e^-100 where the teacher has its mass: large and finite, never NaN."""
+    case = oracle.make_case(
+        seed=24, size=53, padding=0, with_bias=False, divergence=divergence, ce_weight=0.0
+    )
+    logits = torch.full((7, 53), -50.0)
+    ids = case.targets.ids[:, : case.targets.head_size]
+    if towards == "head":
+        logits.scatter_(1, ids, 50.0)
+    else:
+        logits.fill_(50.0).scatter_(1, ids, -50.0)
+    case = case.change(
+        weight=torch.eye(53), hidden=logits + torch.randn(7, 53, generator=torch.Generator().manual_seed(1))
+    )
+    found, expected = oracle.measured(case, impl), oracle.dense(case)
+    oracle.check(found, expected, BOUND)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_tiny_tail_keeps_its_precision(oracle, impl):
+    """Student tail mass 1e-7: summed directly its gradient is right to 1e-5; as 1 - sum it would be lost."""
+    case = oracle.make_case(seed=25, size=53, padding=0, with_bias=False, ce_weight=0.0, k=5, n=0)
+    ids = case.targets.ids
+    logits = torch.randn(7, 53, generator=torch.Generator().manual_seed(2)) - 20.0
+    logits.scatter_(1, ids, torch.randn(7, 5, generator=torch.Generator().manual_seed(3)))
+    # A teacher whose tail is as small, so that the tail's gradient is not swamped by p.
+    targets = case.targets._replace(log_rest=torch.full((7,), -17.0))
+    case = case.change(weight=torch.eye(53), hidden=logits, targets=targets)
+    expected = oracle.dense(case)
+    outside = torch.ones(7, 53, dtype=torch.bool).scatter(1, ids, False)
+    tail = expected.hidden[outside]
+    assert 1e-10 < tail.norm() < 1e-6
+    assert oracle.relative(oracle.measured(case, impl).hidden[outside], tail) < BOUND
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("empty", ["no positions", "weight 0", "no labels"])
+def test_nothing_to_do(oracle, impl, empty):
+    case = oracle.make_case(seed=26, kd_weight=0.0 if empty == "no labels" else 0.5)
+    if empty == "weight 0":
+        case = case.change(weights=torch.zeros_like(case.weights))
+    elif empty == "no labels":
+        case = case.change(labels=torch.full_like(case.labels, -100))
+    else:
+        case = case.change(
+            hidden=case.hidden[:0],
+            labels=case.labels[:0],
+            weights=case.weights[:0],
+            targets=SparseTargets(*(value[:0] for value in case.targets)),
+        )
+    found = oracle.measured(case, impl)
+    assert found.loss == 0
+    for value in (found.kd, found.ce, found.hidden, found.weight, found.bias):
+        assert bool((value == 0).all())
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_what_is_dropped_cannot_harm(oracle, impl):
+    """Rubbish in the record, the label and the logits of a position of weight 0."""
+    case = oracle.make_case(seed=27)
+    expected = oracle.dense(case)
+    targets = SparseTargets(*(value.clone() for value in case.targets))
+    targets.head_logprobs[3] = torch.nan
+    targets.log_rest[3] = -torch.inf
+    targets.entropy[3] = torch.nan
+    targets.ids[3] = -1
+    hidden = case.hidden.clone()
+    hidden[3] = 3e38
+    found = oracle.measured(case.change(targets=targets, hidden=hidden), impl)
+    oracle.check(found, expected, BOUND)
