@@ -1,0 +1,237 @@
+"""The verb `capture`: a frozen teacher over a token store, by any number of ranks, into a logit store.
+
+The unit of work is one shard, cut as the token store is cut. The first rank lists what is committed, and
+what is missing is dealt round robin. No state exists outside the store: a killed run is started again with
+the same command, on as many ranks as there are then.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.manifest import CodecSpec, Manifest, RecordSpec
+from sparsekd.logit_store.reader import LogitStore, open_store
+from sparsekd.logit_store.writer import committed_shards, create_store, seal, write_shard
+from sparsekd.trainer.config import Config, require
+from sparsekd.trainer.distributed import Ranks, agree, broadcast_object, ranks
+from sparsekd.trainer.errors import ConfigError, UserError
+from sparsekd.trainer.teacher.model import Teacher, check_tokenizer, load_teacher
+from sparsekd.trainer.teacher.records import records_of_rows
+from sparsekd.trainer.teacher.weights import teacher_identity, teacher_name
+
+SECONDS_BETWEEN_LINES = 5.0
+
+# Rows that are read for the summary at the end, evenly spaced: a mean over more says nothing new.
+SUMMARY_ROWS = 256
+
+Unit = tuple[str, int]  # split, shard
+Result = TypeVar("Result")
+
+
+def run(config: Config) -> None:
+    """Writes the logit store of `teacher.path` over `store.tokens` to `store.path`.
+
+    Raises:
+        ConfigError: A needed key is missing, or two keys contradict each other.
+        ModelError: The teacher cannot be loaded or does not fit the tokens.
+        StoreError: A store cannot be read or written, or is another than this run would write.
+        UserError: Another rank met such a problem.
+    """
+    path = Path(require(config.store.path, "store.path", "as the folder of the logit store"))
+    tokens_path = Path(require(config.store.tokens, "store.tokens", "as the tokens that the teacher sees"))
+    teacher_path = require(config.teacher.path, "teacher.path", "as the model whose logits are kept")
+    if path.resolve() == tokens_path.resolve():
+        raise ConfigError(f"store.path and store.tokens are both {path}; name a new folder as store.path.")
+    with ranks(config.launch, timeout_minutes=config.engine.timeout_minutes) as place:
+        tokens = together(place, lambda: open_store(tokens_path))
+        if place.is_first:
+            _announce(config, teacher_path, tokens, place)
+        teacher = together(place, lambda: _checked_teacher(config, teacher_path, tokens, place))
+        manifest = broadcast_object(
+            together(place, lambda: _create(config, path, teacher_path, tokens, teacher, place))
+        )
+        _work(config, path, manifest, tokens, teacher, place)
+        together(place, lambda: _finish(path, tokens, place))
+
+
+def together(place: Ranks, action: Callable[[], Result]) -> Result:
+    """Runs `action` on every rank; where it fails on one, all leave, so that none waits for another.
+
+    Raises:
+        Exception: Whatever `action` raised here.
+        UserError: It failed on another rank; the message is that rank's.
+    """
+    result: Result
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:  # whatever it is, the other ranks have to hear of it before it goes up
+        failure = error
+    problem = agree(None if failure is None else _sentence(failure, place.rank))
+    if failure is not None:
+        raise failure
+    if problem is not None:
+        raise UserError(problem)
+    return result
+
+
+def _sentence(error: Exception, rank: int) -> str:
+    if isinstance(error, UserError | StoreError):
+        return str(error)
+    return f"Rank {rank} failed with {type(error).__name__}: {error}"
+
+
+def _announce(config: Config, teacher_path: str, tokens: LogitStore, place: Ranks) -> None:
+    shards = sum(tokens.shards(split) for split in tokens.manifest.splits)
+    positions = sum(tokens.tokens(split)[0] for split in tokens.manifest.splits)
+    print(
+        f"capture: teacher {teacher_name(teacher_path)} in {config.teacher.dtype} on {place.world_size} x "
+        f"{place.device.type}; {positions:,} positions in {shards:,} units; k={config.store.k}, "
+        f"n={config.store.n}",
+        flush=True,
+    )
+
+
+def _checked_teacher(config: Config, path: str, tokens: LogitStore, place: Ranks) -> Teacher:
+    if place.is_first and not check_tokenizer(config.teacher, path, tokens):
+        print(
+            f"capture: {path} has no tokenizer files; that of {tokens.path} is taken for its own", flush=True
+        )
+    return load_teacher(config.teacher, path, tokens, place.device)
+
+
+def _create(
+    config: Config, path: Path, teacher_path: str, tokens: LogitStore, teacher: Teacher, place: Ranks
+) -> Manifest | None:
+    """Makes the store on the first rank; the others get the manifest from it."""
+    if not place.is_first:
+        return None
+    record = RecordSpec(
+        k=config.store.k,
+        n=config.store.n,
+        temperatures=tuple(config.store.temperatures),
+        draw_temperature=config.store.draw_temperature,
+        seed=config.store.seed,
+    )
+    identity = teacher_identity(
+        config.teacher,
+        teacher_path,
+        device_type=place.device.type,
+        threads=config.launch.threads_per_rank,
+        revision=teacher.revision,
+    )
+    manifest = replace(
+        tokens.manifest,
+        dataset={**tokens.manifest.dataset, "token_store": tokens.digest},
+        record=record,
+        teacher=identity,
+        codec=CodecSpec(name=config.store.codec, parameters={}),
+    )
+    create_store(path, manifest, tokens.tokenizer_path)
+    return manifest
+
+
+def _work(
+    config: Config, path: Path, manifest: Manifest, tokens: LogitStore, teacher: Teacher, place: Ranks
+) -> None:
+    """Writes all units that are missing. Ranks meet after each round, so that a failure ends all of them."""
+    units = [(split, shard) for split in manifest.splits for shard in range(tokens.shards(split))]
+    missing: list[Unit] = broadcast_object(missing_units(path, units) if place.is_first else None)
+    done_before = len(units) - len(missing)
+    if place.is_first and done_before:
+        print(f"capture: {done_before} of {len(units)} units are finished already", flush=True)
+    started = last_line = time.monotonic()
+    positions = 0
+    for first in range(0, len(missing), place.world_size):
+        turn = missing[first : first + place.world_size]
+        if place.rank < len(turn):
+            unit = turn[place.rank]
+            together(place, lambda unit=unit: _capture_unit(config, path, manifest, tokens, teacher, unit))
+        else:
+            together(place, lambda: None)
+        positions += sum(len(tokens.shard_rows(*unit)) for unit in turn) * manifest.sequence_length
+        now = time.monotonic()
+        finished = first + len(turn)
+        if place.is_first and (now - last_line >= SECONDS_BETWEEN_LINES or finished == len(missing)):
+            last_line = now
+            speed = positions / (now - started)
+            left = (now - started) / finished * (len(missing) - finished)
+            print(
+                f"capture: {done_before + finished}/{len(units)} units, {speed:,.0f} tokens/s, "
+                f"{readable_seconds(left)} left",
+                flush=True,
+            )
+
+
+def missing_units(path: Path, units: list[Unit]) -> list[Unit]:
+    """The units, in order, that have no commit record yet."""
+    committed = {split: committed_shards(path, split) for split in {split for split, _ in units}}
+    return [(split, shard) for split, shard in units if shard not in committed[split]]
+
+
+def _capture_unit(
+    config: Config, path: Path, manifest: Manifest, tokens: LogitStore, teacher: Teacher, unit: Unit
+) -> None:
+    split, shard = unit
+    rows = [replace(tokens.read_row(split, index), teacher=None) for index in tokens.shard_rows(split, shard)]
+    records = records_of_rows(
+        teacher,
+        rows,
+        manifest.record,
+        micro_batch_rows=config.teacher.micro_batch_rows,
+        chunk_positions=config.teacher.chunk_positions,
+    )
+    full = [replace(row, teacher=record) for row, record in zip(rows, records, strict=True)]
+    write_shard(path, manifest, split, shard, full)
+
+
+def readable_seconds(seconds: float) -> str:
+    """A duration for people: `45 s`, `12 min`, `3 h 05 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _finish(path: Path, tokens: LogitStore, place: Ranks) -> None:
+    if not place.is_first:
+        return
+    manifest = tokens.manifest
+    seal(path, {split: tokens.shards(split) for split in manifest.splits})
+    store = open_store(path)
+    rows = sum(store.rows(split) for split in manifest.splits)
+    size = sum(store.index(split).file_bytes for split in manifest.splits)
+    positions = rows * manifest.sequence_length
+    print(
+        f"capture: {path} is sealed: {rows:,} rows, {positions:,} positions, {size:,} bytes, "
+        f"{size / positions:.1f} bytes per token"
+    )
+    for split in manifest.splits:
+        if store.rows(split):
+            print(f"capture: {split:8} {_summary(store, split)}")
+    print(
+        f"next: sparsekd store inspect {path}   then: sparsekd train store.path={path} student.path=STUDENT",
+        flush=True,
+    )
+
+
+def _summary(store: LogitStore, split: str) -> str:
+    """Mean tail mass and teacher NLL of a split, over evenly spaced rows."""
+    chosen = np.unique(np.linspace(0, store.rows(split) - 1, SUMMARY_ROWS).round().astype(int))
+    losses, tails = [], []
+    for index in chosen.tolist():
+        row = store.read_row(split, index)
+        record = row.teacher
+        assert record is not None  # capture wrote it
+        losses.append(-record.true_logprob[row.loss_mask])
+        tails.append(1.0 - np.exp(record.head_logprobs[row.loss_mask].astype(np.float64)).sum(axis=1))
+    loss, tail = np.concatenate(losses), np.concatenate(tails)
+    if not len(loss):
+        return f"no position with a loss in {len(chosen):,} rows"
+    of = "" if len(chosen) == store.rows(split) else f" (over {len(chosen)} of {store.rows(split):,} rows)"
+    return f"teacher {loss.mean():.3f} nats per token, mean tail mass {tail.mean():.4f}{of}"

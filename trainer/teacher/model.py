@@ -1,0 +1,194 @@
+"""The teacher, loaded and found fit: its tokenizer, vocabulary, length and head, and that no document in a row
+sees another.
+
+Shapes: B rows, L positions of a row, H hidden, V rows of the head's weight.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from sparsekd.kernels.objective import HeadTransform
+from sparsekd.logit_store.reader import LogitStore
+from sparsekd.trainer.causal_lm import (
+    DTYPES,
+    ModelSource,
+    check_head,
+    decoder_and_head,
+    dense_logits,
+    head_transform,
+    hidden_states,
+    load_causal_lm,
+)
+from sparsekd.trainer.config import TeacherConfig
+from sparsekd.trainer.errors import ModelError
+
+# Positions of the probe: enough for several documents' worth of attention, few beside a forward pass.
+PROBE_POSITIONS = 64
+
+# Relative norms. The two probes have equal shapes, so what is left is the noise of kernels that choose their
+# order of sums at run time; attention across documents gives 0.1 and more with trained weights.
+ISOLATION_BOUNDS = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
+
+# The parts of a tokenizer.json that decide which ids a text becomes.
+TEXT_TO_IDS = ("normalizer", "pre_tokenizer", "model")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen causal language model, cut at its head.
+
+    Attributes:
+        decoder: Token ids -> hidden states.
+        head: The linear head; its weight is [V, H].
+        transform: From the head's product to the model's own logits, over the true vocabulary.
+        device: Where it is.
+        revision: Commit of a hub model where it is known.
+    """
+
+    decoder: nn.Module
+    head: nn.Linear
+    transform: HeadTransform
+    device: torch.device
+    revision: str | None
+
+
+def load_teacher(config: TeacherConfig, path: str, store: LogitStore, device: torch.device) -> Teacher:
+    """Loads the teacher and checks that it fits the store's tokens.
+
+    Args:
+        config: The teacher's settings.
+        path: Its folder or hub name.
+        store: A sealed store with the tokens that it will see.
+        device: Where it goes.
+
+    Raises:
+        ModelError: It cannot be loaded, has another or a larger vocabulary, is too short for the rows, or the
+            probe shows that its logits or its attention are not what they must be.
+    """
+    source = ModelSource(
+        path=path,
+        revision=config.revision,
+        attention=config.attention,
+        trust_remote_code=config.trust_remote_code,
+    )
+    model = load_causal_lm(source, "teacher", dtype=DTYPES[config.dtype])
+    model.to(device)
+    model.eval().requires_grad_(False)
+    decoder, head = decoder_and_head(model)
+    vocabulary_size = store.manifest.tokenizer.vocabulary_size
+    embedded = min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0])
+    if embedded < vocabulary_size:
+        raise ModelError(
+            f"The teacher {path} knows {embedded:,} token ids, but the tokenizer of {store.path} has "
+            f"{vocabulary_size:,}: prepare the text again with corpus.tokenizer={path}, or use the teacher "
+            "of that tokenizer."
+        )
+    length = store.manifest.sequence_length
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and longest < length:
+        raise ModelError(
+            f"The teacher {path} takes at most {longest:,} positions, but the rows of {store.path} have "
+            f"{length:,}: prepare again with corpus.sequence_length={longest}."
+        )
+    teacher = Teacher(
+        decoder=decoder,
+        head=head,
+        transform=head_transform(model.config, vocabulary_size),
+        device=device,
+        revision=getattr(model.config, "_commit_hash", None) or config.revision,
+    )
+    probe(model, teacher, store)
+    return teacher
+
+
+def check_tokenizer(config: TeacherConfig, path: str, store: LogitStore) -> bool:
+    """Compares the teacher's own tokenizer with the store's by content.
+
+    Added tokens count; special roles, templates, padding and the names of files do not.
+
+    Returns:
+        False where the teacher is a folder without a tokenizer: then there is nothing to compare.
+
+    Raises:
+        ModelError: The same id is another token, or text is cut differently.
+    """
+    own = Path(path)
+    if own.is_dir() and not any(
+        (own / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    ):
+        return False
+    try:
+        teachers = AutoTokenizer.from_pretrained(
+            path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"The tokenizer of the teacher {path} cannot be loaded ({error}), so it cannot be compared with "
+            f"that of {store.path}; mend or remove its files."
+        ) from error
+    stores = AutoTokenizer.from_pretrained(store.tokenizer_path)
+    remedy = f"prepare the text again with corpus.tokenizer={path}, or use the teacher of that tokenizer."
+    by_id = [
+        {index: token for token, index in tokenizer.get_vocab().items()} for tokenizer in (teachers, stores)
+    ]
+    if by_id[0] != by_id[1]:
+        differing = min(
+            index for index in by_id[0].keys() | by_id[1].keys() if by_id[0].get(index) != by_id[1].get(index)
+        )
+        raise ModelError(
+            f"The tokenizer of the teacher {path} ({len(by_id[0]):,} entries) is not that of {store.path} "
+            f"({len(by_id[1]):,} entries): id {differing} is {by_id[0].get(differing)!r} there and "
+            f"{by_id[1].get(differing)!r} here; {remedy}"
+        )
+    pipelines = [
+        json.loads(backend.to_str())
+        for tokenizer in (teachers, stores)
+        if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None
+    ]
+    if len(pipelines) == 2:  # tokenizers written in Python have no such description
+        differing_parts = [part for part in TEXT_TO_IDS if pipelines[0][part] != pipelines[1][part]]
+        if differing_parts:
+            raise ModelError(
+                f"The tokenizer of the teacher {path} has the ids of that of {store.path}, but cuts text "
+                f"differently (its {' and '.join(differing_parts)}); {remedy}"
+            )
+    return True
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel, teacher: Teacher, store: LogitStore) -> None:
+    """Runs two small rows through the model and through our way, before any record is made.
+
+    The first document of the second row is another than in the first; the second document is the same, so its
+    hidden states must be the same as well.
+
+    Raises:
+        ModelError: Our logits are not the model's own, or a document's hidden states depend on the document
+            before it in the row.
+    """
+    split = next(name for name in store.manifest.splits if store.rows(name))
+    length = min(PROBE_POSITIONS, store.manifest.sequence_length)
+    border = max(1, length // 2)
+    tokens = torch.from_numpy(store.read_row(split, 0).token_ids[:length]).long()
+    other = tokens.clone()
+    other[:border] = (tokens[:border] + 1) % teacher.transform.vocabulary_size
+    token_ids = torch.stack([tokens, other]).to(teacher.device)
+    positions = torch.cat([torch.arange(border), torch.arange(length - border)])
+    position_ids = positions.expand(2, -1).to(teacher.device)
+    hidden = hidden_states(teacher.decoder, token_ids, position_ids)
+    own = model(input_ids=token_ids, position_ids=position_ids, use_cache=False).logits
+    check_head(own, dense_logits(hidden, teacher.head, teacher.transform), "teacher")
+    first, second = hidden[:, border:].float()
+    deviation = float((first - second).norm() / first.norm().clamp_min(1e-30))
+    bound = ISOLATION_BOUNDS[hidden.dtype]
+    if not deviation <= bound:
+        raise ModelError(
+            f"In {type(model).__name__} a document in a packed row depends on the one before it (hidden "
+            f"states differ by {deviation:.1e} in relative norm, at most {bound:.0e} is rounding): it does "
+            "not read borders from position_ids; use teacher.attention=sdpa or eager, or another teacher."
+        )
