@@ -1,7 +1,7 @@
 """Repeats the demo's two students with several seeds, and writes the margin's mean and standard deviation.
 
-One seed's margin could be luck. This repeats `make demo`'s student runs on its store, with other seeds for the
-students' weights and the order of data; teacher and store stay as they are.
+One seed's margin could be luck. This repeats `make demo`'s student runs on its store, with other seeds for
+the students' weights and the order of data; teacher and store stay as they are.
 
     make demo && .venv/bin/python benchmarks/demo_seeds.py --seeds 1 2 3
 """
@@ -62,12 +62,13 @@ def table(results: dict[int, dict[str, float]], seconds: float, overrides: Seque
     lines = [
         "# The demo's margin over several seeds",
         "",
-        f"Written by `benchmarks/demo_seeds.py` on {date.today().isoformat()}: Python {platform.python_version()}, "
-        f"{versions}, {RANKS} ranks of one thread on {os.cpu_count()} CPU cores, {seconds / 60:.0f} minutes.",
+        f"Written by `benchmarks/demo_seeds.py` on {date.today().isoformat()}: {versions}, Python "
+        f"{platform.python_version()}, {RANKS} ranks of one thread on {os.cpu_count()} CPU cores, "
+        f"{seconds / 60:.0f} minutes.",
         f"Overrides besides `experiment=demo`: {' '.join(overrides) or 'none'}.",
         "",
-        "Held-out loss in nats per token; margin = CE-only minus KD, with the 95 % interval of a paired bootstrap",
-        "over held-out documents.",
+        "Held-out loss in nats per token; margin = CE-only minus KD, with the 95 % interval of a paired",
+        "bootstrap over held-out documents.",
         "",
         "| seed | teacher | KD | CE-only | margin | 95 % interval |",
         "| --- | --- | --- | --- | --- | --- |",
