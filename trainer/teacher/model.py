@@ -1,5 +1,5 @@
-"""The teacher, loaded and found fit: its tokenizer, vocabulary, length and head, and that no document in a row
-sees another.
+"""The teacher, loaded and found fit: its tokenizer, vocabulary, length and head, and that no document sees
+another.
 
 Shapes: B rows, L positions of a row, H hidden, V rows of the head's weight.
 """
@@ -31,8 +31,9 @@ from sparsekd.trainer.errors import ModelError
 PROBE_POSITIONS = 64
 
 # Relative norms. The two probes have equal shapes, so what is left is the noise of kernels that choose their
-# order of sums at run time; attention across documents gives 0.1 and more with trained weights.
-ISOLATION_BOUNDS = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
+# order of sums at run time (0 in every model that was tried on the CPU). Where documents do see each other,
+# random weights of width 32 gave from 5e-3 (Bloom) to 0.7 (RWKV).
+ISOLATION_BOUNDS = {torch.bfloat16: 3e-3, torch.float32: 1e-4}
 
 # The parts of a tokenizer.json that decide which ids a text becomes.
 TEXT_TO_IDS = ("normalizer", "pre_tokenizer", "model")

@@ -22,11 +22,15 @@ def model_folder(path: str, revision: str | None) -> Path:
     Raises:
         ModelError: There is no config.json.
     """
+    if Path(path).is_dir():
+        config = Path(path, "config.json")
+        if not config.is_file():
+            raise ModelError(f"teacher.path={path} has no config.json; give the folder of a saved model.")
+        return config.parent
     try:
-        config = cached_file(path, "config.json", revision=revision)
+        return Path(str(cached_file(path, "config.json", revision=revision))).parent
     except (OSError, ValueError) as error:
         raise ModelError(f"teacher.path={path} has no config.json that can be read ({error}).") from error
-    return Path(str(config)).parent
 
 
 def weights_digest(folder: Path) -> str:

@@ -1,0 +1,87 @@
+"""Labels of packed rows, and how deviations and durations are told."""
+
+import numpy as np
+import pytest
+
+from sparsekd.logit_store.row import Row, TeacherRecord
+from sparsekd.trainer.teacher.capture import missing_units, readable_seconds
+from sparsekd.trainer.teacher.records import next_tokens
+from sparsekd.trainer.teacher.verify import deviation_of
+
+
+def row_of(starts: list[int], documents: list[int], length: int, teacher: TeacherRecord | None = None) -> Row:
+    return Row(
+        token_ids=np.arange(10, 10 + length, dtype=np.int32),
+        loss_mask=np.zeros(length, dtype=bool),
+        segment_starts=np.array(starts, dtype=np.int32),
+        segment_documents=np.array(documents, dtype=np.int64),
+        teacher=teacher,
+    )
+
+
+@pytest.mark.parametrize(
+    ("starts", "documents", "expected"),
+    [
+        ([0], [4], [11, 12, 13, 14, -100]),
+        ([0, 2], [4, 5], [11, -100, 13, 14, -100]),
+        ([0, 1, 4], [4, 5, 6], [-100, 12, 13, -100, -100]),
+        ([0, 3], [4, -1], [11, 12, -100, -100, -100]),
+        ([0, 2], [4, 4], [11, -100, 13, 14, -100]),  # two pieces of one document are two segments
+    ],
+)
+def test_labels_follow_segments_and_not_the_loss_mask(
+    starts: list[int], documents: list[int], expected: list[int]
+) -> None:
+    found = next_tokens(row_of(starts, documents, 5))
+    assert found.dtype == np.int64 and found.tolist() == expected
+
+
+def record_of(log_rest: list[float]) -> TeacherRecord:
+    length = len(log_rest)
+    zeros = np.zeros(length, dtype=np.float32)
+    return TeacherRecord(
+        head_ids=np.zeros((length, 1), dtype=np.int32),
+        head_logprobs=np.zeros((length, 1), dtype=np.float32),
+        tail_ids=np.zeros((length, 0), dtype=np.int32),
+        tail_counts=np.zeros((length, 0), dtype=np.int32),
+        log_rest=np.array(log_rest, dtype=np.float32)[:, None],
+        rest_entropy=zeros,
+        true_logprob=zeros,
+        entropy=zeros,
+    )
+
+
+def test_deviation_finds_the_worst_place_and_knows_infinities() -> None:
+    infinite = -float("inf")
+    pairs = [([-1.0, infinite, -2.0], [-1.0, infinite, -2.0]), ([-1.0, -1.5, -2.0], [-1.0, -1.25, -2.0])]
+    stored = [
+        ("train", number, row_of([0], [1], 3, record_of(left)), record_of(right))
+        for number, (left, right) in zip((7, 9), pairs, strict=True)
+    ]
+    found = deviation_of("log_rest", stored)
+    assert (found.largest, found.row, found.position) == (0.25, 9, 1)
+    assert found.mean == pytest.approx(0.25 / 6)
+    stored.append(("train", 11, row_of([0], [1], 1, record_of([infinite])), record_of([-3.0])))
+    assert deviation_of("log_rest", stored).largest == float("inf")
+    assert deviation_of("log_rest", stored).row == 11
+
+
+def test_durations_are_readable() -> None:
+    assert [readable_seconds(value) for value in (4.4, 89, 90, 1500, 11_100)] == [
+        "4 s",
+        "89 s",
+        "2 min",
+        "25 min",
+        "3 h 05 min",
+    ]
+
+
+def test_missing_units_keep_their_order(tmp_path: object) -> None:
+    from pathlib import Path
+
+    folder = Path(str(tmp_path)) / "shards" / "train"
+    folder.mkdir(parents=True)
+    for name in ("000000.arrow", "000000.json", "000002.arrow"):  # shard 2 has no commit record
+        (folder / name).touch()
+    units = [("train", 0), ("train", 1), ("train", 2), ("heldout", 0)]
+    assert missing_units(Path(str(tmp_path)), units) == units[1:]
