@@ -1,12 +1,15 @@
-"""What the ranks of a test job run: `worker.py CONFIG.json`, a configuration as nested JSON over the defaults.
+"""What the ranks of a test job run: `worker.py RUNS.json`, a list of training runs, one after another.
 
-Started by torchrun from `conftest.Job`; exits as the command line does.
+Each run is a configuration as nested JSON over the defaults. Sharing one job saves the start of processes and
+libraries, which takes longer than a tiny run. Started from `conftest.py`; exits as the command line does.
 """
 
+import faulthandler
 import json
 import sys
 import traceback
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from sparsekd.logit_store.errors import StoreError
@@ -25,11 +28,16 @@ def configured(node: Any, values: dict[str, Any]) -> Any:
 
 
 def main() -> int:
-    from sparsekd.trainer.student.train import run
+    from sparsekd.trainer.distributed import ranks
+    from sparsekd.trainer.student.train import run_on
 
-    config = configured(Config(), json.loads(open(sys.argv[1]).read()))
+    # A job that hangs says where, in every process, before the test gives up on it.
+    faulthandler.dump_traceback_later(150, exit=True)
+    runs = [configured(Config(), values) for values in json.loads(Path(sys.argv[1]).read_text())]
     try:
-        run(config, ["test=true"])
+        with ranks(runs[0].launch, timeout_minutes=2) as here:
+            for config in runs:
+                run_on(here, config)
     except (UserError, StoreError) as error:
         print(f"refused: {error}", file=sys.stderr, flush=True)
         traceback.print_exc()

@@ -32,6 +32,7 @@ from sparsekd.trainer.student.resume import Start, choose_start, digest_of, sett
 from sparsekd.trainer.student.run_folder import package_versions
 from sparsekd.trainer.student.schedule import check_schedule
 from sparsekd.trainer.student.sums import NAMES, means
+from sparsekd.trainer.student.universal import load_for_other_ranks
 
 _PROBE_TOKENS = 128
 """Positions on which our head is compared with the model's own: enough, and small beside a step."""
@@ -137,8 +138,12 @@ def build(config: Config, plan: Plan, here: Ranks) -> deepspeed.DeepSpeedEngine:
 
 def load_start(engine: deepspeed.DeepSpeedEngine, start: Start, here: Ranks) -> None:
     """Brings the chosen checkpoint, if there is one, into the engine."""
-    if start.checkpoint is not None:
+    if start.checkpoint is None or start.commit is None:
+        return
+    if start.commit.world_size == here.world_size:
         checkpoint.load(engine, start.checkpoint)
+    else:
+        load_for_other_ranks(engine, start.checkpoint, here)
 
 
 def announce(
@@ -173,8 +178,8 @@ def announce(
         lines.append(
             f"warning: this store holds the top {record.k} alone. An early student learns nothing about "
             "the rest from it: in a trial top-16 alone ended behind plain cross-entropy (4.85 against 4.58 "
-            "nats on held-out text) where records with draws ended ahead (4.34). Capture with store.n=24, or add "
-            "objective.ce_weight=0.5 (4.43)."
+            "nats on held-out text) where records with draws ended ahead (4.34). Capture with store.n=24, or "
+            "add objective.ce_weight=0.5 (4.43)."
         )
     lines += start.remarks
     lines.append(

@@ -43,14 +43,18 @@ def run(config: Config, overrides: Sequence[str] = ()) -> None:
     Raises:
         UserError: Something that the user can put right; where possible before the run folder is touched.
     """
-    folder = Path(run_folder(config))
     with ranks(config.launch, timeout_minutes=config.engine.timeout_minutes) as here:
-        plan = make_plan(config, here)
-        start = resolve_start(folder, config, plan, here)
-        if start.step == config.train.steps:
-            _say(here, f"{folder} is done: it stands at step {start.step} of {config.train.steps}.")
-            _say_next(here, config)
-            return
+        run_on(here, config, overrides)
+
+
+def run_on(here: Ranks, config: Config, overrides: Sequence[str] = ()) -> None:
+    """`run`, for a process that is already one of a job's ranks."""
+    folder = Path(run_folder(config))
+    plan = make_plan(config, here)
+    start = resolve_start(folder, config, plan, here)
+    if start.step == config.train.steps:
+        _say(here, f"{folder} is done: it stands at step {start.step} of {config.train.steps}.")
+    else:
         adopt(folder, config, overrides, here)
         with failures_recorded(folder, here):
             engine = build(config, plan, here)
@@ -58,7 +62,8 @@ def run(config: Config, overrides: Sequence[str] = ()) -> None:
                 _say(here, remark)
             load_start(engine, start, here)
             _train(engine, config, plan, folder, start.commit or plan.fresh_commit, here)
-        _say_next(here, config)
+            engine.destroy()
+    _say(here, f"next: sparsekd export run.root={config.run.root} run.name={config.run.name}")
 
 
 @dataclass
@@ -275,7 +280,3 @@ def _tracker(folder: Path, config: Config, step: int, here: Ranks) -> "Tracker |
 def _say(here: Ranks, text: str) -> None:
     if here.is_first:
         print(text, flush=True)
-
-
-def _say_next(here: Ranks, config: Config) -> None:
-    _say(here, f"next: sparsekd export run.root={config.run.root} run.name={config.run.name}")
