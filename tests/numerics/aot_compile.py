@@ -32,7 +32,7 @@ def argument_type(name: str, gradient: str) -> str:
     return gradient if name == "gradient_ptr" else "*fp32"
 
 
-def main(architecture: int) -> None:
+def compile_all(architecture: int) -> None:
     """Compile plain and full variants of each kernel for one CUDA architecture."""
     target = GPUTarget("cuda", architecture, 32)
     for kernel in (prep_kernel, stats_kernel, grad_kernel, fix_kernel):
@@ -57,4 +57,5 @@ def main(architecture: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    for argument in sys.argv[1:]:
+        compile_all(int(argument))

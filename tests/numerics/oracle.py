@@ -1,6 +1,6 @@
-"""Float64 dense oracle, written position by position from the definitions; shares no formula with the package.
+"""Float64 dense oracle, written position by position from the definitions; no formula of the package.
 
-N positions, K stored entries, k head, n draws, V true vocabulary, P rows of the weight (padding included), H hidden.
+N positions, K stored entries, k head, n draws, V true vocabulary, H hidden.
 """
 
 from dataclasses import dataclass, replace

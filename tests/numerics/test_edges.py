@@ -16,6 +16,7 @@ def test_the_head_is_the_vocabulary(oracle, impl, mode, softcap):
     """An empty rest: log R is -inf, no draws, and the student's own rest is empty where all ids are used."""
     case = oracle.make_case(
         seed=20,
+        count=4,
         vocabulary=9,
         k=9,
         n=3,
@@ -79,33 +80,40 @@ def test_padded_vocabulary_gets_exactly_zero(oracle, impl):
 def test_a_gap_of_a_hundred_nats(oracle, impl, divergence, towards):
     """The student puts e^-100 where the teacher has its mass: large and finite, never NaN."""
     case = oracle.make_case(
-        seed=24, size=53, padding=0, with_bias=False, divergence=divergence, ce_weight=0.0
+        seed=24, count=4, size=53, padding=0, with_bias=False, divergence=divergence, ce_weight=0.0
     )
-    logits = torch.full((7, 53), -50.0)
+    logits = torch.full((4, 53), -50.0)
     ids = case.targets.ids[:, : case.targets.head_size]
     if towards == "head":
         logits.scatter_(1, ids, 50.0)
     else:
         logits.fill_(50.0).scatter_(1, ids, -50.0)
     case = case.change(
-        weight=torch.eye(53), hidden=logits + torch.randn(7, 53, generator=torch.Generator().manual_seed(1))
+        weight=torch.eye(53), hidden=logits + torch.randn(4, 53, generator=torch.Generator().manual_seed(1))
     )
     found, expected = oracle.measured(case, impl), oracle.dense(case)
+    assert bool((expected.kd[case.weights > 0] > 0.3).all())
+    if towards == "rest" and divergence != "forward_kl":
+        # These lose interest where the student has no mass: a true gradient of about e^-100, 0 in float32.
+        assert expected.hidden.norm() < 1e-12
+        assert found.hidden.norm() < 1e-6 and found.weight.norm() < 1e-4
+        assert oracle.relative(found.kd, expected.kd) < BOUND
+        return
     oracle.check(found, expected, BOUND)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_tiny_tail_keeps_its_precision(oracle, impl):
     """Student tail mass 1e-7: summed directly its gradient is right to 1e-5; as 1 - sum it would be lost."""
-    case = oracle.make_case(seed=25, size=53, padding=0, with_bias=False, ce_weight=0.0, k=5, n=0)
+    case = oracle.make_case(seed=25, count=4, size=53, padding=0, with_bias=False, ce_weight=0.0, k=5, n=0)
     ids = case.targets.ids
-    logits = torch.randn(7, 53, generator=torch.Generator().manual_seed(2)) - 20.0
-    logits.scatter_(1, ids, torch.randn(7, 5, generator=torch.Generator().manual_seed(3)))
+    logits = torch.randn(4, 53, generator=torch.Generator().manual_seed(2)) - 20.0
+    logits.scatter_(1, ids, torch.randn(4, 5, generator=torch.Generator().manual_seed(3)))
     # A teacher whose tail is as small, so that the tail's gradient is not swamped by p.
-    targets = case.targets._replace(log_rest=torch.full((7,), -17.0))
+    targets = case.targets._replace(log_rest=torch.full((4,), -17.0))
     case = case.change(weight=torch.eye(53), hidden=logits, targets=targets)
     expected = oracle.dense(case)
-    outside = torch.ones(7, 53, dtype=torch.bool).scatter(1, ids, False)
+    outside = torch.ones(4, 53, dtype=torch.bool).scatter(1, ids, False)
     tail = expected.hidden[outside]
     assert 1e-10 < tail.norm() < 1e-6
     assert oracle.relative(oracle.measured(case, impl).hidden[outside], tail) < BOUND
@@ -132,6 +140,7 @@ def test_nothing_to_do(oracle, impl, empty):
         assert bool((value == 0).all())
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_what_is_dropped_cannot_harm(oracle, impl):
     """Rubbish in the record, the label and the logits of a position of weight 0."""

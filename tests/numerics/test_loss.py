@@ -14,8 +14,8 @@ MODES = (
     ("tail_bucket", "total_variation"),
     ("renormalized", "total_variation"),
 )
-# float32: rounding of logits and of a few sums. bfloat16: products of a gradient rounded to 2^-9, rounded once or
-# twice more on the way out.
+# float32: rounding of logits and of a few sums. bfloat16: products of a gradient rounded to 2^-9, and rounded
+# once or twice more on the way out.
 BOUND = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
@@ -24,6 +24,7 @@ BOUND = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_every_objective(oracle, impl, mode, divergence, temperature):
     case = oracle.make_case(
+        count=5,
         target_mode=mode,
         divergence=divergence,
         temperature=temperature,

@@ -1,4 +1,4 @@
-"""The comparison with the oracle must be able to fail: the code is broken on purpose, and it has to notice."""
+"""The comparison with the oracle must be able to fail: the code is broken on purpose, and it notices."""
 
 import pytest
 import torch
@@ -113,11 +113,14 @@ MUTATIONS = (
 )
 
 
-@pytest.mark.parametrize("impl", FUSED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [("torch", torch.float32), ("torch", torch.bfloat16), ("triton", torch.float32)],
+    ids=str,
+)
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_the_comparison_notices(oracle, monkeypatch, mutation, dtype, impl):
-    case = oracle.make_case(seed=11, temperature=2.0, dtype=dtype)
+    case = oracle.make_case(seed=11, temperature=2.0, dtype=dtype, count=5)
     expected = oracle.dense(case)
     # The same comparison passes on the code as it is ...
     oracle.check(oracle.measured(case, impl), expected, 1e-2)
@@ -133,7 +136,7 @@ def test_the_comparison_notices(oracle, monkeypatch, mutation, dtype, impl):
 )
 def test_gradients_alone_notice(oracle, monkeypatch, mutation, impl):
     """Mutations that leave every value right are caught by the gradients."""
-    case = oracle.make_case(seed=12, temperature=2.0)
+    case = oracle.make_case(seed=12, temperature=2.0, count=5)
     expected = oracle.dense(case)
     mutation(monkeypatch, impl)
     found = oracle.measured(case, impl)
