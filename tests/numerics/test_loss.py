@@ -19,9 +19,12 @@ MODES = (
 BOUND = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+# The interpreter is slow and the row kernels know no modes, so they see each of them at one temperature.
+@pytest.mark.parametrize(
+    ("impl", "temperature"),
+    [("reference", 1.0), ("reference", 2.0), ("torch", 1.0), ("torch", 2.0), ("triton", 2.0)],
+)
 @pytest.mark.parametrize(("mode", "divergence"), MODES)
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_every_objective(oracle, impl, mode, divergence, temperature):
     case = oracle.make_case(
         count=5,
