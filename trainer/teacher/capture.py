@@ -5,6 +5,7 @@ what is missing is dealt round robin. No state exists outside the store: a kille
 the same command, on as many ranks as there are then.
 """
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from transformers.utils.logging import disable_progress_bar
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import CodecSpec, Manifest, RecordSpec
@@ -49,6 +51,8 @@ def run(config: Config) -> None:
         raise ConfigError(f"store.path and store.tokens are both {path}; name a new folder as store.path.")
     with ranks(config.launch, timeout_minutes=config.engine.timeout_minutes) as place:
         tokens = together(place, lambda: open_store(tokens_path))
+        if not (place.is_first and sys.stderr.isatty()):
+            disable_progress_bar()  # of transformers: one bar for each rank, and none of use in a log
         if place.is_first:
             _announce(config, teacher_path, tokens, place)
         teacher = together(place, lambda: _checked_teacher(config, teacher_path, tokens, place))
@@ -63,8 +67,9 @@ def together(place: Ranks, action: Callable[[], Result]) -> Result:
     """Runs `action` on every rank; where it fails on one, all leave, so that none waits for another.
 
     Raises:
-        Exception: Whatever `action` raised here.
-        UserError: It failed on another rank; the message is that rank's.
+        UserError: On the first rank, where it failed on another; the message is that rank's.
+        SystemExit: On the others, with code 2, where the failure is a sentence that the first rank says.
+        Exception: Whatever else `action` raised here.
     """
     result: Result
     failure: Exception | None = None
@@ -73,6 +78,8 @@ def together(place: Ranks, action: Callable[[], Result]) -> Result:
     except Exception as error:  # whatever it is, the other ranks have to hear of it before it goes up
         failure = error
     problem = agree(None if failure is None else _sentence(failure, place.rank))
+    if problem is not None and not place.is_first and (failure is None or _is_sentence(failure)):
+        raise SystemExit(2)
     if failure is not None:
         raise failure
     if problem is not None:
@@ -80,8 +87,12 @@ def together(place: Ranks, action: Callable[[], Result]) -> Result:
     return result
 
 
+def _is_sentence(error: Exception) -> bool:
+    return isinstance(error, UserError | StoreError)
+
+
 def _sentence(error: Exception, rank: int) -> str:
-    if isinstance(error, UserError | StoreError):
+    if _is_sentence(error):
         return str(error)
     return f"Rank {rank} failed with {type(error).__name__}: {error}"
 

@@ -23,6 +23,7 @@ from sparsekd.trainer.causal_lm import (
     head_transform,
     hidden_states,
     load_causal_lm,
+    load_config,
 )
 from sparsekd.trainer.config import TeacherConfig
 from sparsekd.trainer.errors import ModelError
@@ -58,6 +59,16 @@ class Teacher:
     revision: str | None
 
 
+def model_source(config: TeacherConfig, path: str) -> ModelSource:
+    """Where the teacher comes from."""
+    return ModelSource(
+        path=path,
+        revision=config.revision,
+        attention=config.attention,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
 def load_teacher(config: TeacherConfig, path: str, store: LogitStore, device: torch.device) -> Teacher:
     """Loads the teacher and checks that it fits the store's tokens.
 
@@ -71,13 +82,7 @@ def load_teacher(config: TeacherConfig, path: str, store: LogitStore, device: to
         ModelError: It cannot be loaded, has another or a larger vocabulary, is too short for the rows, or the
             probe shows that its logits or its attention are not what they must be.
     """
-    source = ModelSource(
-        path=path,
-        revision=config.revision,
-        attention=config.attention,
-        trust_remote_code=config.trust_remote_code,
-    )
-    model = load_causal_lm(source, "teacher", dtype=DTYPES[config.dtype])
+    model = load_causal_lm(model_source(config, path), "teacher", dtype=DTYPES[config.dtype])
     model.to(device)
     model.eval().requires_grad_(False)
     decoder, head = decoder_and_head(model)
@@ -118,6 +123,7 @@ def check_tokenizer(config: TeacherConfig, path: str, store: LogitStore) -> bool
     Raises:
         ModelError: The same id is another token, or text is cut differently.
     """
+    load_config(model_source(config, path), "teacher")  # a wrong path is no problem of the tokenizer
     own = Path(path)
     if own.is_dir() and not any(
         (own / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")

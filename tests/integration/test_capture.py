@@ -1,0 +1,426 @@
+"""`capture`: records against a float64 oracle, equal bytes for any ranks and kills, and its refusals."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.row import segment_lengths
+from sparsekd.trainer.config import Config
+from sparsekd.trainer.corpus.prepare import run as prepare
+from sparsekd.trainer.corpus.tokenizer import save_tokenizer, train_tokenizer
+from sparsekd.trainer.errors import ConfigError, DataError, ModelError
+from sparsekd.trainer.teacher.capture import run as capture
+from sparsekd.trainer.teacher.draws import row_uniforms
+from sparsekd.trainer.teacher.verify import run as verify
+
+pytestmark = pytest.mark.integration
+
+VOCABULARY = 280
+LENGTH = 48
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+# Wide weights, so that logits spread over tens of nats, caps bend them and attention matters.
+WIDE = {"initializer_range": 0.35, "max_position_embeddings": 64, "tie_word_embeddings": False}
+TEACHERS = {
+    # A head with more rows than the tokenizer has entries is normal.
+    "llama": {"model_type": "llama", "vocab_size": VOCABULARY + 13},
+    "gemma2": {
+        "model_type": "gemma2",
+        "vocab_size": VOCABULARY,
+        "head_dim": 16,
+        "num_key_value_heads": 1,
+        "final_logit_softcapping": 3.0,
+        "attn_logit_softcapping": None,
+        "sliding_window": 8,
+    },
+    "granite": {"model_type": "granite", "vocab_size": VOCABULARY, "logits_scaling": 0.25},
+}
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A run in this process sets torch's variables; they must not reach the next one."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A token store of real text: short documents, long ones over several rows, both splits."""
+    folder = tmp_path_factory.mktemp("tokens")
+    import json
+
+    library = Path(json.__file__).parent
+    (folder / "text").mkdir()
+    for name in ("scanner.py", "tool.py"):
+        shutil.copy(library / name, folder / "text" / name)
+    for index, line in enumerate(sorted(set((library / "decoder.py").read_text().splitlines()))[-40:]):
+        (folder / "text" / f"line{index:02d}.txt").write_text(line)
+    config = Config()
+    config.corpus.paths = [str(folder / "text")]
+    config.corpus.train_vocabulary_size = VOCABULARY
+    config.corpus.sequence_length = LENGTH
+    config.corpus.heldout_fraction = 0.2
+    config.store.tokens = str(folder / "store")
+    config.store.rows_per_shard = 3
+    prepare(config)
+    return folder / "store"
+
+
+def make_teacher(
+    folder: Path, kind: str, *, seed: int = 0, tokenizer: Path | None = None, **changes: object
+) -> Path:
+    torch.manual_seed(seed)
+    fields = SIZES | WIDE | TEACHERS[kind] | changes
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(fields.pop("model_type"), **fields, **special), dtype=torch.float32
+    )
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("llama") / "teacher", "llama", tokenizer=tokens / "tokenizer")
+
+
+def config_for(tokens: Path, teacher: Path, store: Path, **changes: object) -> Config:
+    config = Config()
+    config.store.tokens = str(tokens)
+    config.store.path = str(store)
+    config.store.k, config.store.n = 5, 7
+    config.teacher.path = str(teacher)
+    config.teacher.dtype = "float32"
+    config.teacher.micro_batch_rows = 2
+    config.teacher.chunk_positions = 37  # no divisor of anything
+    config.launch.device = "cpu"
+    for key, value in changes.items():
+        group, name = key.split("__")
+        setattr(getattr(config, group), name, value)
+    return config
+
+
+def files_of(store: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(store).as_posix(): path.read_bytes() for path in store.rglob("*") if path.is_file()
+    }
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-12))
+
+
+def float64_logprobs(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
+    """What the model says of a piece of a document that is alone in the world: [tokens, VOCABULARY]."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :, :VOCABULARY]
+    return torch.log_softmax(logits.double(), dim=-1).numpy()
+
+
+@pytest.mark.parametrize(
+    ("kind", "k", "n", "draw_temperature"),
+    [("llama", 5, 7, 1.0), ("gemma2", 3, 0, 1.0), ("granite", 0, 6, 2.0)],
+)
+def test_records_are_what_the_model_says_of_each_document_alone(
+    kind: str, k: int, n: int, draw_temperature: float, tokens: Path, tmp_path: Path
+) -> None:
+    teacher = make_teacher(tmp_path / "teacher", kind)
+    grid = [1.0, 2.0, 4.0]
+    changes = {"store__k": k, "store__n": n, "store__draw_temperature": draw_temperature, "store__seed": 11}
+    changes["teacher__attention"] = "eager" if kind == "gemma2" else "sdpa"  # Gemma 2 has no other
+    capture(config_for(tokens, teacher, tmp_path / "store", **changes))
+    source, store = open_store(tokens), open_store(tmp_path / "store")
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64, attn_implementation="eager")
+    planes = ("head_logprobs", "log_rest", "rest_entropy", "true_logprob", "entropy")
+    found: dict[str, list[np.ndarray]] = {name: [] for name in planes}
+    expected: dict[str, list[np.ndarray]] = {name: [] for name in planes}
+    drawn_equal = drawn_all = segments = 0
+    for split in ("train", "heldout"):
+        assert store.rows(split) == source.rows(split) > 0
+        for index in range(store.rows(split)):
+            row, bare = store.read_row(split, index), source.read_row(split, index)
+            for name in ("token_ids", "loss_mask", "segment_starts", "segment_documents"):
+                assert np.array_equal(getattr(row, name), getattr(bare, name))
+            record = row.teacher
+            assert record is not None
+            uniforms = row_uniforms(row.token_ids, seed=11, n=n)
+            ends = row.segment_starts + segment_lengths(row)
+            for start, end, document in zip(row.segment_starts, ends, row.segment_documents, strict=True):
+                segments += 1
+                span = slice(int(start), int(end))
+                ids = row.token_ids[span]
+                logprobs = float64_logprobs(model, ids)
+                order = np.argsort(-logprobs, axis=1, kind="stable")[:, :k]
+                head = np.take_along_axis(logprobs, order, axis=1)
+                # Entries closer than float32 can tell may swap their places.
+                swapped = record.head_ids[span] != order
+                stored_head = np.take_along_axis(logprobs, record.head_ids[span].astype(np.int64), axis=1)
+                assert np.abs(stored_head - head)[swapped].max(initial=0) < 1e-4
+                rest = logprobs.copy()
+                np.put_along_axis(rest, record.head_ids[span].astype(np.int64), -np.inf, axis=1)
+                mass = np.exp(rest)
+                share = mass / mass.sum(axis=1, keepdims=True)
+                tempered = np.exp(logprobs / draw_temperature)
+                tempered /= tempered.sum(axis=1, keepdims=True)
+                values = {
+                    "head_logprobs": head,
+                    "log_rest": np.stack([np.log(np.exp(rest / t).sum(axis=1)) for t in grid], axis=1),
+                    "rest_entropy": -(share * np.log(np.where(share > 0, share, 1))).sum(axis=1),
+                    "entropy": -(tempered * np.log(np.where(tempered > 0, tempered, 1))).sum(axis=1),
+                }
+                truth = np.zeros(len(ids))
+                if document >= 0:
+                    truth[:-1] = logprobs[np.arange(len(ids) - 1), ids[1:]]
+                values["true_logprob"] = truth
+                for name, value in values.items():
+                    found[name].append(getattr(record, name)[span].astype(np.float64).ravel())
+                    expected[name].append(value.ravel())
+                # The draws, by the inverse of the cumulative distribution over ascending ids.
+                weights = np.exp(rest / draw_temperature)
+                steps = weights.cumsum(axis=1)
+                for place in range(len(ids)):
+                    points = uniforms[span][place] * steps[place, -1]
+                    ids_drawn, counts = np.unique(
+                        np.searchsorted(steps[place], points, side="right"), return_counts=True
+                    )
+                    used = record.tail_ids[span][place] >= 0
+                    drawn_all += 1
+                    drawn_equal += bool(
+                        np.array_equal(record.tail_ids[span][place][used], ids_drawn)
+                        and np.array_equal(record.tail_counts[span][place][used], counts)
+                    )
+    assert segments > store.rows("train") + store.rows("heldout")  # rows do hold several documents
+    for name in planes:
+        left, right = np.concatenate(found[name]), np.concatenate(expected[name])
+        assert len(left) == len(right)
+        if len(left):
+            assert relative(left, right) < 2e-5, name
+            assert np.abs(left - right).max() < 2e-3, name
+    # A point within float32's rounding of a step falls on either side.
+    assert drawn_equal >= 0.995 * drawn_all
+    # The check above can fail: the records of one position further do not pass it.
+    shifted = np.concatenate(found["entropy"])
+    assert relative(np.roll(shifted, 1), np.concatenate(expected["entropy"])) > 1e-2
+
+
+def start(ranks: int, config: Config, **keywords: object) -> subprocess.Popen:
+    """`torchrun sparsekd capture ...`."""
+    overrides = [
+        f"store.tokens={config.store.tokens}",
+        f"store.path={config.store.path}",
+        f"store.k={config.store.k}",
+        f"store.n={config.store.n}",
+        f"teacher.path={config.teacher.path}",
+        f"teacher.dtype={config.teacher.dtype}",
+        f"teacher.micro_batch_rows={config.teacher.micro_batch_rows}",
+        f"teacher.chunk_positions={config.teacher.chunk_positions}",
+        "launch.device=cpu",
+    ]
+    programs = Path(sys.executable).parent
+    launcher = [str(programs / "torchrun"), "--standalone", "--nproc-per-node", str(ranks), "--no-python"]
+    return subprocess.Popen(
+        [*launcher, str(programs / "sparsekd"), "capture", *overrides],
+        env=os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
+        text=True,
+        **keywords,
+    )
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids below `pid`: torchrun gives each rank a session of its own."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended meanwhile
+            continue
+        parents[int(entry.parent.name)] = int(fields[1])
+    found = [pid]
+    for candidate in found:
+        found += [child for child, parent in parents.items() if parent == candidate]
+    return found[1:]
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to the launcher and to every rank, at one moment."""
+    for pid in [*descendants(process.pid), process.pid]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.distributed
+def test_ranks_and_kills_do_not_change_a_byte(tokens: Path, llama: Path, tmp_path: Path) -> None:
+    def config(name: str) -> Config:
+        return config_for(tokens, llama, tmp_path / name, teacher__dtype="bfloat16")
+
+    capture(config("alone"))
+    expected = files_of(tmp_path / "alone")
+    assert "INDEX.json" in expected and len([name for name in expected if name.endswith(".arrow")]) > 12
+
+    seed = time.time_ns() % 10_000
+    generator = random.Random(seed)
+    killed = config("killed")
+    for ranks in (2, 1):
+        process = start(ranks, killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = len(list((tmp_path / "killed").rglob("*.arrow")))
+        enough = before + generator.randint(0, 5)
+        try:
+            while process.poll() is None and not (
+                (tmp_path / "killed" / "MANIFEST.json").exists()
+                and len(list((tmp_path / "killed").rglob("*.arrow"))) >= enough
+            ):
+                time.sleep(0.001)
+            time.sleep(generator.random() * 0.02)
+        finally:
+            kill_all(process)
+        committed = len(list((tmp_path / "killed").rglob("0*.json")))
+        assert enough - 2 <= committed < 37, f"{committed} units, {enough} expected, seed {seed}"
+    assert not (tmp_path / "killed" / "INDEX.json").exists()
+    output = subprocess.PIPE
+    process = start(2, killed, stdout=output, stderr=subprocess.STDOUT)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    assert files_of(tmp_path / "killed") == expected, f"seed {seed}"
+    assert "tokens/s" in printed and "next: sparsekd store inspect" in printed
+    for line in ("capture: teacher ", "is sealed", "next: "):
+        assert printed.count(line) == 1, printed  # one voice for the whole job
+    capture(config("alone"))  # once more, when there is nothing left to do
+    assert files_of(tmp_path / "alone") == expected
+
+
+@pytest.mark.distributed
+def test_a_problem_of_one_rank_ends_all_with_its_sentence(tokens: Path, llama: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "tokens"
+    shutil.copytree(tokens, damaged)
+    shard = damaged / "shards" / "train" / "000001.arrow"  # the second unit is the second rank's
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    config = config_for(damaged, llama, tmp_path / "store")
+    output = subprocess.PIPE
+    process = start(2, config, stdout=output, stderr=subprocess.STDOUT)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert printed.count("split train, shard 000001, row") == 1 and "restore it from a copy" in printed
+    assert printed.count("sparsekd capture: ") == 1  # and no traceback of ours: torchrun adds its own
+    assert "trainer/teacher" not in printed
+    # Nothing is lost: with the shard restored the same command goes on.
+    shutil.copy(tokens / "shards" / "train" / "000001.arrow", shard)
+    capture(config)
+    assert open_store(tmp_path / "store").rows("train") == open_store(tokens).rows("train")
+
+
+def test_summary_and_verify(
+    tokens: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_for(tokens, llama, tmp_path / "store")
+    capture(config)
+    printed = capsys.readouterr().out
+    store = open_store(tmp_path / "store")
+    for split in ("train", "heldout"):
+        rows = [store.read_row(split, index) for index in range(store.rows(split))]
+        losses = np.concatenate([-row.teacher.true_logprob[row.loss_mask] for row in rows if row.teacher])
+        rest = np.concatenate([row.teacher.log_rest[row.loss_mask, 0] for row in rows if row.teacher])
+        assert f"{split:8} teacher {losses.mean():.3f} nats" in printed
+        assert f"mean tail mass {np.exp(rest).mean():.4f}" in printed
+    verify(config, tmp_path / "store")
+    printed = capsys.readouterr().out
+    assert "head ids equal at 100.00% of positions, draws at 100.00%" in printed
+    assert printed.count("largest deviation 0 nats") == 5  # same machine, same settings: the same bits
+    # Another attention implementation rounds differently, and that is all.
+    config.teacher.attention = "eager"
+    config.teacher.micro_batch_rows = 3
+    verify(config, tmp_path / "store")
+    assert "deviation 0 nats" not in capsys.readouterr().out
+    wrong = make_teacher(tmp_path / "wrong", "llama", seed=1)
+    config.teacher.path = str(wrong)
+    with pytest.raises(
+        DataError,
+        match=r"head_logprobs of split \w+, row \d+, position \d+ deviates by .* not the manifest's",
+    ):
+        verify(config, tmp_path / "store")
+    with pytest.raises(DataError, match="is a token store"):
+        verify(config, tokens)
+
+
+def test_a_store_of_other_settings_is_refused_by_name(tokens: Path, llama: Path, tmp_path: Path) -> None:
+    capture(config_for(tokens, llama, tmp_path / "store"))
+    before = files_of(tmp_path / "store")
+    other = make_teacher(tmp_path / "other", "llama", seed=3)
+    for field, changes, teacher in (
+        ("record.k: found 5, wanted 6", {"store__k": 6}, llama),
+        ("record.seed: found 0, wanted 1", {"store__seed": 1}, llama),
+        ("teacher.engine: .*micro_batch_rows=2.*micro_batch_rows=4", {"teacher__micro_batch_rows": 4}, llama),
+        ("teacher.weights_digest", {}, other),
+    ):
+        with pytest.raises(StoreError, match=f"{field}.*use a new folder"):
+            capture(config_for(tokens, teacher, tmp_path / "store", **changes))
+    assert files_of(tmp_path / "store") == before
+
+
+def test_teachers_that_do_not_fit_are_refused(tokens: Path, llama: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+
+    def refused(match: str, teacher: Path, **changes: object) -> None:
+        with pytest.raises((ModelError, ConfigError, StoreError), match=match):
+            capture(config_for(tokens, teacher, store, **changes))
+        assert not store.exists()
+
+    small = make_teacher(tmp_path / "small", "llama", vocab_size=VOCABULARY - 1)
+    refused(r"knows 279 token ids, but the tokenizer of .* has 280: prepare .*corpus\.tokenizer=", small)
+    short = make_teacher(tmp_path / "short", "llama", max_position_embeddings=LENGTH - 1)
+    refused(r"at most 47 positions, .* have 48: prepare again with corpus\.sequence_length=47", short)
+    foreign = train_tokenizer(["quite another text with other merges, merges, merges"], VOCABULARY)
+    save_tokenizer(foreign, tmp_path / "foreign")
+    stranger = make_teacher(tmp_path / "stranger", "llama", tokenizer=tmp_path / "foreign")
+    refused(r"\(\d+ entries\) is not that of .*: id \d+ is .* there and .* here; prepare the text", stranger)
+    # Mamba reads no borders from position_ids: its state runs from one document into the next.
+    torch.manual_seed(0)
+    mamba = AutoConfig.for_model(
+        "mamba", vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4, eos_token_id=0
+    )
+    AutoModelForCausalLM.from_config(mamba).save_pretrained(tmp_path / "mamba")
+    leaks = "In MambaForCausalLM a document in a packed row depends on the one before it"
+    refused(leaks, tmp_path / "mamba", teacher__attention="eager")
+    refused(r"teacher\.path=.*nothing cannot be loaded", tmp_path / "nothing")
+    refused("store.path and store.tokens are both", llama, store__path=str(tokens))
+    refused("is not a logit store", llama, store__tokens=str(tmp_path))
+    refused(r"record\.draw_temperature is 3\.0, expected one of the grid", llama, store__draw_temperature=3.0)
+    refused(r"record\.k is 281, expected from 0 to the vocabulary size 280", llama, store__k=281)
+
+
+def test_the_teachers_tokenizer_is_compared_by_content(tokens: Path, llama: Path, tmp_path: Path) -> None:
+    # The same tokenizer, saved by another hand: other settings, other file layout, equal ids.
+    teacher = tmp_path / "teacher"
+    shutil.copytree(llama, teacher)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.model_max_length = 77
+    tokenizer.save_pretrained(teacher)
+    capture(config_for(tokens, teacher, tmp_path / "store"))
+    # Equal ids, but text is cut in another way.
+    description = (teacher / "tokenizer.json").read_text()
+    assert '"add_prefix_space": false' in description
+    (teacher / "tokenizer.json").write_text(
+        description.replace('"add_prefix_space": false', '"add_prefix_space": true', 1)
+    )
+    with pytest.raises(ModelError, match=r"cuts text differently \(its pre_tokenizer\)"):
+        capture(config_for(tokens, teacher, tmp_path / "other"))
