@@ -112,8 +112,10 @@ def _check_head(record: TeacherRecord, manifest: Manifest, where: str) -> None:
     _all_hold(
         descending, after, "head_logprobs", "above the entry before it, expected descending", where, shift=1
     )
-    in_order = (after != before) | (ids[:, 1:] > ids[:, :-1])
-    _all_hold(in_order, ids[:, 1:], "head_ids", "expected ascending ids among equal values", where, shift=1)
+    tied = after == before
+    if tied.any():
+        in_order = ~tied | (ids[:, 1:] > ids[:, :-1])
+        _all_hold(in_order, ids[:, 1:], "head_ids", "expected ascending among equal values", where, shift=1)
 
 
 def _check_tail(record: TeacherRecord, manifest: Manifest, where: str) -> None:
@@ -122,15 +124,16 @@ def _check_tail(record: TeacherRecord, manifest: Manifest, where: str) -> None:
     if spec.n == 0:
         return
     size = manifest.tokenizer.vocabulary_size
-    _all_hold((ids >= NO_ID) & (ids < size), ids, "tail_ids", f"expected below {size}, or -1", where)
-    used = ids != NO_ID
-    ascending = (ids[:, 1:] > ids[:, :-1]) | ~used[:, 1:]
-    _all_hold(ascending, ids[:, 1:], "tail_ids", "expected ascending, then -1", where, shift=1)
-    _all_hold(used[:, :-1] | ~used[:, 1:], ids[:, 1:], "tail_ids", "expected -1 after -1", where, shift=1)
-    _all_hold(
-        (counts > 0) == used, counts, "tail_counts", "expected above 0 where there is an id, else 0", where
-    )
-    _all_hold(counts >= 0, counts, "tail_counts", "expected 0 or more", where)
+    if ids.min() < NO_ID or ids.max() >= size:
+        _all_hold((ids >= NO_ID) & (ids < size), ids, "tail_ids", f"expected below {size}, or -1", where)
+    # Read without sign, -1 is above every id, so that one comparison also finds an id behind a -1.
+    unsigned = ids.view(np.uint32)
+    ascending = (unsigned[:, 1:] > unsigned[:, :-1]) | (ids[:, 1:] == NO_ID)
+    _all_hold(ascending, ids[:, 1:], "tail_ids", "expected ascending ids, then only -1", where, shift=1)
+    matching = (counts > 0) == (ids != NO_ID)
+    _all_hold(matching, counts, "tail_counts", "expected above 0 where there is an id, else 0", where)
+    if counts.min() < 0:
+        _all_hold(counts >= 0, counts, "tail_counts", "expected 0 or more", where)
     total = counts.sum(axis=1, dtype=np.int64)
     empty = np.isneginf(record.log_rest[:, spec.temperatures.index(spec.draw_temperature)])
     expected = np.where(empty, 0, spec.n)
@@ -144,8 +147,11 @@ def _check_tail(record: TeacherRecord, manifest: Manifest, where: str) -> None:
 
 
 def _check_distinct(record: TeacherRecord, where: str) -> None:
-    together = np.sort(np.concatenate([record.head_ids, record.tail_ids], axis=1), axis=1)
-    twice = (together[:, 1:] == together[:, :-1]) & (together[:, 1:] != NO_ID)
+    parts = [part for part in (record.head_ids, record.tail_ids) if part.shape[1]]
+    together = np.sort(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1), axis=1)
+    twice = together[:, 1:] == together[:, :-1]
+    if record.tail_ids.size:
+        twice &= together[:, 1:] != NO_ID
     _all_hold(~twice, together[:, 1:], "head_ids and tail_ids", "the id is there twice", where)
 
 

@@ -6,6 +6,7 @@ functions and enter it in `CODECS`.
 Shapes: L positions of a row, S segments, k head entries, n draws, G grid temperatures.
 """
 
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -161,7 +162,7 @@ def exact_decode(planes: Mapping[str, Any], manifest: Manifest) -> Row:
     def array(name: str, stored: DTypeLike, shape: tuple[int, ...], wanted: DTypeLike) -> NDArray[Any]:
         if 0 in shape:
             return np.zeros(shape, wanted)
-        size = int(np.prod(shape)) * np.dtype(stored).itemsize
+        size = math.prod(shape) * np.dtype(stored).itemsize
         plain = decompress_frame(planes[name], name, size, at_most=size)
         # A copy even where the type is the same: the caller gets arrays that can be written to.
         return np.frombuffer(plain, stored).reshape(shape).astype(wanted)

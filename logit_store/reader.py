@@ -169,9 +169,9 @@ class LogitStore:
             if zlib.crc32(message) == crc32 and len(message) == length:
                 return message
         if len(message) < length:
+            size = place.stat().st_size
             raise DamagedStoreError(
-                f"{where}: {place.name} ends at byte {offset + len(message)}, expected at least "
-                f"{offset + length}: "
+                f"{where}: {place.name} has {size} bytes, expected {offset + length} or more: "
                 f"the file is cut off or cannot be read; {REMEDY}."
             )
         damage = find_damage(message, self._schema, offset, index)

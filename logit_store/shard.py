@@ -226,9 +226,8 @@ def read_commit(path: Path, manifest_sha256: str, split: str, shard: int) -> tup
         data = place.read_bytes()
     except FileNotFoundError:
         raise DamagedStoreError(
-            f"{place} is missing: without its commit record shard {shard:06d} of split {split} does not "
-            "exist; "
-            f"{REMEDY}."
+            f"{place} is missing, and without its commit record shard {shard:06d} of split {split} does not "
+            f"exist: {REMEDY}."
         ) from None
     content = read_signed_json(place, data)
     record = CommitRecord(
@@ -246,10 +245,9 @@ def read_commit(path: Path, manifest_sha256: str, split: str, shard: int) -> tup
     found = (record.split, record.shard, record.manifest_sha256)
     if found != (split, shard, manifest_sha256):
         raise DamagedStoreError(
-            f"{place} is the record of shard {record.shard:06d} of split {record.split} of the store with "
-            "manifest "
-            f"{record.manifest_sha256[:12]}, expected shard {shard:06d} of split {split} of manifest "
-            f"{manifest_sha256[:12]}: put the right file back from a copy."
+            f"{place} is the record of shard {record.shard:06d} of split {record.split} under manifest "
+            f"{record.manifest_sha256[:12]}, expected shard {shard:06d} of split {split} under manifest "
+            f"{manifest_sha256[:12]}: {REMEDY}."
         )
     return record, data
 
@@ -262,8 +260,15 @@ def read_batch(message: bytes, schema: pa.Schema) -> tuple[int, NDArray[np.uint3
         schema: `row_schema`.
     """
     batch = pa.ipc.read_record_batch(pa.py_buffer(message), schema)
-    planes = {name: batch.column(name)[0].as_buffer() for name in schema.names[2:]}
+    planes = {name: _only_value(batch.column(name)) for name in schema.names[2:]}
     return batch.column("row")[0].as_py(), batch.column("crc32").values.to_numpy(), planes
+
+
+def _only_value(column: pa.Array) -> pa.Buffer:
+    """Returns the one value of a binary column, without copying it as Arrow's scalars do."""
+    _, offsets, values = column.buffers()
+    begin, end = np.frombuffer(offsets, np.int32, count=2)
+    return values.slice(int(begin), int(end - begin)) if end > begin else pa.py_buffer(b"")
 
 
 def find_damage(message: bytes, schema: pa.Schema, offset: int, index: int) -> str:
@@ -282,14 +287,18 @@ def find_damage(message: bytes, schema: pa.Schema, offset: int, index: int) -> s
         batch.validate(full=True)
         crcs = batch.column("crc32").values.to_numpy()
         for position, plane in enumerate(schema.names[2:]):
-            stored = batch.column(plane)[0].as_buffer()
-            if zlib.crc32(stored) != crcs[position]:
-                begin = offset + stored.address - buffer.address
-                return f"plane {plane}, bytes {begin} to {begin + stored.size - 1} of the file"
+            stored = _only_value(batch.column(plane))
+            begin = stored.address - buffer.address
+            # A damaged header may place a plane outside of the batch.
+            inside = 0 <= begin < begin + stored.size <= len(message)
+            if inside and zlib.crc32(stored) != crcs[position]:
+                return (
+                    f"plane {plane}, bytes {offset + begin} to {offset + begin + stored.size - 1} of the file"
+                )
         found = batch.column("row")[0].as_py()
         if found != index:
             return f"every plane: it is the batch of row {found}, {everywhere}"
-    except (pa.ArrowException, OSError, ValueError, IndexError, AttributeError, OverflowError):
+    except (pa.ArrowException, EOFError, OSError, ValueError, IndexError, AttributeError, OverflowError):
         # Expected of damaged bytes: the header that says where the planes lie is itself unreadable.
         pass
     return f"no single plane, but the frame around them, {everywhere}"

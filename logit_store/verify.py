@@ -82,7 +82,7 @@ class AlignmentCheck:
         """Returns the finding in words."""
         meaning = {
             "aligned": "the records describe the tokens that follow them",
-            "misaligned": "the records do NOT describe the tokens that follow them; do not train on this store",
+            "misaligned": "the records do NOT describe the tokens that follow them; do not train on them",
             "undecided": "too few positions, or too weak a teacher, to tell from the ids",
         }[self.verdict]
         return "\n".join(

@@ -1,0 +1,149 @@
+"""The data types: positions restart at segments; the manifest is canonical, strict and comparable."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.manifest import (
+    Manifest,
+    compare_manifests,
+    manifest_digest,
+    manifest_from_json,
+    manifest_to_json,
+    tokenizer_digest,
+)
+from sparsekd.logit_store.row import Row, document_of_position, position_ids
+from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_tokenizer
+
+
+def test_positions_restart_at_each_segment() -> None:
+    row = Row(
+        token_ids=np.arange(8, dtype=np.int32),
+        loss_mask=np.zeros(8, np.bool_),
+        segment_starts=np.array([0, 3, 7], np.int32),
+        segment_documents=np.array([5, 6, -1], np.int64),
+        teacher=None,
+    )
+    assert position_ids(row).tolist() == [0, 1, 2, 0, 1, 2, 3, 0]
+    assert position_ids(row).dtype == np.int32
+    assert document_of_position(row).tolist() == [5, 5, 5, 6, 6, 6, 6, -1]
+
+
+def test_manifest_round_trip_is_canonical() -> None:
+    manifest = synthetic_manifest(dataset={"b": (1, 2), "a": {"z": None, "y": 0.5}}, temperatures=(1, 2))
+    text = manifest_to_json(manifest)
+    again = manifest_from_json(text, "here")
+    assert again == manifest
+    assert manifest_to_json(again) == text
+    assert text.endswith("}\n") and json.loads(text)["dataset"] == {"a": {"y": 0.5, "z": None}, "b": [1, 2]}
+    # Whole numbers in the grid must not make another store than the same floats.
+    assert manifest_digest(manifest) == manifest_digest(
+        synthetic_manifest(dataset={"a": {"z": None, "y": 0.5}, "b": [1, 2]}, temperatures=(1.0, 2.0))
+    )
+
+
+def _paths(value: object, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    if isinstance(value, dict) and value:
+        return [path for name, item in value.items() for path in _paths(item, (*prefix, name))]
+    return [prefix]
+
+
+def _another(value: object) -> object:
+    if isinstance(value, int):
+        return value + 5
+    if isinstance(value, float):
+        return 2.0
+    if isinstance(value, list):
+        return value[:-1]
+    return "something else"
+
+
+def test_every_field_is_compared_by_name() -> None:
+    manifest = synthetic_manifest()
+    raw = json.loads(manifest_to_json(manifest))
+    fixed = {("format_version",), ("alignment",)}
+    paths = [path for path in _paths(raw) if path not in fixed]
+    assert ("record", "seed") in paths and len(paths) > 15
+    for path in paths:
+        changed = json.loads(manifest_to_json(manifest))
+        place = changed
+        for name in path[:-1]:
+            place = place[name]
+        if isinstance(place[path[-1]], dict):
+            continue  # codec parameters and versions, empty here
+        place[path[-1]] = _another(place[path[-1]])
+        other = manifest_from_json(json.dumps(changed), "there")
+        lines = compare_manifests(manifest, other)
+        assert lines and all(line.startswith(".".join(path)) for line in lines), (path, lines)
+        assert manifest_digest(other) != manifest_digest(manifest)
+    assert compare_manifests(manifest, manifest) == []
+
+
+def test_difference_names_both_values() -> None:
+    found, wanted = synthetic_manifest(k=4), synthetic_manifest(k=8)
+    assert compare_manifests(found, wanted) == ["record.k: found 4, wanted 8"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda raw: raw | {"format_version": 2, "new": 1}, ["version 2", "up to 1", "update"]),
+        (lambda raw: raw | {"format_version": "1"}, ["'1'"]),
+        (lambda raw: {name: raw[name] for name in raw if name != "splits"}, ["lacks splits"]),
+        (lambda raw: raw | {"colour": "red"}, ["unknown colour"]),
+        (lambda raw: raw | {"sequence_length": "16"}, ["sequence_length", "'16'"]),
+        (lambda raw: raw | {"alignment": "other"}, ["alignment"]),
+        (lambda raw: raw | {"teacher": None}, ["teacher"]),
+        (lambda raw: raw | {"rows_per_shard": 0}, ["rows_per_shard", "0"]),
+        (lambda raw: raw | {"splits": ["a", "a"]}, ["splits"]),
+        (lambda raw: raw | {"splits": ["../x"]}, ["splits"]),
+        (lambda raw: raw | {"record": raw["record"] | {"temperatures": [2.0, 1.0]}}, ["temperatures"]),
+        (
+            lambda raw: raw | {"record": raw["record"] | {"draw_temperature": 3.0}},
+            ["draw_temperature", "3.0"],
+        ),
+        (lambda raw: raw | {"record": raw["record"] | {"k": 301}}, ["record.k", "301", "300"]),
+        (lambda raw: raw | {"record": 3}, ["3"]),
+        (lambda raw: [raw], ["list"]),
+    ],
+)
+def test_bad_manifest_is_refused_by_name(change, words: list[str]) -> None:
+    raw = json.loads(manifest_to_json(synthetic_manifest()))
+    with pytest.raises(StoreError) as caught:
+        manifest_from_json(json.dumps(change(raw)), "here")
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_manifest_refuses_what_json_cannot_hold() -> None:
+    with pytest.raises(StoreError, match="dataset"):
+        synthetic_manifest(dataset={"path": object()})
+    with pytest.raises(StoreError, match="dataset"):
+        synthetic_manifest(dataset={"x": float("nan")})
+
+
+def test_token_store_has_no_teacher() -> None:
+    assert synthetic_manifest(k=0, n=0).teacher is None
+    with pytest.raises(StoreError, match=r"record\.k"):
+        dataclasses.replace(synthetic_manifest(k=0, n=0), teacher=synthetic_manifest().teacher)
+
+
+def test_tokenizer_digest_sees_names_and_bytes(tmp_path) -> None:
+    folder = write_synthetic_tokenizer(tmp_path / "one", 10)
+    assert tokenizer_digest(folder) == synthetic_manifest(vocabulary_size=10, k=1).tokenizer.digest
+    before = tokenizer_digest(folder)
+    (folder / "more.json").write_bytes(b"")
+    assert tokenizer_digest(folder) != before
+    (folder / "more.json").rename(folder / "else.json")
+    with_else = tokenizer_digest(folder)
+    (folder / "else.json").write_bytes(b"x")
+    assert len({before, with_else, tokenizer_digest(folder)}) == 3
+    with pytest.raises(StoreError, match="does not exist"):
+        tokenizer_digest(tmp_path / "none")
+
+
+def test_manifest_is_hashable_by_digest_alone() -> None:
+    names = {field.name for field in dataclasses.fields(Manifest)}
+    assert names == set(json.loads(manifest_to_json(synthetic_manifest())))
