@@ -9,6 +9,7 @@ N positions, V vocabulary, H hidden.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,17 +32,18 @@ def plain_precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     inputs as bfloat16 (oneDNN), which is exact for inputs that were bfloat16, still sums in float32 and is
     several times faster where the processor has such units. float32 inputs keep full precision.
     """
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    # Settable since torch 2.9; without it the same product runs in full float32.
-    switch = device.type == "cpu" and dtype == torch.bfloat16 and hasattr(matmul, "fp32_precision")
-    before = matmul.fp32_precision if switch else None
+    # Settable since torch 2.9; without it the same product runs in full float32, to the same accuracy.
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if device.type != "cpu" or dtype != torch.bfloat16 or not hasattr(matmul, "fp32_precision"):
+        matmul = None
+    before = None if matmul is None else matmul.fp32_precision
     try:
-        if switch:
+        if matmul is not None:
             matmul.fp32_precision = "bf16"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if switch:
+        if matmul is not None:
             matmul.fp32_precision = before
 
 
