@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from sparsekd.logit_store.reader import LogitStore, open_store
 from sparsekd.trainer.causal_lm import ModelSource
@@ -69,6 +70,7 @@ def run(config: Config) -> None:
         DataError: The store has nothing held out.
         ModelError: A model cannot be loaded, does not fit the store, or the teacher is not the store's.
     """
+    transformers_logging.disable_progress_bar()
     evaluate = config.evaluate
     require(evaluate.models, "evaluate.models", "to know what to compare")
     for key, name in (("student", evaluate.student), ("baseline", evaluate.baseline)):

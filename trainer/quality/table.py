@@ -72,9 +72,9 @@ def marks_legend(kinds: set[str]) -> str:
     if kinds - {EXACT, LOWER_BOUND, UPPER_BOUND}:
         parts.append("~ unbiased estimate from the stored draws")
     if LOWER_BOUND in kinds:
-        parts.append(">= lower bound (the rest of the vocabulary as one outcome)")
+        parts.append(">= lower bound (all tokens outside the head as one outcome)")
     if UPPER_BOUND in kinds:
-        parts.append("<= upper bound (the same)")
+        parts.append("<= upper bound (all tokens outside the head as one outcome)")
     return "; ".join(parts) + ("; evaluate.teacher=load makes all exact" if parts else "")
 
 

@@ -8,7 +8,7 @@ from sparsekd.logit_store.reader import LogitStore
 from sparsekd.trainer.quality.heldout import SPLIT, HeldOut
 from sparsekd.trainer.quality.result import WorstToken
 
-_SHOWN = 12
+_SHOWN = 8
 _CONTEXT_TOKENS = 32
 
 
