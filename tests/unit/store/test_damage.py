@@ -10,7 +10,7 @@ import pytest
 
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
 from sparsekd.logit_store.reader import LogitStore, open_store
-from sparsekd.logit_store.shard import read_batch, row_schema
+from sparsekd.logit_store.shard import decode_row, read_batch, row_schema
 from sparsekd.logit_store.synthetic import (
     synthetic_manifest,
     synthetic_rows,
@@ -191,6 +191,13 @@ def test_swapped_shards_are_found(tmp_path: Path) -> None:
     with pytest.raises(DamagedStoreError, match="is the record of shard 000002"):
         open_store(path).read_row("train", 1)
     assert len(verify_store(path).problems) == 2
+
+
+def test_sound_bytes_of_another_row_are_refused(tmp_path: Path) -> None:
+    store = open_store(_store_of_nine(tmp_path / "store"))
+    message = store.read_message("train", 4)
+    with pytest.raises(DamagedStoreError, match="row 3 holds row 4 instead"):
+        decode_row(message, store.manifest, row_schema(store.manifest), 3, "store, row 3")
 
 
 def test_shard_of_another_split_or_store_is_found(tmp_path: Path) -> None:
