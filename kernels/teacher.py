@@ -103,38 +103,80 @@ def _one_chunk(
     # Ranked after normalisation: two logits may round to one log-probability, and the tie rule is of those.
     logprobs = logits.sub_(logits.logsumexp(1, keepdim=True))
     true_logprob = logprobs.gather(1, labels.clamp_min(0)[:, None])[:, 0]
-    entropy = _entropy(logprobs, draw_temperature)
     head_ids = top_ids(logprobs, k)
     head_logprobs = logprobs.gather(1, head_ids)
     rest = logprobs.scatter_(1, head_ids, -torch.inf)
-    # Summed directly over the rest, never as 1 minus the head.
-    log_rest = [_at(rest, temperature).logsumexp(1) for temperature in temperatures]
-    tail_ids, tail_counts = draw_tail(rest, draw_temperature, uniforms)
+    maximum = rest.amax(1)
+    some = maximum > -torch.inf
+    rest.sub_(torch.where(some, maximum, 0.0)[:, None])  # now the largest of each rest is 0
+    # The entropies are wanted at 1 and at the draw temperature, the mass at every temperature of the grid.
+    masses = {
+        temperature: _rest_mass(
+            rest,
+            maximum,
+            temperature,
+            wants_entropy=temperature in (1.0, draw_temperature),
+            uniforms=uniforms if temperature == draw_temperature else uniforms[:, :0],
+        )
+        for temperature in dict.fromkeys((*temperatures, 1.0, draw_temperature))
+    }
+    log_rest = [masses[temperature].log_sum for temperature in temperatures]
+    drawn = masses[draw_temperature]
     return TeacherStatistics(
         head_ids=head_ids.int(),
         head_logprobs=head_logprobs.float(),
-        tail_ids=tail_ids,
-        tail_counts=tail_counts,
+        tail_ids=drawn.tail_ids,
+        tail_counts=drawn.tail_counts,
         log_rest=torch.stack(log_rest, 1).float() if log_rest else rest.new_empty(rest.shape[0], 0).float(),
-        rest_entropy=_entropy(rest, 1.0).float(),
+        rest_entropy=masses[1.0].entropy.float(),
         true_logprob=torch.where(labels >= 0, true_logprob, 0.0).float(),
-        entropy=entropy.float(),
+        entropy=_whole_entropy(head_logprobs, drawn, draw_temperature).float(),
     )
 
 
-def _at(logprobs: Tensor, temperature: float) -> Tensor:
-    """logprobs / temperature, without a pass over memory at 1."""
-    return logprobs if temperature == 1.0 else logprobs / temperature
+class _RestMass(NamedTuple):
+    """The rest of C positions at one temperature."""
+
+    log_sum: Tensor  # [C], log of the sum of exp(l / T); -inf where the rest is empty
+    entropy: Tensor  # [C], nats, of the rest renormalised; 0 where it is empty or was not wanted
+    tail_ids: Tensor  # int32 [C, n], see draw_tail; n = 0 where no draws are wanted
+    tail_counts: Tensor  # int32 [C, n]
 
 
-def _entropy(logprobs: Tensor, temperature: float) -> Tensor:
-    """Entropy in nats of softmax(logprobs / temperature), [C]; -inf is probability 0, all -inf gives 0."""
-    scaled = _at(logprobs, temperature)
-    total = scaled.logsumexp(1, keepdim=True)
-    scaled = scaled - torch.where(total > -torch.inf, total, 0.0)
-    probabilities = scaled.exp()
-    # 0 * -inf is NaN: the factor is masked, not the product.
-    return 0.0 - (probabilities * torch.where(scaled > -torch.inf, scaled, 0.0)).sum(1)
+def _rest_mass(
+    rest: Tensor, maximum: Tensor, temperature: float, *, wants_entropy: bool, uniforms: Tensor
+) -> _RestMass:
+    """Mass, entropy and draws of the rest at T in few passes over memory.
+
+    Args:
+        rest: [C, V] log-probabilities less their `maximum`, -inf outside the rest; kept as it is.
+        maximum: [C], -inf where the rest is empty.
+        temperature: T.
+        wants_entropy: whether `entropy` is made; else it is 0.
+        uniforms: float64 [C, n], n = 0 where no draws are wanted.
+    """
+    scaled = rest if temperature == 1.0 else rest / temperature
+    powers = scaled.exp()
+    total = powers.sum(1)
+    some = total > 0
+    log_total = torch.where(some, total, 1.0).log()
+    log_sum = torch.where(some, log_total + torch.where(some, maximum, 0.0) / temperature, -torch.inf)
+    ids, counts = draw_tail(powers, uniforms)
+    entropy = torch.zeros_like(total)
+    if wants_entropy:
+        # -sum p log p = log total - sum powers * scaled / total; 0 * -inf is NaN: the factor is held finite.
+        weighted = powers.mul_(scaled.clamp_min(torch.finfo(rest.dtype).min)).sum(1)
+        entropy = torch.where(some, log_total - weighted / torch.where(some, total, 1.0), 0.0)
+    return _RestMass(log_sum, entropy, ids, counts)
+
+
+def _whole_entropy(head_logprobs: Tensor, rest: _RestMass, temperature: float) -> Tensor:
+    """Entropy in nats of the whole distribution at T, [C]: that of its parts, plus the rest's own."""
+    parts = torch.cat([head_logprobs / temperature, rest.log_sum[:, None]], dim=1)
+    logs = parts - parts.logsumexp(1, keepdim=True)
+    probabilities = logs.exp()
+    own = torch.where(logs > -torch.inf, logs, 0.0)
+    return 0.0 - (probabilities * own).sum(1) + probabilities[:, -1] * rest.entropy
 
 
 def top_ids(values: Tensor, k: int) -> Tensor:
@@ -157,27 +199,23 @@ def top_ids(values: Tensor, k: int) -> Tensor:
     return ids
 
 
-def draw_tail(rest: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws with replacement from softmax(rest / temperature) by inverse CDF, coalesced.
+def draw_tail(powers: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws with replacement from powers / their sum by inverse CDF, coalesced.
 
     Args:
-        rest: [C, V] log-probabilities, -inf outside the rest; a row of nothing but -inf gives no draws.
-        temperature: of the draws.
+        powers: [C, V] unnormalised probabilities, the largest of a row 1; a row of zeros gives no draws.
         uniforms: float64 [C, n] in [0, 1).
 
     Returns:
         (ids int32 [C, n] distinct, ascending, padded with -1; counts int32 [C, n] padded with 0).
     """
     count, n = uniforms.shape
-    ids = torch.full((count, n), -1, dtype=torch.int32, device=rest.device)
-    counts = torch.zeros(count, n, dtype=torch.int32, device=rest.device)
+    ids = torch.full((count, n), -1, dtype=torch.int32, device=powers.device)
+    counts = torch.zeros(count, n, dtype=torch.int32, device=powers.device)
     if n == 0 or count == 0:
         return ids, counts
-    maximum = rest.amax(1, keepdim=True)
-    some = maximum[:, 0] > -torch.inf
     # float64: in float32 a cumulative sum over 10^5 entries loses those below its 10^-7.
-    shifted = (rest - torch.where(maximum > -torch.inf, maximum, 0.0)).double()
-    cumulative = shifted.div_(temperature).exp_().cumsum_(1)
+    cumulative = powers.cumsum(1, dtype=torch.float64)
     total = cumulative[:, -1:].contiguous()
     # The first id whose cumulative sum exceeds the point has probability > 0. A point that rounds up to the
     # total itself has none such; it belongs to the last id of probability > 0.
@@ -190,7 +228,8 @@ def draw_tail(rest: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tenso
     place = is_new.cumsum(1) - 1
     ids.scatter_(1, place, drawn.int())
     counts.scatter_add_(1, place, torch.ones_like(counts))
-    return torch.where(some[:, None], ids, -1), torch.where(some[:, None], counts, 0)
+    some = total > 0
+    return torch.where(some, ids, -1), torch.where(some, counts, 0)
 
 
 def _check(

@@ -146,7 +146,7 @@ def test_a_head_beyond_one_logsumexp_of_the_next():
 def test_uniforms_at_the_ends():
     rest = torch.tensor([[-math.inf, 0.0, -1.0, -math.inf, -2.0, -math.inf]])
     ends = torch.tensor([[0.0, 1 - 2**-53]], dtype=torch.float64)
-    ids, counts = draw_tail(rest, 1.0, ends)
+    ids, counts = draw_tail(rest.exp(), ends)
     assert ids.tolist() == [[1, 4]] and counts.tolist() == [[1, 1]]
 
 
