@@ -126,19 +126,24 @@ def list_files(given: str, include: str, exclude: list[str]) -> list[SourceFile]
 
 
 def _walk(folder: Path, include: str, exclude: list[str]) -> Iterator[SourceFile]:
-    for parent, _, names in os.walk(folder):
+    def is_excluded(relative: str, patterns: list[str]) -> bool:
+        return any(
+            fnmatch.fnmatchcase(relative, pattern) or fnmatch.fnmatchcase(f"/{relative}", pattern)
+            for pattern in patterns
+        )
+
+    # A folder that matches `x` has nothing inside that `x/*` leaves: it need not be entered.
+    whole_folders = [pattern.removesuffix("/*") for pattern in exclude if pattern.endswith("/*")]
+    for parent, folders, names in os.walk(folder):
+        below = os.path.relpath(parent, folder).replace(os.sep, "/")
+        prefix = "" if below == "." else f"{below}/"
+        folders[:] = [name for name in folders if not is_excluded(prefix + name, whole_folders)]
         for name in names:
-            path = Path(parent, name)
-            relative = path.relative_to(folder).as_posix()
-            if not fnmatch.fnmatchcase(name, include):
-                continue
-            if any(
-                fnmatch.fnmatchcase(relative, pattern) or fnmatch.fnmatchcase(f"/{relative}", pattern)
-                for pattern in exclude
-            ):
-                continue
-            if path.is_file():
-                yield SourceFile(path, relative)
+            relative = prefix + name
+            if fnmatch.fnmatchcase(name, include) and not is_excluded(relative, exclude):
+                path = Path(parent, name)
+                if path.is_file():
+                    yield SourceFile(path, relative)
 
 
 def _below_pattern(match: str, pattern: str) -> str:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -160,11 +161,8 @@ def _work(
     positions = 0
     for first in range(0, len(missing), place.world_size):
         turn = missing[first : first + place.world_size]
-        if place.rank < len(turn):
-            unit = turn[place.rank]
-            together(place, lambda unit=unit: _capture_unit(config, path, manifest, tokens, teacher, unit))
-        else:
-            together(place, lambda: None)
+        unit = turn[place.rank] if place.rank < len(turn) else None
+        together(place, partial(_capture_unit, config, path, manifest, tokens, teacher, unit))
         positions += sum(len(tokens.shard_rows(*unit)) for unit in turn) * manifest.sequence_length
         now = time.monotonic()
         finished = first + len(turn)
@@ -186,8 +184,11 @@ def missing_units(path: Path, units: list[Unit]) -> list[Unit]:
 
 
 def _capture_unit(
-    config: Config, path: Path, manifest: Manifest, tokens: LogitStore, teacher: Teacher, unit: Unit
+    config: Config, path: Path, manifest: Manifest, tokens: LogitStore, teacher: Teacher, unit: Unit | None
 ) -> None:
+    """Writes one unit; None where the last round has fewer units than ranks."""
+    if unit is None:
+        return
     split, shard = unit
     rows = [replace(tokens.read_row(split, index), teacher=None) for index in tokens.shard_rows(split, shard)]
     records = records_of_rows(

@@ -83,11 +83,13 @@ def load_teacher(config: TeacherConfig, path: str, store: LogitStore, device: to
             probe shows that its logits or its attention are not what they must be.
     """
     model = load_causal_lm(model_source(config, path), "teacher", dtype=DTYPES[config.dtype])
-    model.to(device)
+    nn.Module.to(model, device)  # transformers' own annotation of .to hides its arguments
     model.eval().requires_grad_(False)
     decoder, head = decoder_and_head(model)
     vocabulary_size = store.manifest.tokenizer.vocabulary_size
-    embedded = min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0])
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, torch.Tensor)
+    embedded = min(head.weight.shape[0], embeddings.shape[0])
     if embedded < vocabulary_size:
         raise ModelError(
             f"The teacher {path} knows {embedded:,} token ids, but the tokenizer of {store.path} has "
