@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import AutoTokenizer
 
 from sparsekd.logit_store.reader import LogitStore
@@ -52,7 +53,8 @@ def continuations(
     texts: dict[str, list[str]] = {}
     for name, source in sources.items():
         print(f"{name} continues {len(chosen)} prompts", flush=True)
-        model = load_causal_lm(source, name, dtype=DTYPES[dtype]).to(device).eval()
+        model = load_causal_lm(source, name, dtype=DTYPES[dtype]).eval()
+        nn.Module.to(model, device)
         texts[name] = []
         for _, token_ids in chosen:
             prompt = torch.from_numpy(token_ids[:_PROMPT_TOKENS].astype(np.int64)).to(device)[None]
@@ -68,13 +70,13 @@ def continuations(
                     suppress_tokens=list(range(vocabulary, model.get_output_embeddings().weight.shape[0]))
                     or None,
                 )
-            texts[name].append(tokenizer.decode(made[0, prompt.shape[1] :].tolist()))
+            texts[name].append(str(tokenizer.decode(made[0, prompt.shape[1] :].tolist())))
         del model
     return [
         Continuation(
             document=document,
-            prompt=tokenizer.decode(token_ids[:_PROMPT_TOKENS].tolist()),
-            truth=tokenizer.decode(token_ids[_PROMPT_TOKENS:].tolist()),
+            prompt=str(tokenizer.decode(token_ids[:_PROMPT_TOKENS].tolist())),
+            truth=str(tokenizer.decode(token_ids[_PROMPT_TOKENS:].tolist())),
             by_model={name: lines[index] for name, lines in texts.items()},
         )
         for index, (document, token_ids) in enumerate(chosen)

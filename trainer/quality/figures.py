@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -26,7 +27,7 @@ _ROLES = {
     "baseline": ("#1a0003", "--baseline", (0, (5, 2)), "s"),
     "other": ("#1a0004", "--other", (0, (5, 2, 1, 2)), "D"),
 }
-_STYLE = {
+_STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
     "text.color": _INK,
@@ -104,6 +105,7 @@ def calibration(models: Sequence[ModelResult]) -> str:
                 marker=marker,
                 alpha=0.75,
                 linewidths=0,
+                clip_on=False,
             )
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)
@@ -175,7 +177,7 @@ def breakdown_bars(breakdown: Breakdown, models: Sequence[ModelResult]) -> str:
         axes.grid(axis="x", visible=False)
         axes.set_xlabel(breakdown.title)
         axes.set_ylabel("loss above the teacher's, nats" if teacher else "loss, nats per token")
-        axes.legend(loc="best")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(shown), borderaxespad=0.2)
         figure.set_layout_engine("constrained")
     return svg()
 
@@ -183,7 +185,8 @@ def breakdown_bars(breakdown: Breakdown, models: Sequence[ModelResult]) -> str:
 @contextmanager
 def _plot(name: str, *, width: float = 9.4, height: float) -> Iterator[tuple]:
     """A figure, its axes, and a function that gives the SVG after the block."""
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": f"sparsekd-{name}", "svg.id": name}):
+    style: Any = {**_STYLE, "svg.hashsalt": f"sparsekd-{name}", "svg.id": name}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height))
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
@@ -226,8 +229,8 @@ def _zoom_on_the_end(axes: Axes, curves: Sequence[Curve]) -> None:
 def _weighted_range(values: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
     order = np.argsort(values)
     share = np.cumsum(weights[order]) / weights.sum()
-    low = values[order][np.searchsorted(share, 0.01)]
-    high = values[order][min(np.searchsorted(share, 0.99), len(values) - 1)]
+    low = values[order][int(np.searchsorted(share, 0.01))]
+    high = values[order][min(int(np.searchsorted(share, 0.99)), len(values) - 1)]
     return float(low), float(high)
 
 

@@ -28,8 +28,15 @@ from sparsekd.logit_store.row import Row, TeacherRecord
 from sparsekd.trainer.config import Config
 from sparsekd.trainer.errors import ConfigError
 
-# Decoders with gated MLPs and without biases; others have terms that this formula does not know.
-COUNTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+# Decoders with gated MLPs, and the sizes without which they cannot be counted: those for which transformers
+# has a default that does not follow from the others. config.json holds them all.
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+COUNTED_MODEL_TYPES = {
+    "llama": _SIZES,
+    "mistral": (*_SIZES, "num_key_value_heads"),
+    "qwen2": (*_SIZES, "num_key_value_heads"),
+    "qwen3": (*_SIZES, "num_key_value_heads", "head_dim"),
+}
 RANKS_SHOWN = (1, 2, 8, 64)
 # The implementations' own rules take at most so many positions at a time (kernels/chunked.py).
 LARGEST_CHUNK = 1024
@@ -73,7 +80,7 @@ def corpus_of(config: Config) -> Corpus:
         return Corpus(
             tokens=total * manifest.sequence_length,
             rows=total,
-            shards=sum(len(store.shards(split)) for split in manifest.splits),
+            shards=sum(store.shards(split) for split in manifest.splits),
             train_rows=rows["train"],
             sequence_length=manifest.sequence_length,
             vocabulary_size=manifest.tokenizer.vocabulary_size,
@@ -157,8 +164,8 @@ def count_parameters(fields: dict[str, Any], vocabulary_size: int) -> int | None
     V H (twice when untied) + layers (H D (2 heads + 2 kv heads) + 3 H I + 2 H) + H, with D the head size and
     I the MLP's. Biases and norms of single heads, well below 1 %, are left out.
     """
-    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    if fields.get("model_type") not in COUNTED_MODEL_TYPES or any(name not in fields for name in needed):
+    needed = COUNTED_MODEL_TYPES.get(fields.get("model_type", ""))
+    if needed is None or any(name not in fields for name in needed):
         return None
     hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
     grouped = fields.get("num_key_value_heads") or heads

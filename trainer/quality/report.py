@@ -37,6 +37,8 @@ from sparsekd.trainer.quality.table import (
 # Differences that say nothing: where a run lies and what it is called.
 _PLACES = ("run.name", "run.root", "store.tokens", "launch.", "tracking.", "report.", "evaluate.", "export.")
 _METRICS = "metrics.jsonl"
+# Of a label in the strip of losses, per cent of the strip.
+_LABEL_WIDTH = 15.0
 
 
 @dataclass(frozen=True)
@@ -167,10 +169,24 @@ def _scale(evaluation: Evaluation) -> list[dict[str, Any]]:
     losses = [(model.figures["loss"].value, model) for model in evaluation.models]
     low, high = min(loss for loss, _ in losses), max(loss for loss, _ in losses)
     span = (high - low) or 1.0
+    losses.sort(key=lambda pair: pair[0])
+    places = [100 * (loss - low) / span for loss, _ in losses]
     return [
-        {"name": model.name, "role": model.role, "loss": loss, "place": 100 * (loss - low) / span}
-        for loss, model in sorted(losses, key=lambda pair: pair[0])
+        {"name": model.name, "role": model.role, "loss": loss, "place": place, "label": label}
+        for (loss, model), place, label in zip(losses, places, apart(places), strict=True)
     ]
+
+
+def apart(places: list[float]) -> list[float]:
+    """Places of labels, per cent, ascending: as near to their marks as a readable distance allows."""
+    labels = list(places)
+    for index in range(1, len(labels)):
+        labels[index] = max(labels[index], labels[index - 1] + _LABEL_WIDTH)
+    limit = 100.0
+    for index in reversed(range(len(labels))):
+        labels[index] = min(labels[index], limit)
+        limit = labels[index] - _LABEL_WIDTH
+    return labels
 
 
 def _best(models: Iterable[ModelResult]) -> dict[str, str]:
@@ -226,7 +242,7 @@ def _documents_plot(evaluation: Evaluation) -> Plot | None:
 def _breakdown_caption(breakdown: Any) -> str:
     if breakdown.name == "entropy":
         return (
-            "Each pair of bars is a tenth of the held-out positions, from those where the teacher is sure "
+            "Each group of bars is a tenth of the held-out positions, from those where the teacher is sure "
             "(left) to those where it is not. High bars on the left: easy tokens are not learned yet; on the "
             "right: the shape of the teacher's doubt is not."
         )

@@ -73,7 +73,8 @@ def load_judged(source: ModelSource, key: str, store: LogitStore, dtype: str, de
         ModelError: It cannot be loaded, its vocabulary is too small, or its head is unknown to us.
     """
     saved = getattr(load_config(source, key), "dtype", None)
-    model = load_causal_lm(source, key, dtype=DTYPES[dtype]).to(device).eval()
+    model = load_causal_lm(source, key, dtype=DTYPES[dtype]).eval()
+    nn.Module.to(model, device)
     decoder, head = decoder_and_head(model)
     vocabulary = store.manifest.tokenizer.vocabulary_size
     entries = min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0])

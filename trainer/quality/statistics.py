@@ -72,7 +72,7 @@ def calibration_error(bins: list[ReliabilityBin]) -> float:
 def sums_by_document(values: NDArray[np.float32], document_of: NDArray[np.int64]) -> NDArray[np.float64]:
     """Sums of values [N] by document [D], documents in ascending order of their number."""
     _, index = np.unique(document_of, return_inverse=True)
-    return np.bincount(index, weights=values)
+    return np.bincount(index, weights=values).astype(np.float64)
 
 
 def paired_bootstrap(

@@ -49,9 +49,9 @@ def worst_tokens(
                 document=document,
                 row=row,
                 position=position,
-                context=tokenizer.decode(before.tolist()),
-                token=tokenizer.decode([int(held.true_ids[index])]),
-                guess=tokenizer.decode([int(guesses[index])]),
+                context=str(tokenizer.decode(before.tolist())),
+                token=str(tokenizer.decode([int(held.true_ids[index])])),
+                guess=str(tokenizer.decode([int(guesses[index])])),
                 probabilities={name: float(np.exp(-loss[index])) for name, loss in losses.items()},
             )
         )

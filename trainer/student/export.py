@@ -270,7 +270,7 @@ def _generation_config(model: PreTrainedModel, source: ModelSource, store: Logit
     if source.path is not None:
         # Most models have such a file; for those that do not, the model's configuration speaks.
         with contextlib.suppress(OSError):
-            own = GenerationConfig.from_pretrained(source.path, revision=source.revision)
+            own = GenerationConfig.from_pretrained(source.path, revision=source.revision or "main")
     found = own or GenerationConfig.from_model_config(model.config)
     tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_path)
     end = store.manifest.tokenizer.eos_token_id
