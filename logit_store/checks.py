@@ -171,8 +171,7 @@ def _check_values(
     if bad.size:
         raise InvalidRowError(
             f"{where}, position {bad[0]}: true_logprob is {true[bad[0]]}, expected 0, because no token "
-            "follows "
-            "in the document."
+            "follows in the document."
         )
     highest = math.log(manifest.tokenizer.vocabulary_size)
     for name in ("rest_entropy", "entropy"):

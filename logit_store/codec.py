@@ -68,8 +68,7 @@ def codec_of(manifest: Manifest) -> Codec:
     if spec.name not in CODECS:
         raise StoreError(
             f"The store's codec is {spec.name!r}, but this sparsekd knows {', '.join(sorted(CODECS))}: name "
-            "one of "
-            "these when writing, or update sparsekd to read."
+            "one of these when writing, or update sparsekd to read."
         )
     CODECS[spec.name].check_parameters(spec.parameters)
     return CODECS[spec.name]

@@ -214,8 +214,7 @@ def explained(path: Path) -> Iterator[None]:
         if error.errno in _NO_ROOM:
             raise StoreError(
                 f"No room to write {path}: {_free_bytes(path):,} bytes are free on its disk; make room and "
-                "run "
-                "the same command again, it keeps every finished shard and continues."
+                "run the same command again, it keeps every finished shard and continues."
             ) from error
         raise StoreError(f"Could not use {path}: {error.strerror or error}.") from error
 
@@ -265,8 +264,7 @@ def _name_it(temporary: Path, final: Path, digest: str) -> None:
         if sha256_of(final) != digest:
             raise StoreError(
                 f"{final} exists already with other bytes than this run made: another configuration, model "
-                "or "
-                "package version wrote it; use a new folder, or remove this file if nothing refers to it."
+                "or package version wrote it; use a new folder, or remove this file if nothing refers to it."
             ) from None
 
 

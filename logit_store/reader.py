@@ -128,9 +128,8 @@ class LogitStore:
         record, data = read_commit(self.path, self._manifest_sha256, split, shard_index)
         if signed_digest(data) != self.index(split).record_digests[shard_index]:
             raise DamagedStoreError(
-                f"{self.path}, split {split}, shard {shard_index:06d}: the commit record is not the one "
-                "that was "
-                f"sealed; {REMEDY}."
+                f"{self.path}, split {split}, shard {shard_index:06d}: the commit record is not the one that "
+                f"was sealed; {REMEDY}."
             )
         with self._lock:
             self._commits[key] = record
@@ -219,8 +218,7 @@ def open_store(path: Path) -> LogitStore:
     if content["manifest_sha256"] != manifest_digest(manifest) or not text_is_canonical:
         raise DamagedStoreError(
             f"{path / MANIFEST_NAME} is not the manifest that was sealed: it was edited or damaged; restore "
-            "it "
-            "from a copy."
+            "it from a copy."
         )
     index = {name: _split_index(content["splits"][name]) for name in manifest.splits}
     return LogitStore(path, manifest, signed_digest(data), index)

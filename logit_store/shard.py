@@ -28,8 +28,7 @@ _MAGIC = b"ARROW1\0\0"
 
 REMEDY = (
     "restore it from a copy, or remove this shard's two files and INDEX.json and run the command that wrote "
-    "the "
-    "store again"
+    "the store again"
 )
 """What to do about a damaged shard: the writing command makes a missing one anew, equal to the byte."""
 

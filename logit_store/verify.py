@@ -232,8 +232,7 @@ def verify_store(path: Path, *, progress: Callable[[int, int], None] | None = No
     if tokenizer_digest(store.tokenizer_path) != store.manifest.tokenizer.digest:
         problems.append(
             f"{store.tokenizer_path} does not hold the manifest's tokenizer: a file is damaged, missing or "
-            "too "
-            "many; restore it from a copy."
+            "too many; restore it from a copy."
         )
     for split, shard in places:
         good, size = _verify_shard(store, split, shard, alignment, problems)

@@ -204,15 +204,13 @@ def _seal_split(path: Path, manifest: Manifest, split: str, shards: int) -> dict
         some = ", ".join(f"{number:06d}" for number in missing[:5])
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise StoreError(
-            f"{path}, split {split}: {len(missing)} of {shards} shards are not committed ({some}{more}); "
-            "run the "
-            "command that writes the store again, it makes the missing ones."
+            f"{path}, split {split}: {len(missing)} of {shards} shards are not committed ({some}{more}); run "
+            "the command that writes the store again, it makes the missing ones."
         )
     if foreign := sorted(present - set(range(shards))):
         raise StoreError(
             f"{folder} has shard {foreign[0]:06d}, but the split has {shards} shards: it belongs to another "
-            "plan; "
-            "remove it or write to a new folder."
+            "plan; remove it or write to a new folder."
         )
     digest = manifest_digest(manifest)
     entries = []
@@ -224,8 +222,8 @@ def _seal_split(path: Path, manifest: Manifest, split: str, shards: int) -> dict
         if record.rows != manifest.rows_per_shard and shard != shards - 1:
             raise StoreError(
                 f"{path}, split {split}, shard {shard:06d} has {record.rows} rows, expected "
-                f"{manifest.rows_per_shard}: only the last shard may be short; remove both its files and "
-                "run again."
+                f"{manifest.rows_per_shard}: only the last shard may be short; remove both its files and run "
+                "again."
             )
         _check_shard_file(path, manifest, record)
         entries.append({"record_digest": signed_digest(data), "rows": record.rows})
@@ -250,15 +248,13 @@ def _check_shard_file(path: Path, manifest: Manifest, record: CommitRecord) -> N
     if length != record.file_bytes:
         raise DamagedStoreError(
             f"{place} has {length} bytes, but its commit record says {record.file_bytes}: remove both files "
-            "and run "
-            "the command that writes the store again."
+            "and run the command that writes the store again."
         )
     header = shard_header(manifest, record.split, record.shard)
     if read_range(place, 0, len(header)) != header:
         raise DamagedStoreError(
-            f"{place} does not begin as shard {record.shard:06d} of split {record.split} of this store "
-            "must: it is "
-            "damaged or another shard; remove it and its commit record and run again."
+            f"{place} does not begin as shard {record.shard:06d} of split {record.split} of this store must: "
+            "it is damaged or another shard; remove it and its commit record and run again."
         )
 
 
@@ -266,8 +262,7 @@ def _require_same_manifest(path: Path, manifest: Manifest) -> None:
     if differing := compare_manifests(read_manifest(path), manifest):
         raise StoreError(
             f"{path} is another store than this run would write ({'; '.join(differing)}): use a new folder, "
-            "or "
-            "the settings that made this one."
+            "or the settings that made this one."
         )
 
 
