@@ -1,175 +1,23 @@
-"""Jobs of several real processes on gloo with real DeepSpeed, and the tiny runs that they share.
+"""The workplace that all distributed tests share; see distributed_harness.py."""
 
-ZeRO-3 runs here with every threshold at 0: above a tiny model's size they would keep it whole on each rank, and
-hide every mistake from the second step on.
-"""
-
-import copy
-import json
-import os
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
-import torch
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from sparsekd.logit_store.reader import LogitStore, open_store
-from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
+# pytest's importlib mode adds no folder by itself.
+sys.path.insert(0, str(Path(__file__).parent))
 
-Values = dict[str, Any]
-
-WORKER = Path(__file__).with_name("worker.py")
-VOCABULARY = 97
-TRAIN_ROWS, HELDOUT_ROWS = 22, 5
-TIMED_FIELDS = ("tokens_per_second", "data_wait_share")
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """A folder with stores and run folders, and the way to start jobs on them."""
-
-    root: Path
-
-    @property
-    def store(self) -> LogitStore:
-        return open_store(self.root / "store")
-
-    def run_values(self, name: str, **changes: Values) -> Values:
-        """A run's configuration over the defaults, with changes by section."""
-        values: Values = {
-            "run": {"root": str(self.root / "runs"), "name": name},
-            "store": {"path": str(self.root / "store")},
-            "student": {
-                "config": {
-                    "model_type": "llama",
-                    "hidden_size": 32,
-                    "intermediate_size": 64,
-                    "num_hidden_layers": 2,
-                    "num_attention_heads": 4,
-                    "num_key_value_heads": 2,
-                    "tie_word_embeddings": True,
-                }
-            },
-            "objective": {"kd_weight": 0.75, "ce_weight": 0.25},
-            # A large epsilon keeps AdamW's update smooth in the gradient, so that rounding stays rounding.
-            "optimizer": {"learning_rate": 1e-2, "epsilon": 1e-3, "gradient_clipping": 0.3},
-            "schedule": {"warmup_steps": 2},
-            "engine": {
-                "dtype": "float32",
-                "persistence_threshold": 0,
-                "max_live_parameters": 0,
-                "max_reuse_distance": 0,
-                "prefetch_bucket_size": 0,
-            },
-            "train": {
-                "steps": 4,
-                "global_batch_rows": 8,
-                "micro_batch_rows": 2,
-                "log_every": 1,
-                "evaluate_every": 0,
-                "evaluate_rows": 0,
-                "checkpoint_every": 100,
-            },
-            "tracking": {"wandb": "disabled"},
-            "launch": {"device": "cpu"},
-        }
-        for section, change in changes.items():
-            values.setdefault(section, {}).update(copy.deepcopy(change))
-        return values
-
-    def start(self, runs: list[Values], *, ranks: int) -> "subprocess.Popen[str]":
-        """Starts a job in the background; its output goes to `output.txt`."""
-        place = self.root / f"runs_{len(list(self.root.glob('runs_*.json')))}.json"
-        place.write_text(json.dumps(runs))
-        launcher = (
-            ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-        )
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        }
-        with (self.root / "output.txt").open("w") as output:
-            return subprocess.Popen(
-                [sys.executable, *launcher, str(WORKER), str(place)],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=environment | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"},
-            )
-
-    def run(self, runs: list[Values], *, ranks: int, timeout: float = 170, expected: int = 0) -> str:
-        """Runs a job to its end and returns its output; fails with that output, tracebacks and all."""
-        job = self.start(runs, ranks=ranks)
-        try:
-            code = job.wait(timeout)
-        except subprocess.TimeoutExpired:
-            kill_job(job)
-            code = None
-        output = (self.root / "output.txt").read_text()
-        ended = f"took longer than {timeout} s" if code is None else f"ended with {code}"
-        # torchrun ends with 1 whatever its workers ended with.
-        failed = code is None or (code == 0) != (expected == 0)
-        assert not failed, f"The job {ended}. Its output:\n{output[-8000:]}"
-        return output
-
-    def folder(self, name: str) -> Path:
-        return self.root / "runs" / name
-
-    def metrics(self, name: str, kind: str = "train") -> list[Values]:
-        """The lines of metrics of one kind, without those fields that time decides."""
-        lines = (self.folder(name) / "metrics.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
-        return [
-            {key: value for key, value in record.items() if key not in TIMED_FIELDS}
-            for record in records
-            if record["kind"] == kind
-        ]
-
-    def weights(self, name: str, step: int) -> dict[str, torch.Tensor]:
-        """The float32 weights in a checkpoint, by the names of the transformers model."""
-        folder = self.folder(name) / "checkpoints" / f"step-{step:08d}"
-        state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="engine")
-        return {name.removeprefix("model."): weight.detach().clone() for name, weight in state.items()}
-
-
-def kill_job(job: "subprocess.Popen[str]") -> None:
-    """SIGKILL to every process of a job at once, as a node that loses its power."""
-    try:
-        processes = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        processes = []
-    for process in processes:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    job.wait()
+from distributed_harness import Workplace, all_runs, make_workplace
 
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    root = tmp_path_factory.mktemp("train")
-    manifest = synthetic_manifest(vocabulary_size=VOCABULARY, sequence_length=32, rows_per_shard=8)
-    counts = {"train": TRAIN_ROWS, "heldout": HELDOUT_ROWS}
-    write_synthetic_store(root / "store", manifest, counts, seed=3)
-    tokens = synthetic_manifest(vocabulary_size=VOCABULARY, sequence_length=32, rows_per_shard=8, k=0, n=0)
-    write_synthetic_store(root / "tokens", tokens, counts, seed=3)
-    return Workplace(root)
+    return make_workplace(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(scope="session")
-def copied(workplace: Workplace) -> Callable[[str, str], None]:
-    """Copies a run folder to another name, as if the run had been started under it."""
-
-    def copy_run(source: str, target: str) -> None:
-        shutil.copytree(workplace.folder(source), workplace.folder(target))
-
-    return copy_run
+def trained(workplace: Workplace) -> Workplace:
+    """The workplace after the shared two-rank job."""
+    workplace.run(list(all_runs(workplace).values()), ranks=2)
+    return workplace

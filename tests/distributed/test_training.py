@@ -2,53 +2,24 @@
 
 import json
 import math
-from typing import Any
 
 import pytest
 import torch
-from conftest import HELDOUT_ROWS, VOCABULARY, Workplace
-from oracle import relative_difference, row_sums, student, train
+from distributed_harness import HELDOUT_ROWS, STEPS, VOCABULARY, Workplace, all_runs
+from plain_training import relative_difference, row_sums, student, train
+
+from sparsekd.logit_store.reader import open_store
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 4
 # float32 against float64; a wrong factor, mask or order shows as 1e-2 and more (tried: see test_a_wrong_...).
 FLOAT32 = 2e-4
 BFLOAT16 = 8e-2
 
 
-def all_runs(work: Workplace) -> dict[str, dict[str, Any]]:
-    """The runs of the shared two-rank job."""
-    config = work.run_values("")["student"]["config"]
-    untied = config | {"tie_word_embeddings": False, "vocab_size": 104}
-    tokens = {"path": str(work.root / "tokens")}
-    runs = {
-        "tied": {"train": {"evaluate_rows": HELDOUT_ROWS, "evaluate_every": 2}},
-        "untied": {"student": {"config": untied}},
-        "accumulated": {"train": {"micro_batch_rows": 1}},
-        "recomputed": {"student": {"activation_checkpointing": True}},
-        "tokens": {"store": tokens, "objective": {"kd_weight": 0.0, "ce_weight": 1.0}},
-        "stage_0": {"engine": {"zero_stage": 0}},
-        "stage_1": {"engine": {"zero_stage": 1}},
-        "stage_2": {"engine": {"zero_stage": 2}},
-        "bfloat16_1": {"engine": {"zero_stage": 1, "dtype": "bfloat16"}},
-        "bfloat16_2": {"engine": {"zero_stage": 2, "dtype": "bfloat16"}},
-        "bfloat16_3": {"engine": {"zero_stage": 3, "dtype": "bfloat16"}},
-    }
-    return {name: work.run_values(name, **changes) for name, changes in runs.items()}
-
-
-@pytest.fixture(scope="module")
-def trained(workplace: Workplace) -> Workplace:
-    workplace.run(list(all_runs(workplace).values()), ranks=2)
-    return workplace
-
-
 def expect_equal(work: Workplace, name: str, like: str, bound: float) -> None:
     """Compares a run's metrics and weights with the oracle trained on the configuration of `like`."""
     values = all_runs(work)[like]
-    from sparsekd.logit_store.reader import open_store
-
     store = open_store(work.root / values["store"]["path"])
     model, records = train(store, values, steps=STEPS)
     start = student(values["student"]["config"], seed=0, vocabulary=VOCABULARY).state_dict()

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
 
 from sparsekd.logit_store.manifest import TokenizerIdentity
@@ -141,8 +143,17 @@ def load_student(
     Raises:
         ModelError: It cannot be loaded, or its head is not tied as its configuration says.
     """
-    torch.manual_seed(seed)
-    model = load_causal_lm(source, "student", dtype=dtype)
+    if source.path is not None or is_deepspeed_zero3_enabled():
+        torch.manual_seed(seed)
+        model = load_causal_lm(source, "student", dtype=dtype)
+    else:
+        # As transformers does it under ZeRO-3: the constructors' own random weights are skipped, or the seed
+        # would give another student than there.
+        with no_init_weights():
+            model = load_causal_lm(source, "student", dtype=dtype)
+        torch.manual_seed(seed)
+        model.initialize_weights()
+        model.tie_weights()
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     if model.config.get_text_config().tie_word_embeddings and not tied:
         raise ModelError(

@@ -1,16 +1,18 @@
-"""The same training in one process, float64, plain torch: dense softmax, plain AdamW, no code of the trainer's loop.
+"""The same training in one process, float64, plain torch: dense softmax, AdamW, nothing of the loop.
 
 Shapes: N positions, V vocabulary, k head, n draws.
 """
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from sparsekd.logit_store.reader import LogitStore
 from sparsekd.logit_store.row import Row, position_ids
@@ -29,16 +31,18 @@ class Sums:
 
 
 def student(config: dict[str, Any], *, seed: int, vocabulary: int) -> PreTrainedModel:
-    """The student as a user would make it: seeded, on one process, float32; then in float64."""
+    """The student of a seed, made on one process in float32; then in float64."""
     fields = {
         "vocab_size": vocabulary,
         "bos_token_id": None,
         "eos_token_id": 0,
         "pad_token_id": None,
     } | config
-    torch.manual_seed(seed)
     made = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    model = AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation="sdpa")
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation="sdpa")
+    torch.manual_seed(seed)
+    model.init_weights()
     return model.double()
 
 
@@ -49,7 +53,7 @@ def row_sums(
     starts = [*row.segment_starts.tolist(), len(row.token_ids)]
     total = Sums(torch.zeros((), dtype=torch.float64), 0.0, 0.0, 0.0, 0.0)
     assert position_ids(row)[starts[:-1]].tolist() == [0] * (len(starts) - 1)
-    for first, last in zip(starts[:-1], starts[1:], strict=True):
+    for first, last in pairwise(starts):
         ids = torch.tensor(row.token_ids[first:last].astype(np.int64))[None]
         log_q = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, :, :vocabulary], dim=-1)
         for offset in range(last - first):
@@ -63,8 +67,8 @@ def row_sums(
                 top = int(row.teacher.head_ids[position, 0])  # type: ignore[union-attr]
                 total.agreement += float(int(log_q[offset].argmax()) == top)
             total.loss = total.loss + kd_weight * kd + ce_weight * ce
-            total.kd += float(kd)
-            total.ce += float(ce)
+            total.kd += float(kd.detach())
+            total.ce += float(ce.detach())
             total.weight += 1.0
     return total
 
@@ -129,7 +133,7 @@ def train(
         adamw.step()
         records.append(
             {
-                "loss": float(loss),
+                "loss": float(loss.detach()),
                 "kd": sum(part.kd for part in parts) / weight,
                 "ce": sum(part.ce for part in parts) / weight,
                 "agreement": sum(part.agreement for part in parts) / weight,
@@ -156,6 +160,6 @@ def relative_difference(
     found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]
 ) -> float:
     """Norm of the difference of two sets of weights, relative to how far training moved them."""
-    difference = sum(float((found[name].double() - expected[name]).norm() ** 2) for name in expected)
-    moved = sum(float((expected[name] - start[name]).norm() ** 2) for name in expected)
+    difference = sum(float((found[name].double() - expected[name]).detach().norm() ** 2) for name in expected)
+    moved = sum(float((expected[name] - start[name]).detach().norm() ** 2) for name in expected)
     return math.sqrt(difference / moved)

@@ -1,0 +1,196 @@
+"""Jobs of several real processes on gloo with real DeepSpeed, and the tiny runs that they share.
+
+ZeRO-3 runs here with every threshold at 0: above a tiny model's size they would keep it whole on each rank,
+and hide every mistake from the second step on.
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from sparsekd.logit_store.reader import LogitStore, open_store
+from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
+from sparsekd.trainer.student.export import consolidated_weights
+
+Values = dict[str, Any]
+
+WORKER = Path(__file__).with_name("worker.py")
+VOCABULARY = 97
+TRAIN_ROWS, HELDOUT_ROWS = 22, 5
+STEPS, LONG_STEPS = 4, 12
+TIMED_FIELDS = ("tokens_per_second", "data_wait_share")
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A folder with stores and run folders, and the way to start jobs on them."""
+
+    root: Path
+
+    @property
+    def store(self) -> LogitStore:
+        return open_store(self.root / "store")
+
+    def run_values(self, name: str, **changes: Values) -> Values:
+        """A run's configuration over the defaults, with changes by section."""
+        values: Values = {
+            "run": {"root": str(self.root / "runs"), "name": name},
+            "store": {"path": str(self.root / "store")},
+            "student": {
+                "config": {
+                    "model_type": "llama",
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 2,
+                    "tie_word_embeddings": True,
+                }
+            },
+            "objective": {"kd_weight": 0.75, "ce_weight": 0.25},
+            # A large epsilon keeps AdamW's update smooth in the gradient, so that rounding stays rounding.
+            "optimizer": {"learning_rate": 1e-2, "epsilon": 1e-3, "gradient_clipping": 0.3},
+            "schedule": {"warmup_steps": 2},
+            "engine": {
+                "dtype": "float32",
+                "persistence_threshold": 0,
+                "max_live_parameters": 0,
+                "max_reuse_distance": 0,
+                "prefetch_bucket_size": 0,
+            },
+            "train": {
+                "steps": 4,
+                "global_batch_rows": 8,
+                "micro_batch_rows": 2,
+                "log_every": 1,
+                "evaluate_every": 0,
+                "evaluate_rows": 0,
+                "checkpoint_every": 100,
+            },
+            "tracking": {"wandb": "disabled"},
+            "launch": {"device": "cpu"},
+        }
+        for section, change in changes.items():
+            values.setdefault(section, {}).update(copy.deepcopy(change))
+        return values
+
+    def start(self, runs: list[Values], *, ranks: int) -> "subprocess.Popen[str]":
+        """Starts a job in the background; its output goes to `output.txt`."""
+        place = self.root / f"runs_{len(list(self.root.glob('runs_*.json')))}.json"
+        place.write_text(json.dumps(runs))
+        launcher = (
+            ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        )
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        }
+        with (self.root / "output.txt").open("w") as output:
+            return subprocess.Popen(
+                [sys.executable, *launcher, str(WORKER), str(place)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=environment | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"},
+            )
+
+    def run(self, runs: list[Values], *, ranks: int, timeout: float = 170, expected: int = 0) -> str:
+        """Runs a job to its end and returns its output; fails with that output, tracebacks and all."""
+        job = self.start(runs, ranks=ranks)
+        try:
+            code = job.wait(timeout)
+        except subprocess.TimeoutExpired:
+            kill_job(job)
+            code = None
+        output = (self.root / "output.txt").read_text()
+        ended = f"took longer than {timeout} s" if code is None else f"ended with {code}"
+        # torchrun ends with 1 whatever its workers ended with.
+        failed = code is None or (code == 0) != (expected == 0)
+        assert not failed, f"The job {ended}. Its output:\n{output[-8000:]}"
+        return output
+
+    def folder(self, name: str) -> Path:
+        return self.root / "runs" / name
+
+    def metrics(self, name: str, kind: str = "train") -> list[Values]:
+        """The lines of metrics of one kind, without those fields that time decides."""
+        lines = (self.folder(name) / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        return [
+            {key: value for key, value in record.items() if key not in TIMED_FIELDS}
+            for record in records
+            if record["kind"] == kind
+        ]
+
+    def weights(self, name: str, step: int) -> dict[str, torch.Tensor]:
+        """The float32 weights in a checkpoint, by the names of the transformers model."""
+        folder = self.folder(name) / "checkpoints" / f"step-{step:08d}"
+        return consolidated_weights(folder)
+
+
+def make_workplace(root: Path) -> Workplace:
+    """Writes a logit store and a token store of the same tokens."""
+    for name, record in (("store", {}), ("tokens", {"k": 0, "n": 0})):
+        manifest = synthetic_manifest(
+            vocabulary_size=VOCABULARY, sequence_length=32, rows_per_shard=8, **record
+        )
+        write_synthetic_store(root / name, manifest, {"train": TRAIN_ROWS, "heldout": HELDOUT_ROWS}, seed=3)
+    return Workplace(root)
+
+
+def all_runs(work: Workplace) -> dict[str, Values]:
+    """The runs of the two-rank job that most tests share."""
+    config = work.run_values("")["student"]["config"]
+    untied = config | {"tie_word_embeddings": False, "vocab_size": 104}
+    tokens = {"path": str(work.root / "tokens")}
+    runs: dict[str, dict[str, Values]] = {
+        "tied": {"train": {"evaluate_rows": HELDOUT_ROWS, "evaluate_every": 2, "checkpoint_every": 2}},
+        "untied": {"student": {"config": untied}},
+        "accumulated": {"train": {"micro_batch_rows": 1}},
+        "recomputed": {"student": {"activation_checkpointing": True}},
+        "tokens": {"store": tokens, "objective": {"kd_weight": 0.0, "ce_weight": 1.0}},
+        "stage_0": {"engine": {"zero_stage": 0}},
+        "stage_1": {"engine": {"zero_stage": 1}},
+        "stage_2": {"engine": {"zero_stage": 2}},
+        "bfloat16_1": {"engine": {"zero_stage": 1, "dtype": "bfloat16"}},
+        "bfloat16_2": {"engine": {"zero_stage": 2, "dtype": "bfloat16"}},
+        "bfloat16_3": {"engine": {"zero_stage": 3, "dtype": "bfloat16"}},
+    }
+    values = {name: work.run_values(name, **changes) for name, changes in runs.items()}
+    return values | {"straight": long_run(work, "straight")}
+
+
+def long_run(work: Workplace, name: str) -> Values:
+    """A run to be killed, with dropout; metrics, held-out losses and checkpoints come at different steps."""
+    times = {
+        "steps": LONG_STEPS,
+        "log_every": 3,
+        "evaluate_every": 4,
+        "evaluate_rows": 3,
+        "checkpoint_every": 2,
+    }
+    student = work.run_values("")["student"]["config"] | {"attention_dropout": 0.1}
+    return work.run_values(name, train=times, student={"config": student})
+
+
+def kill_job(job: "subprocess.Popen[str]") -> None:
+    """SIGKILL to every process of a job at once, as a node that loses its power."""
+    try:
+        processes = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        processes = []
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    job.wait()
