@@ -340,6 +340,7 @@ def test_summary_and_verify(
         rest = np.concatenate([row.teacher.log_rest[row.loss_mask, 0] for row in rows if row.teacher])
         assert f"{split:8} teacher {losses.mean():.3f} nats" in printed
         assert f"mean tail mass {np.exp(rest).mean():.4f}" in printed
+    config.teacher.dtype = "bfloat16"  # the store's own counts
     verify(config, tmp_path / "store")
     printed = capsys.readouterr().out
     assert "head ids equal at 100.00% of positions, draws at 100.00%" in printed

@@ -3,7 +3,7 @@
 Shapes: L positions of a row, k head entries.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +52,7 @@ class Deviation:
 
 
 def run(config: Config, store_path: str | Path) -> None:
-    """Prints the largest deviation of each plane.
+    """Prints the largest deviation of each plane, with the teacher in the dtype of the capture.
 
     Raises:
         DataError: A plane deviates by more than rounding; names the row and position, and whether the
@@ -65,23 +65,28 @@ def run(config: Config, store_path: str | Path) -> None:
     identity = store.manifest.teacher
     if identity is None:
         raise DataError(f"{store_path} is a token store: it holds nothing of a teacher to verify.")
+    if identity.dtype not in LARGEST:
+        raise DataError(
+            f"{store_path} was captured in {identity.dtype}; teachers run in {' or '.join(LARGEST)} only."
+        )
+    settings = replace(config.teacher, dtype=identity.dtype)  # as it was captured
     with ranks(config.launch, timeout_minutes=config.engine.timeout_minutes) as place:
-        check_tokenizer(config.teacher, path, store)
-        same_files = weights_digest(model_folder(path, config.teacher.revision)) == identity.weights_digest
+        check_tokenizer(settings, path, store)
+        same_files = weights_digest(model_folder(path, settings.revision)) == identity.weights_digest
         if not same_files:
             print(f"verify: the files of {path} are not those of the manifest ({identity.name})", flush=True)
-        teacher = load_teacher(config.teacher, path, store, place.device)
+        teacher = load_teacher(settings, path, store, place.device)
         stored: list[tuple[str, int, Row, TeacherRecord]] = []
         for split in store.manifest.splits:
             for index in _random_rows(store, split, config.store.seed):
-                group, offset = _micro_batch(store, split, index, config.teacher.micro_batch_rows)
+                group, offset = _micro_batch(store, split, index, settings.micro_batch_rows)
                 again = list(
                     records_of_rows(
                         teacher,
                         group,
                         store.manifest.record,
-                        micro_batch_rows=config.teacher.micro_batch_rows,
-                        chunk_positions=config.teacher.chunk_positions,
+                        micro_batch_rows=settings.micro_batch_rows,
+                        chunk_positions=settings.chunk_positions,
                     )
                 )
                 stored.append((split, index, group[offset], again[offset]))
@@ -98,7 +103,7 @@ def run(config: Config, store_path: str | Path) -> None:
             flush=True,
         )
     for found in deviations:
-        bounds = LARGEST[config.teacher.dtype], MEAN[config.teacher.dtype]
+        bounds = LARGEST[settings.dtype], MEAN[settings.dtype]
         if not (found.largest <= bounds[0] and found.mean <= bounds[1]):
             files = (
                 "its files are those of the manifest" if same_files else "its files are not the manifest's"
@@ -106,9 +111,8 @@ def run(config: Config, store_path: str | Path) -> None:
             raise DataError(
                 f"{store_path} does not hold this teacher's records: {found.plane} of split {found.split}, "
                 f"row {found.row}, position {found.position} deviates by {found.largest:.3g} nats (mean "
-                f"{found.mean:.3g}; in {config.teacher.dtype} at most {bounds[0]:g} and {bounds[1]:g} are "
-                f"rounding), and {files}; give the teacher {identity.name} as teacher.path, in its dtype "
-                f"{identity.dtype}, or capture again."
+                f"{found.mean:.3g}; in {settings.dtype} at most {bounds[0]:g} and {bounds[1]:g} are "
+                f"rounding), and {files}; give the teacher {identity.name} as teacher.path, or capture again."
             )
     print(f"next: sparsekd train store.path={store_path} student.path=STUDENT", flush=True)
 
