@@ -21,8 +21,9 @@ from sparsekd.trainer.student.train import run_on
 
 pytestmark = pytest.mark.distributed
 
-# Another number of ranks sums in another order: float32 rounding over four steps.
-ROUNDING = 2e-4
+# Another number of ranks sums in another order: float32 rounding over four steps. Loading a universal
+# checkpoint as DeepSpeed 0.19 does it, with one weight decay and one step counter for all, gives 5e-3.
+ROUNDING = 2e-5
 
 
 @pytest.fixture(scope="module")

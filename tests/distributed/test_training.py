@@ -12,8 +12,8 @@ from sparsekd.logit_store.reader import open_store
 
 pytestmark = pytest.mark.distributed
 
-# float32 against float64; a wrong factor, mask or order shows as 1e-2 and more (tried: see test_a_wrong_...).
-FLOAT32 = 2e-4
+# float32 against float64: 8e-7 is what is seen. Dividing by the accumulation as well gives 0.15.
+FLOAT32 = 2e-5
 BFLOAT16 = 8e-2
 
 

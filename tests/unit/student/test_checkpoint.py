@@ -1,0 +1,157 @@
+"""Checkpoints as files: what counts as published, whole, or left over; and which runs may go on from one."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsekd.trainer.config import Config, LaunchConfig, ScheduleConfig
+from sparsekd.trainer.distributed import Ranks, ranks
+from sparsekd.trainer.errors import CheckpointError
+from sparsekd.trainer.student import checkpoint
+from sparsekd.trainer.student.checkpoint import Commit, newest_verified, prune, published, read_commit, save
+from sparsekd.trainer.student.resume import check_fits, choose_start, first_other_rate
+
+
+class FilesOnly:
+    """Stands for the engine: writes two files where DeepSpeed would."""
+
+    def save_checkpoint(self, folder: str, *, tag: str, save_latest: bool) -> None:
+        assert not save_latest
+        (Path(folder) / tag).mkdir(parents=True)
+        (Path(folder) / tag / "weights.pt").write_bytes(b"weights" * 1000)
+        (Path(folder) / tag / "optimizer.pt").write_bytes(b"moments" * 3000)
+
+
+@pytest.fixture
+def here() -> Iterator[Ranks]:
+    with ranks(LaunchConfig(device="cpu"), timeout_minutes=1) as joined:
+        yield joined
+
+
+def course(**changes: Any) -> dict[str, Any]:
+    schedule = ScheduleConfig(**{"kind": "constant", "warmup_steps": 2, **changes.pop("schedule", {})})
+    return {"schedule": schedule.__dict__, "steps": 10, "learning_rate": 0.1, **changes}
+
+
+def commit(step: int, **changes: Any) -> Commit:
+    plain = Commit(
+        step=step,
+        rows_consumed=8 * step,
+        tokens=80 * step,
+        sums=[0.1, 1 / 3, 0.0, 0.0, 5.0],
+        world_size=1,
+        threads_per_rank=1,
+        store_digest="a" * 64,
+        settings={"numbers": {"train": {"seed": 0}}, "bits": {}, "course": course()},
+        config_digest="b" * 64,
+        versions={"torch": "2"},
+        files={},
+    )
+    return replace(plain, **changes)
+
+
+def test_a_checkpoint_appears_whole_and_reads_back(tmp_path: Path, here: Ranks) -> None:
+    wanted = commit(2)
+    place = save(FilesOnly(), tmp_path, wanted, here)
+    assert place == tmp_path / "step-00000002" and published(tmp_path) == [place]
+    found = read_commit(place)
+    assert replace(found, files={}) == wanted  # floats too, to the last bit
+    assert found.files["engine/weights.pt"]["bytes"] == 7000
+    assert newest_verified(tmp_path, here) == (place, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_damage_is_named_and_passed_over(tmp_path: Path, here: Ranks) -> None:
+    for step in (2, 4, 6, 8):
+        save(FilesOnly(), tmp_path, commit(step), here)
+    with (tmp_path / "step-00000008" / "engine" / "weights.pt").open("r+b") as file:
+        file.seek(3)
+        file.write(b"X")
+    (tmp_path / "step-00000006" / "engine" / "optimizer.pt").unlink()
+    (tmp_path / "step-00000004" / "COMMIT.json").write_text('{"step": 4')
+    (tmp_path / "step-00000009").mkdir()  # no record: never published
+    found, problems = newest_verified(tmp_path, here)
+    assert found == tmp_path / "step-00000002"
+    assert ["checksum" in problems[0], "missing" in problems[1], "cannot be read" in problems[2]] == [
+        True
+    ] * 3
+
+
+def test_old_ones_go_only_after_a_new_one(tmp_path: Path, here: Ranks) -> None:
+    for step in (2, 4, 6):
+        save(FilesOnly(), tmp_path, commit(step), here)
+    (tmp_path / ".step-00000008.tmp-abc" / "engine").mkdir(parents=True)
+    prune(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_a_kill_while_saving_leaves_the_older_one(
+    tmp_path: Path, here: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken off at each of the labelled points, the folder still offers the step before."""
+    older = save(FilesOnly(), tmp_path, commit(2), here)
+    for point in ("_checked_in", "_write_durably", "_sync_folder"):
+        with monkeypatch.context() as broken:
+
+            def die(*_: object) -> None:
+                raise KeyboardInterrupt
+
+            broken.setattr(checkpoint, point, die)
+            with pytest.raises(KeyboardInterrupt):
+                save(FilesOnly(), tmp_path, commit(4), here)
+        assert newest_verified(tmp_path, here) == (older, [])
+    prune(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_all_damaged_is_no_fresh_start(tmp_path: Path, here: Ranks) -> None:
+    place = save(FilesOnly(), tmp_path / "checkpoints", commit(2), here)
+    (place / "engine" / "weights.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"None of the 1 checkpoints .* is whole"):
+        choose_start(tmp_path, Config(), commit(0), here)
+
+
+def test_metrics_without_a_checkpoint_start_again(tmp_path: Path, here: Ranks) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    assert choose_start(tmp_path, Config(), commit(0), here).step == 0
+    never = Config()
+    never.train.resume = "never"
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        choose_start(tmp_path, never, commit(0), here)
+    assert choose_start(tmp_path / "new", never, commit(0), here).step == 0
+
+
+def test_what_changed_but_not_the_numbers_is_said(tmp_path: Path, here: Ranks) -> None:
+    save(FilesOnly(), tmp_path / "checkpoints", commit(2), here)
+    start = choose_start(tmp_path, Config(), commit(0, threads_per_rank=4, versions={"torch": "3"}), here)
+    assert start.step == 2 and "threads_per_rank 1 -> 4; torch 2 -> 3" in start.remarks[0]
+    assert choose_start(tmp_path, Config(), commit(0), here).remarks == []
+
+
+def test_what_would_change_the_numbers_is_refused() -> None:
+    place = Path("step-00000005")
+    check_fits(commit(5), commit(0), place)
+    with pytest.raises(CheckpointError, match="another store"):
+        check_fits(commit(5), commit(0, store_digest="c" * 64), place)
+    other = {"numbers": {"train": {"seed": 1}}, "bits": {}, "course": course()}
+    with pytest.raises(CheckpointError, match=r"train\.seed 0 -> 1"):
+        check_fits(commit(5), commit(0, settings=other), place)
+    shorter = {"numbers": {"train": {"seed": 0}}, "bits": {}, "course": course(steps=4)}
+    with pytest.raises(CheckpointError, match=r"beyond train\.steps=4"):
+        check_fits(commit(5), commit(0, settings=shorter), place)
+
+
+def test_the_schedule_may_change_ahead_only() -> None:
+    """Prolonging is legal where the rates of the steps taken stay what they were."""
+    assert first_other_rate(course(), course(steps=100), 10) is None
+    wsd = {"kind": "wsd", "decay_fraction": 0.2}
+    assert first_other_rate(course(schedule=wsd), course(schedule=wsd, steps=100), 8) is None
+    assert first_other_rate(course(schedule=wsd), course(schedule=wsd, steps=100), 9) == 9
+    # A constant run may end in a decay.
+    assert first_other_rate(course(), course(schedule=wsd, steps=20), 10) is None
+    cosine = {"kind": "cosine"}
+    assert first_other_rate(course(schedule=cosine), course(schedule=cosine, steps=11), 10) == 3
+    assert first_other_rate(course(), course(learning_rate=0.2), 10) == 1

@@ -1,0 +1,137 @@
+"""The head that computes the loss is the model's own head, and packed documents do not see one another."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from sparsekd.kernels.objective import HeadTransform, Objective
+from sparsekd.logit_store.row import Row
+from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
+from sparsekd.trainer.causal_lm import decoder_and_head, hidden_states
+from sparsekd.trainer.errors import ModelError
+from sparsekd.trainer.student.batches import MicroBatch, micro_batch
+from sparsekd.trainer.student.head import (
+    DistillationHead,
+    LossSettings,
+    Probe,
+    Student,
+    make_distillation_head,
+)
+
+VOCABULARY = 97
+MANIFEST = synthetic_manifest(vocabulary_size=VOCABULARY, sequence_length=32, k=3, n=4)
+
+
+def llama(**changes: Any) -> PreTrainedModel:
+    sizes = {
+        "vocab_size": 104,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **{**sizes, **changes})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+
+
+def settings(kd_weight: float = 0.5, softcap: float | None = None) -> LossSettings:
+    objective = Objective(
+        kd_weight=kd_weight,
+        ce_weight=0.5,
+        divergence="forward_kl",
+        target_mode="tail_bucket",
+        temperature=1.0,
+        label_smoothing=0.0,
+        z_loss=0.0,
+    )
+    transform = HeadTransform(vocabulary_size=VOCABULARY, scale=1.0, softcap=softcap)
+    return LossSettings(objective=objective, transform=transform, impl="reference", chunk_positions=None)
+
+
+def batch(count: int = 2) -> MicroBatch:
+    return micro_batch(synthetic_rows(MANIFEST, count, seed=5), temperature_column=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_swap_keeps_the_parameter(tied: bool) -> None:
+    model = llama(tie_word_embeddings=tied)
+    weight, before = model.lm_head.weight, model(batch().token_ids).logits
+    student = Student(model, settings())
+    assert type(model.lm_head) is DistillationHead and model.lm_head.weight is weight
+    assert student.is_tied is tied
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    # Without a request it is the plain head: generation and plain forwards go on as before.
+    assert torch.equal(model(batch().token_ids).logits, before)
+
+
+def test_the_loss_is_that_of_the_model_s_own_logits() -> None:
+    student, some = Student(llama(), settings(kd_weight=0.0)), batch()
+    loss, parts = student(some)
+    logits = student.model(some.token_ids, position_ids=some.position_ids, use_cache=False).logits
+    own = logits.reshape(-1, 104)[:, :VOCABULARY].double()
+    ce = nn.functional.cross_entropy(own, some.labels, reduction="none", ignore_index=-100) * some.weights
+    assert loss.item() == pytest.approx(0.5 * ce.sum().item(), rel=1e-6)
+    assert parts[1].item() == pytest.approx(ce.sum().item(), rel=1e-6)
+
+
+def test_a_probe_gives_both_logits() -> None:
+    student, some = Student(llama(), settings()), batch()
+    own, ours = student(Probe(some.token_ids, some.position_ids))
+    assert own.shape[-1] == 104 and ours.shape[-1] == VOCABULARY
+    assert torch.allclose(own[..., :VOCABULARY], ours, atol=1e-6)
+    wrong = Student(llama(), settings(softcap=0.05))
+    own, ours = wrong(Probe(some.token_ids, some.position_ids))
+    assert not torch.allclose(own[..., :VOCABULARY], ours, atol=1e-3)
+
+
+def test_a_head_with_a_forward_of_its_own_is_refused() -> None:
+    class Adapted(nn.Linear):
+        pass
+
+    with pytest.raises(ModelError, match=r"is a Adapted, not a plain nn\.Linear"):
+        make_distillation_head(Adapted(4, 5), settings())
+
+
+def packed_row() -> Row:
+    rows = synthetic_rows(MANIFEST, 40, seed=6)
+    return next(row for row in rows if len(row.segment_starts) >= 3)
+
+
+def segment_logits(model: PreTrainedModel, row: Row, hidden: Tensor) -> list[Tensor]:
+    starts = [*row.segment_starts.tolist(), len(row.token_ids)]
+    logits = model.lm_head(hidden)[0]
+    return [logits[first:last] for first, last in pairwise(starts)]
+
+
+def alone(model: PreTrainedModel, row: Row) -> list[Tensor]:
+    starts = [*row.segment_starts.tolist(), len(row.token_ids)]
+    ids = torch.from_numpy(row.token_ids.astype("int64"))
+    return [model(ids[None, first:last], use_cache=False).logits[0] for first, last in pairwise(starts)]
+
+
+def largest_difference(left: list[Tensor], right: list[Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(left, right, strict=True))
+
+
+@torch.no_grad()
+def test_documents_in_a_row_do_not_see_one_another() -> None:
+    """And either of the two mistakes that would let them is seen: a mask of ones, or the default cache."""
+    model = llama(initializer_range=0.5).eval()
+    row = packed_row()
+    one = micro_batch([row], temperature_column=None)
+    decoder, _ = decoder_and_head(model)
+    packed = segment_logits(model, row, hidden_states(decoder, one.token_ids, one.position_ids))
+    assert largest_difference(packed, alone(model, row)) < 1e-4
+    # The first document sees nothing before it in any case; the others do.
+    for mistake in ({"use_cache": False, "attention_mask": torch.ones_like(one.token_ids)}, {}):
+        hidden = decoder(input_ids=one.token_ids, position_ids=one.position_ids, **mistake).last_hidden_state
+        assert largest_difference(segment_logits(model, row, hidden), alone(model, row)) > 0.1
+    continued = torch.arange(32)[None]
+    hidden = hidden_states(decoder, one.token_ids, continued)
+    assert largest_difference(segment_logits(model, row, hidden), alone(model, row)) > 0.1

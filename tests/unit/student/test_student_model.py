@@ -1,0 +1,88 @@
+"""A student that does not fit its store is refused before anything is built."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_tokenizer
+from sparsekd.trainer.causal_lm import load_config
+from sparsekd.trainer.config import StudentConfig
+from sparsekd.trainer.errors import ModelError
+from sparsekd.trainer.student.model import check_student, student_source
+
+TOKENIZER = synthetic_manifest(vocabulary_size=97).tokenizer
+SIZES: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def check(student: StudentConfig, store_tokenizer: Path) -> None:
+    source = student_source(student, TOKENIZER)
+    check_student(load_config(source, "student"), source, tokenizer=TOKENIZER, tokenizer_path=store_tokenizer)
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    return write_synthetic_tokenizer(tmp_path / "stored", 97)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A student's folder with a configuration, a padded vocabulary and no tokenizer."""
+    place = tmp_path / "model"
+    load_config(
+        student_source(StudentConfig(config={**SIZES, "vocab_size": 128}), TOKENIZER), "x"
+    ).save_pretrained(place)
+    return place
+
+
+def test_a_configuration_takes_the_store_s_vocabulary(stored: Path) -> None:
+    source = student_source(StudentConfig(config=dict(SIZES)), TOKENIZER)
+    config = load_config(source, "student")
+    assert config.vocab_size == 97 and config.eos_token_id == TOKENIZER.eos_token_id
+    check(StudentConfig(config=dict(SIZES)), stored)
+    check(StudentConfig(config={**SIZES, "vocab_size": 104}), stored)
+
+
+def test_a_smaller_vocabulary_is_refused(stored: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"vocabulary of 96, but .* 97 ids.*leave student\.config\.vocab_size out"
+    ):
+        check(StudentConfig(config={**SIZES, "vocab_size": 96}), stored)
+
+
+def test_path_and_configuration_together_are_refused(folder: Path) -> None:
+    with pytest.raises(ModelError, match="both set"):
+        student_source(StudentConfig(path=str(folder), config=dict(SIZES)), TOKENIZER)
+
+
+def test_the_student_s_own_tokenizer_is_compared_by_content(folder: Path, stored: Path) -> None:
+    student = StudentConfig(path=str(folder))
+    check(student, stored)  # it has none
+    write_synthetic_tokenizer(folder, 97)
+    check(student, stored)
+    # The same content in another layout of the file is the same tokenizer.
+    place = folder / "tokenizer.json"
+    description = json.loads(place.read_text())
+    place.write_text(json.dumps(description, indent=3, sort_keys=True))
+    check(student, stored)
+    vocabulary = description["model"]["vocab"]
+    swapped = {**vocabulary, "w5": 6, "w6": 5}
+    place.write_text(json.dumps({**description, "model": {**description["model"], "vocab": swapped}}))
+    with pytest.raises(ModelError, match="'w5' is number 6 in the student's and number 5 in the store's"):
+        check(student, stored)
+    write_synthetic_tokenizer(folder, 98)
+    with pytest.raises(
+        ModelError, match=r"98 and 97 entries, and 'w97' is number 97 .* missing in the store's"
+    ):
+        check(student, stored)
+    place.write_text(json.dumps({**description, "pre_tokenizer": {"type": "WhitespaceSplit"}}))
+    with pytest.raises(ModelError, match="the same entries, but another pre_tokenizer"):
+        check(student, stored)
