@@ -143,6 +143,17 @@ def test_worst_tokens_are_where_the_text_is(world: Path) -> None:
             float(np.exp(row.teacher.true_logprob[token.position])), rel=1e-4
         )
         assert token.probabilities["kd"] < token.probabilities["teacher"]
+    rows = [store.read_row("heldout", index) for index in range(store.rows("heldout"))]
+    vocabulary = store.manifest.tokenizer.vocabulary_size
+    log_p, log_q = (
+        log_probabilities(LlamaForCausalLM.from_pretrained(world / name).eval(), rows, vocabulary)
+        for name in ("teacher", "kd")
+    )
+    following = np.roll(np.stack([row.token_ids for row in rows]), -1, 1)[..., None]
+    excess = np.take_along_axis(log_p - log_q, following, -1)[..., 0]
+    excess[~np.stack([row.loss_mask for row in rows])] = -np.inf
+    worst = result.worst_tokens[0]
+    assert (worst.row, worst.position) == np.unravel_index(excess.argmax(), excess.shape)
 
 
 @pytest.mark.parametrize(

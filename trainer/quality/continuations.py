@@ -48,6 +48,12 @@ def continuations(
         device: On which the models run.
     """
     chosen = _choose(store, prompts=prompts, new_tokens=new_tokens, rows=rows)
+    if not chosen:
+        print(
+            f"no held-out document has {_PROMPT_TOKENS + new_tokens} tokens in a row: nothing is continued",
+            flush=True,
+        )
+        return []
     tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_path)
     end, vocabulary = store.manifest.tokenizer.eos_token_id, store.manifest.tokenizer.vocabulary_size
     texts: dict[str, list[str]] = {}
