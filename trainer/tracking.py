@@ -11,12 +11,14 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, get_args
 
 from sparsekd.trainer.config import TrackingConfig
 
 METRICS_NAME = "metrics.jsonl"
 WANDB_ID_NAME = "wandb_id"
+
+WandbMode = Literal["online", "offline", "disabled", "shared"]
 
 Record = Mapping[str, str | int | float | None]
 """One line of metrics: its `kind` ("train" or "heldout"), its `step`, and numbers; None is not measured."""
@@ -206,13 +208,17 @@ def _bar(steps: int, start_step: int) -> "_Bar | _Lines":
     return _Bar(steps, start_step)
 
 
-def wandb_mode(tracking: TrackingConfig, environment: Mapping[str, str], *, has_key: bool) -> str:
+def wandb_mode(tracking: TrackingConfig, environment: Mapping[str, str], *, has_key: bool) -> WandbMode:
     """What `tracking.wandb=auto` comes to: WANDB_MODE if it is set, online with a key, else offline."""
-    if tracking.wandb != "auto":
-        return tracking.wandb
-    if "WANDB_MODE" in environment:
-        return environment["WANDB_MODE"]
-    return "online" if has_key else "offline"
+    wanted = tracking.wandb
+    if wanted == "auto" and "WANDB_MODE" in environment:
+        wanted = environment["WANDB_MODE"]
+    elif wanted == "auto":
+        wanted = "online" if has_key else "offline"
+    known = {mode: mode for mode in get_args(WandbMode)}
+    if wanted not in known:
+        raise ValueError(f"WANDB_MODE={wanted} is none of {', '.join(known)}")
+    return known[wanted]
 
 
 class _Wandb:

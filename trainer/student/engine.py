@@ -136,6 +136,15 @@ def further_keys(engine: EngineConfig) -> list[str]:
     return [f"{key}={value}" for key, value in _leaves(engine.deepspeed)]
 
 
+def leave_out_compiled_collectives() -> None:
+    """Keeps DeepSpeed from compiling its shared-memory collective on the CPU, which training never calls.
+
+    It would need a compiler and most of a minute at the first start; and a process killed meanwhile leaves a
+    lock file behind, for which every later start would wait without end (seen).
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def partitioned_loading(settings: dict[str, Any]) -> HfDeepSpeedConfig:
     """While the returned object lives, transformers loads models as this configuration partitions them."""
     return HfDeepSpeedConfig(settings)

@@ -51,7 +51,9 @@ class DistillationHead(nn.Linear):
 
     settings: LossSettings
 
-    def forward(self, input: Tensor, request: MicroBatch | Probe | None = None) -> Tensor | WeightedLoss:
+    def forward(  # type: ignore[override]  # wider than nn.Linear's on purpose
+        self, input: Tensor, request: MicroBatch | Probe | None = None
+    ) -> Tensor | WeightedLoss:
         """Logits (..., V) without a request; the weighted loss for a micro-batch; true logits for a probe.
 
         Args:

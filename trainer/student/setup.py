@@ -24,6 +24,7 @@ from sparsekd.trainer.student.engine import (
     build_engine,
     deepspeed_config,
     further_keys,
+    leave_out_compiled_collectives,
     partitioned_loading,
 )
 from sparsekd.trainer.student.head import LossSettings, Probe, Student
@@ -125,6 +126,7 @@ def build(config: Config, plan: Plan, here: Ranks) -> deepspeed.DeepSpeedEngine:
         ModelError: The student cannot be loaded, or its head is not as its configuration says.
     """
     torch.autograd.set_detect_anomaly(config.debug.detect_anomaly)
+    leave_out_compiled_collectives()
     settings = deepspeed_config(config.engine, config.optimizer, plan.shape)
     # Alive while the model loads: transformers looks for it to partition weights as they come.
     partitioning = partitioned_loading(settings) if config.engine.zero_stage == 3 else None
