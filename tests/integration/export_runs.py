@@ -1,6 +1,6 @@
-"""Trains tiny students for test_export.py and keeps beside each checkpoint what DeepSpeed says its weights are.
+"""Trains tiny students for test_export.py; keeps beside each checkpoint what DeepSpeed says of the weights.
 
-Called in a process of its own: `python export_runs.py FOLDER STORE`.
+Called by torchrun with two ranks: `export_runs.py FOLDER STORE`.
 """
 
 import sys
@@ -37,7 +37,8 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, commit: checkpoint.Com
         .clone()
         for name, parameter in model.named_parameters()
     }
-    torch.save(weights, folder.parent / f"weights-{commit.step}.pt")
+    if here.is_first:
+        torch.save(weights, folder.parent / f"weights-{commit.step}.pt")
     return _save_checkpoint(engine, folder, commit, here)
 
 
@@ -58,7 +59,7 @@ def run_config(folder: Path, store: Path, name: str, stage: int, dtype: str, tie
     config.engine.zero_stage, config.engine.dtype = stage, dtype
     config.engine.persistence_threshold = 0
     config.train.steps, config.train.checkpoint_every = STEPS, STEPS - 1
-    config.train.global_batch_rows = config.train.micro_batch_rows = 2
+    config.train.global_batch_rows, config.train.micro_batch_rows = 2, 1
     config.train.log_every = 1
     config.schedule.warmup_steps = 1
     config.launch.device = "cpu"

@@ -48,14 +48,17 @@ print("loaded", len(sys.argv) - 1)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run folders of every stage, made in a process of its own."""
+    """Run folders of every stage, trained by two ranks in processes of their own."""
     folder = tmp_path_factory.mktemp("export")
     write_synthetic_store(
         folder / "store", synthetic_manifest(vocabulary_size=101), {"train": 8, "heldout": 3}, seed=3
     )
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     made = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder / "runs"), str(folder / "store")],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *(str(SCRIPT), str(folder / "runs"), str(folder / "store")),
+        ],
         env=environment,
         capture_output=True,
         text=True,
