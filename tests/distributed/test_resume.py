@@ -17,7 +17,7 @@ from sparsekd.trainer.config import Config, LaunchConfig
 from sparsekd.trainer.distributed import ranks
 from sparsekd.trainer.errors import CheckpointError
 from sparsekd.trainer.student.checkpoint import read_commit
-from sparsekd.trainer.student.train import run_on
+from sparsekd.trainer.student.loop import train_on
 
 pytestmark = pytest.mark.distributed
 
@@ -129,7 +129,7 @@ def refused(work: Workplace, name: str, **changes: dict[str, object]) -> str:
         ranks(LaunchConfig(device="cpu"), timeout_minutes=1) as here,
         pytest.raises(CheckpointError) as caught,
     ):
-        run_on(here, configured(Config(), values))
+        train_on(here, configured(Config(), values), [])
     assert sorted((path, path.stat().st_mtime_ns) for path in work.folder(name).rglob("*")) == before
     return str(caught.value)
 

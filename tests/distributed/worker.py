@@ -29,7 +29,7 @@ def configured(node: Any, values: dict[str, Any]) -> Any:
 
 def main() -> int:
     from sparsekd.trainer.distributed import ranks
-    from sparsekd.trainer.student.train import run_on
+    from sparsekd.trainer.student.loop import train_on
 
     # A job that hangs says where, in every process, before the test gives up on it.
     faulthandler.dump_traceback_later(150, exit=True)
@@ -37,7 +37,7 @@ def main() -> int:
     try:
         with ranks(runs[0].launch, timeout_minutes=2) as here:
             for config in runs:
-                run_on(here, config)
+                train_on(here, config, [])
     except (UserError, StoreError) as error:
         print(f"refused: {error}", file=sys.stderr, flush=True)
         traceback.print_exc()

@@ -20,6 +20,7 @@ from sparsekd.kernels.objective import Objective
 from sparsekd.kernels.targets import SparseTargets
 from sparsekd.logit_store.manifest import RecordSpec
 from sparsekd.logit_store.row import Row, position_ids
+from sparsekd.trainer.errors import DataError
 
 IGNORED_LABEL = -100
 """Label of a position without a true next token, as torch's cross-entropy has it."""
@@ -93,6 +94,31 @@ def counting_rows(batch: MicroBatch, count: int) -> MicroBatch:
     weights = batch.weights.reshape(batch.token_ids.shape).clone()
     weights[count:] = 0.0
     return replace(batch, weights=weights.reshape(-1))
+
+
+def check_values(batch: MicroBatch, vocabulary_size: int) -> None:
+    """Checks a micro-batch where it lies, after its way to the device. Waits for the device: for debugging.
+
+    Raises:
+        DataError: naming what is not as the store's format promises.
+    """
+    checks = {"token_ids": (batch.token_ids >= 0) & (batch.token_ids < vocabulary_size)}
+    if batch.targets is not None:
+        ids, head_logprobs, tail_counts, log_rest, entropy = batch.targets
+        checks |= {
+            "ids": (ids >= -1) & (ids < vocabulary_size),
+            "head_logprobs": torch.isfinite(head_logprobs) & (head_logprobs <= 1e-6),
+            "tail_counts": tail_counts >= 0,
+            "log_rest": log_rest < math.inf,  # -inf where the rest is empty; False for NaN
+            "entropy": torch.isfinite(entropy) & (entropy >= -1e-6),
+        }
+    for name, good in checks.items():
+        if not bool(good.all()):
+            where = (~good).nonzero()[0].tolist()
+            raise DataError(
+                f"{name} at {where} of a micro-batch is not a value that a store can hold; "
+                "check the store with `sparsekd store verify` and the machine's memory."
+            )
 
 
 def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:

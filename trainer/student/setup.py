@@ -48,6 +48,7 @@ class Plan:
     loss: LossSettings
     temperature_column: int | None
     seed: int
+    checks_values: bool
     fresh_commit: Commit  # what a checkpoint at step 0 would record
 
     @property
@@ -98,6 +99,7 @@ def make_plan(config: Config, here: Ranks) -> Plan:
         ),
         temperature_column=grid_index(objective, manifest.record),
         seed=train.seed,
+        checks_values=config.debug.check_values,
         fresh_commit=Commit(
             step=0,
             rows_consumed=0,

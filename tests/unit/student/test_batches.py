@@ -12,9 +12,11 @@ import torch
 from sparsekd.kernels.objective import Objective
 from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
+from sparsekd.trainer.errors import DataError
 from sparsekd.trainer.student.batches import (
     IGNORED_LABEL,
     ReadAhead,
+    check_values,
     counting_rows,
     grid_index,
     micro_batch,
@@ -73,6 +75,17 @@ def test_temperature_column() -> None:
     assert grid_index(objective, MANIFEST.record) == 1
     without = Objective(**{**objective.__dict__, "kd_weight": 0.0, "ce_weight": 1.0, "temperature": 3.0})
     assert grid_index(without, MANIFEST.record) is None
+
+
+def test_values_are_checked_where_asked() -> None:
+    batch = micro_batch(rows(2), temperature_column=0)
+    check_values(batch, 50)
+    with pytest.raises(DataError, match="token_ids at"):
+        check_values(batch, int(batch.token_ids.max()))
+    assert batch.targets is not None
+    batch.targets.log_rest[3] = float("nan")
+    with pytest.raises(DataError, match=r"log_rest at \[3\]"):
+        check_values(batch, 50)
 
 
 def test_rows_that_fill_a_pass_do_not_count() -> None:

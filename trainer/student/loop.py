@@ -1,0 +1,287 @@
+"""The training loop: a logit store teaches a student. Read `train_on`, then `_train`, then `_step`."""
+
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sparsekd.trainer.config import Config, run_folder
+from sparsekd.trainer.distributed import Ranks
+from sparsekd.trainer.errors import UserError
+from sparsekd.trainer.student import checkpoint
+from sparsekd.trainer.student.batches import (
+    MicroBatch,
+    ReadAhead,
+    check_values,
+    micro_batch,
+    on_device,
+    pinned,
+)
+from sparsekd.trainer.student.checkpoint import Commit
+from sparsekd.trainer.student.data_plan import heldout_rows, micro_batches, mixed_seed, step_rows
+from sparsekd.trainer.student.engine import (
+    backward,
+    local_gradient_norm,
+    set_learning_rate,
+)
+from sparsekd.trainer.student.evaluation import heldout_sums
+from sparsekd.trainer.student.run_folder import CHECKPOINTS_NAME, adopt, failures_recorded, write_done
+from sparsekd.trainer.student.schedule import learning_rate
+from sparsekd.trainer.student.setup import Plan, announce, build, load_start, make_plan, resolve_start
+from sparsekd.trainer.student.sums import all_reduced, no_sums, sums_of
+from sparsekd.trainer.tracking import Tracker, cut_metrics
+
+_NEVER = torch.iinfo(torch.int64).max
+
+
+def train_on(here: Ranks, config: Config, overrides: Sequence[str]) -> None:
+    """Trains as one of a job's ranks, from the newest checkpoint of the run folder or from the start.
+
+    Args:
+        here: This rank.
+        config: The composed configuration.
+        overrides: What the user typed, kept in the run folder.
+
+    Raises:
+        UserError: Something that the user can put right; where possible before the run folder is touched.
+    """
+    folder = Path(run_folder(config))
+    plan = make_plan(config, here)
+    start = resolve_start(folder, config, plan, here)
+    if start.step == config.train.steps:
+        _say(here, f"{folder} is done: it stands at step {start.step} of {config.train.steps}.")
+    else:
+        adopt(folder, config, overrides, here)
+        with failures_recorded(folder, here):
+            engine = build(config, plan, here)
+            for remark in announce(engine, config, plan, start, here):
+                _say(here, remark)
+            load_start(engine, start, here)
+            _train(engine, config, plan, folder, start.commit or plan.fresh_commit, here)
+            engine.destroy()
+    _say(here, f"next: sparsekd export run.root={config.run.root} run.name={config.run.name}")
+
+
+@dataclass
+class _State:
+    """What changes from step to step, besides the engine."""
+
+    step: int
+    rows_consumed: int
+    tokens: int
+    sums: Tensor  # float64 (5,), since the last line of metrics, of this rank
+    first_bad_step: Tensor  # int64 scalar: the first step with a loss or gradient that is no number
+    seconds: float = 0.0  # in steps, since the last line of metrics
+    steps: int = 0  # likewise
+
+
+def _train(
+    engine: deepspeed.DeepSpeedEngine, config: Config, plan: Plan, folder: Path, begin: Commit, here: Ranks
+) -> None:
+    """The loop: read, step, and at their times log, evaluate and save."""
+    train = config.train
+    state = _State(
+        step=begin.step,
+        rows_consumed=begin.rows_consumed,
+        tokens=begin.tokens,
+        # Sums in a checkpoint are over all ranks; the first one carries them on.
+        sums=torch.tensor(begin.sums, dtype=torch.float64, device=here.device) * here.is_first,
+        first_bad_step=torch.tensor(_NEVER, device=here.device),
+    )
+    read_heldout = functools.partial(_read, plan, "heldout", here)
+    heldout = heldout_rows(wanted=train.evaluate_rows, rows=plan.store.rows("heldout"))
+    with (
+        _tracker(folder, config, begin.step, here) as tracker,
+        ReadAhead(_steps_ahead(plan, config, begin, here), depth=train.prefetch_steps) as ahead,
+    ):
+        while state.step < train.steps:
+            step = state.step + 1
+            rate = learning_rate(
+                step, peak=config.optimizer.learning_rate, steps=train.steps, schedule=config.schedule
+            )
+            norm = _step(engine, ahead.next(), state, rate, plan, here)
+            is_last = step == train.steps
+            if step == 1 or is_last or step % train.log_every == 0:
+                _log_step(tracker, ahead, state, rate, norm, plan, here)
+            if heldout and (is_last or (train.evaluate_every and step % train.evaluate_every == 0)):
+                sums = heldout_sums(
+                    engine, heldout, read_heldout, micro_rows=train.micro_batch_rows, here=here
+                )
+                tracker.log({"kind": "heldout", "step": step, "tokens": state.tokens, **plan.means(sums)})
+            if is_last or step % train.checkpoint_every == 0:
+                _save(engine, tracker, state, config, plan, folder, here)
+    if here.is_first:
+        write_done(folder, {"step": state.step, "tokens": state.tokens})
+
+
+def _step(
+    engine: deepspeed.DeepSpeedEngine,
+    batches: list[MicroBatch],
+    state: _State,
+    rate: float,
+    plan: Plan,
+    here: Ranks,
+) -> Tensor:
+    """One optimizer step over the global batch; returns the gradient norm. Nothing waits for the device."""
+    began = time.perf_counter()
+    # Dropout is a function of (seed, step, rank) too, so that no generator has to be saved.
+    torch.manual_seed(mixed_seed(plan.seed, state.step, here.rank))
+    set_learning_rate(engine, rate)
+    batches = [on_device(batch, here.device) for batch in batches]
+    if plan.checks_values:
+        for batch in batches:
+            check_values(batch, plan.store.manifest.tokenizer.vocabulary_size)
+    weight = torch.stack([batch.weights.sum() for batch in batches]).sum()
+    dist.all_reduce(weight)
+    weight = torch.where(weight == 0, 1.0, weight)
+    norm = None
+    step_sums = no_sums(here.device)
+    for batch in batches:
+        output = engine(batch)
+        backward(engine, output.loss, weight, here.world_size)
+        step_sums += sums_of(output, batch)
+        if engine.is_gradient_accumulation_boundary():
+            norm = local_gradient_norm(engine)
+        engine.step()
+    if norm is None:
+        norm = torch.as_tensor(engine.get_global_grad_norm(), device=here.device)
+    state.step += 1
+    state.steps += 1
+    state.rows_consumed += plan.shape.global_rows
+    state.tokens += plan.shape.global_rows * plan.store.manifest.sequence_length
+    state.sums += step_sums
+    is_bad = ~(torch.isfinite(step_sums).all() & torch.isfinite(norm))
+    state.first_bad_step = torch.minimum(state.first_bad_step, torch.where(is_bad, state.step, _NEVER))
+    state.seconds += time.perf_counter() - began
+    return norm
+
+
+def _log_step(
+    tracker: "Tracker | _NoTracker",
+    ahead: ReadAhead[list[MicroBatch]],
+    state: _State,
+    rate: float,
+    norm: Tensor,
+    plan: Plan,
+    here: Ranks,
+) -> None:
+    _stop_on_bad_numbers(state, plan)
+    sums = all_reduced(state.sums)
+    record = {"kind": "train", "step": state.step, "tokens": state.tokens, **plan.means(sums)}
+    seconds = state.seconds + ahead.seconds_waited
+    record |= {
+        "learning_rate": rate,
+        "gradient_norm": norm.item(),
+        "tokens_per_second": state.steps * plan.step_tokens / seconds,
+        "data_wait_share": ahead.seconds_waited / seconds,
+    }
+    if here.device.type == "cuda":
+        record["peak_memory_gib"] = torch.cuda.max_memory_reserved(here.device) / 2**30
+    tracker.log(record)
+    state.sums, state.seconds, state.steps, ahead.seconds_waited = no_sums(here.device), 0.0, 0, 0.0
+
+
+def _stop_on_bad_numbers(state: _State, plan: Plan) -> None:
+    """Stops the run when a loss or gradient since the last look was no finite number. Waits for the device.
+
+    Raises:
+        UserError: naming the first such step and its rows.
+    """
+    first = state.first_bad_step.clone()
+    dist.all_reduce(first, op=dist.ReduceOp.MIN)
+    if first.item() == _NEVER:
+        return
+    step = int(first.item())
+    rows = step_rows((step - 1) * plan.shape.global_rows, plan.shape, rows=plan.train_rows, seed=plan.seed)
+    raise UserError(
+        f"Step {step} gave a loss or gradient that is not a finite number, on rows {rows} of "
+        f"{plan.store.path}; nothing of it was saved. Lower optimizer.learning_rate, or check these "
+        "rows with `sparsekd store verify`."
+    )
+
+
+def _save(
+    engine: deepspeed.DeepSpeedEngine,
+    tracker: "Tracker | _NoTracker",
+    state: _State,
+    config: Config,
+    plan: Plan,
+    folder: Path,
+    here: Ranks,
+) -> None:
+    _stop_on_bad_numbers(state, plan)
+    tracker.sync()
+    # Sums become those of all ranks, in this process as in one that goes on from here: equal bits in both.
+    total = all_reduced(state.sums)
+    state.sums = total * here.is_first
+    commit = replace(
+        plan.fresh_commit,
+        step=state.step,
+        rows_consumed=state.rows_consumed,
+        tokens=state.tokens,
+        sums=total.tolist(),
+    )
+    began = time.perf_counter()
+    path = checkpoint.save(engine, folder / CHECKPOINTS_NAME, commit, here)
+    if here.is_first:
+        checkpoint.prune(folder / CHECKPOINTS_NAME, keep=config.train.keep_checkpoints)
+    tracker.say(f"checkpoint {path} ({time.perf_counter() - began:.1f} s)")
+
+
+def _steps_ahead(plan: Plan, config: Config, begin: Commit, here: Ranks) -> Iterator[list[MicroBatch]]:
+    """This rank's micro-batches, step by step."""
+    for number in range(config.train.steps - begin.step):
+        consumed = begin.rows_consumed + number * plan.shape.global_rows
+        parts = micro_batches(consumed, plan.shape, rank=here.rank, rows=plan.train_rows, seed=plan.seed)
+        yield [_read(plan, "train", here, part) for part in parts]
+
+
+def _read(plan: Plan, split: str, here: Ranks, rows: Sequence[int]) -> MicroBatch:
+    batch = micro_batch(
+        [plan.store.read_row(split, row) for row in rows], temperature_column=plan.temperature_column
+    )
+    return pinned(batch) if here.device.type == "cuda" else batch
+
+
+class _NoTracker:
+    """What the other ranks log to."""
+
+    def __enter__(self) -> "_NoTracker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def log(self, record: object) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+
+def _tracker(folder: Path, config: Config, step: int, here: Ranks) -> "Tracker | _NoTracker":
+    if not here.is_first:
+        return _NoTracker()
+    cut_metrics(folder, step=step)
+    return Tracker(
+        folder,
+        name=config.run.name,
+        tracking=config.tracking,
+        settings=asdict(config),
+        steps=config.train.steps,
+        start_step=step,
+    )
+
+
+def _say(here: Ranks, text: str) -> None:
+    if here.is_first:
+        print(text, flush=True)
