@@ -94,6 +94,11 @@ def load_causal_lm(source: ModelSource, key: str, *, dtype: torch.dtype) -> PreT
 
 def _load_problem(source: ModelSource, key: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "attn_implementation" in str(error) or "scaled_dot_product_attention" in str(error):
+        return (
+            f"{key}.path={source.path} does not support {key}.attention={source.attention} ({reason}); "
+            f"use {key}.attention=eager."
+        )
     hint = (
         "the folder holds no model that transformers can load"
         if Path(source.path or "").is_dir()

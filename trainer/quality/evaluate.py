@@ -1,20 +1,22 @@
 """`evaluate`: teacher, student and baseline side by side on held-out rows.
 
 Models are loaded one after another, in one process. What the teacher's stored records cannot tell exactly is
-marked as a bound or an estimate; with evaluate.teacher=load the teacher runs beside each model.
+marked as a bound or an estimate. With evaluate.teacher=load the teacher runs once, before the others, and
+leaves its hidden states and its head behind, from which all its logits are made again.
 
 Shapes: N counted positions, D documents.
 """
 
 import math
 import platform
+import tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from sparsekd.logit_store.reader import LogitStore, open_store
@@ -34,7 +36,7 @@ from sparsekd.trainer.quality.result import (
     ModelResult,
     save_evaluation,
 )
-from sparsekd.trainer.quality.score import Judged, Scores, kinds, load_judged, score
+from sparsekd.trainer.quality.score import Judged, Scores, TeacherTrace, kinds, load_judged, score
 from sparsekd.trainer.quality.statistics import (
     calibration_error,
     deciles,
@@ -45,6 +47,7 @@ from sparsekd.trainer.quality.statistics import (
 )
 from sparsekd.trainer.quality.table import headline, result_table
 from sparsekd.trainer.quality.worst import worst_tokens
+from sparsekd.trainer.tokenizers import check_tokenizer
 
 TEACHER = "teacher"
 
@@ -115,31 +118,51 @@ def _evaluate(config: Config, store: LogitStore, job: Ranks) -> Evaluation:
         flush=True,
     )
     outcomes: list[_Outcome] = []
-    judged_teacher = None
+    trace = None
     deviation = None
-    if evaluate.teacher == "load":
-        judged_teacher = _load_teacher(config, store, job)
-        scores = _score(config, judged_teacher, store, held, teacher=None)
-        deviation = _deviation(held, scores, config)
-        outcomes.append(_loaded_teacher(config, judged_teacher, scores))
-    elif held.teacher is not None:
-        outcomes.append(_stored_teacher(held, store))
-    for name in _in_order(config):
-        print(f"{name}: {evaluate.models[name]}", flush=True)
-        _check_tokenizer(name, evaluate.models[name], store)
-        source = _source(config, evaluate.models[name])
-        judged = load_judged(source, f"evaluate.models.{name}", store, evaluate.dtype, job.device)
-        scores = _score(config, judged, store, held, teacher=judged_teacher)
-        outcomes.append(_outcome(config, name, judged, scores, store, runs=judged_teacher is not None))
-        del judged
-    return _assemble(config, store, held, outcomes, deviation, job)
+    batch = evaluate.micro_batch_rows
+    folder = evaluation_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as scratch:
+        if evaluate.teacher == "load":
+            outcome, trace = _run_teacher(config, store, held, job, Path(scratch))
+            deviation = _deviation(held, outcome.loss, config)
+            outcomes.append(outcome)
+        elif held.teacher is not None:
+            outcomes.append(_stored_teacher(held, store))
+        for name in _in_order(config):
+            print(f"{name}: {evaluate.models[name]}", flush=True)
+            source, key = _source(config, evaluate.models[name]), f"evaluate.models.{name}"
+            check_tokenizer(
+                source,
+                key,
+                store_tokenizer=store.tokenizer_path,
+                identity=store.manifest.tokenizer,
+                remedy="name a model that was trained on this store",
+            )
+            judged = load_judged(source, key, store, evaluate.dtype, job.device)
+            scores = score(judged, store, rows=held.rows, batch=batch, teacher=trace)
+            outcomes.append(_outcome(config, name, judged, scores, store, runs=trace is not None))
+            del judged
+        return _assemble(config, store, held, outcomes, deviation, job)
 
 
-def _score(
-    config: Config, judged: Judged, store: LogitStore, held: HeldOut, *, teacher: Judged | None
-) -> Scores:
+def _run_teacher(
+    config: Config, store: LogitStore, held: HeldOut, job: Ranks, scratch: Path
+) -> tuple[_Outcome, TeacherTrace]:
+    """Runs the teacher once; its hidden states go to a file, and the model itself goes."""
+    judged = _load_teacher(config, store, job)
+    width = judged.head.weight.shape[1]
+    hidden = torch.from_file(
+        str(scratch / "teacher-hidden"),
+        shared=True,
+        size=len(held.row) * width,
+        dtype=judged.head.weight.dtype,
+    ).view(-1, width)
     batch = config.evaluate.micro_batch_rows
-    return score(judged, store, rows=held.rows, batch=batch, teacher=teacher)
+    scores = score(judged, store, rows=held.rows, batch=batch, teacher=None, keep=hidden)
+    trace = TeacherTrace(hidden, judged.head, judged.transform)
+    return _loaded_teacher(config, judged, scores), trace
 
 
 def _source(config: Config, path: str) -> ModelSource:
@@ -161,25 +184,11 @@ def _load_teacher(config: Config, store: LogitStore, job: Ranks) -> Judged:
     return load_judged(source, TEACHER, store, config.evaluate.dtype, job.device)
 
 
-def _check_tokenizer(name: str, path: str, store: LogitStore) -> None:
-    """Refuses a model whose own tokenizer gives the same ids another meaning."""
-    if not Path(path, "tokenizer.json").is_file():
-        return
-    own = AutoTokenizer.from_pretrained(path).get_vocab()
-    stored = AutoTokenizer.from_pretrained(store.tokenizer_path).get_vocab()
-    if own != stored:
-        raise ModelError(
-            f"evaluate.models.{name}={path} has a tokenizer of {len(own)} entries that is not the store's "
-            f"({store.manifest.tokenizer.name}, {len(stored)} entries): name a model that was trained on "
-            f"{store.path}."
-        )
-
-
-def _deviation(held: HeldOut, scores: Scores, config: Config) -> float | None:
+def _deviation(held: HeldOut, loss: NDArray[np.float32], config: Config) -> float | None:
     """Mean |loaded - stored| of the teacher's loss; a large one is another teacher."""
     if held.teacher is None:
         return None
-    deviation = float(np.abs(scores.loss.astype(np.float64) - held.teacher.loss).mean())
+    deviation = float(np.abs(loss.astype(np.float64) - held.teacher.loss).mean())
     print(
         f"teacher: loaded and stored losses differ by {deviation:.2g} nats per token on average", flush=True
     )

@@ -48,6 +48,17 @@ class Judged(NamedTuple):
     weight_bytes: int  # of the weights in the dtype in which they are saved
 
 
+class TeacherTrace(NamedTuple):
+    """What remains of a teacher that ran once: from it every logit can be made again, without the model.
+
+    So teacher and student never have to fit in memory together.
+    """
+
+    hidden: Tensor  # (N, H) at the counted positions in row order, backed by a file
+    head: nn.Linear
+    transform: HeadTransform
+
+
 @dataclass(frozen=True)
 class Scores:
     """A model's figures at the counted positions, each [N] in row order; None where they cannot be had.
@@ -112,7 +123,15 @@ def kinds(record: RecordSpec, *, teacher_runs: bool) -> dict[str, str]:
 
 
 @torch.inference_mode()
-def score(judged: Judged, store: LogitStore, *, rows: int, batch: int, teacher: Judged | None) -> Scores:
+def score(
+    judged: Judged,
+    store: LogitStore,
+    *,
+    rows: int,
+    batch: int,
+    teacher: TeacherTrace | None,
+    keep: Tensor | None = None,
+) -> Scores:
     """Runs a model over the first `rows` held-out rows.
 
     Args:
@@ -120,13 +139,15 @@ def score(judged: Judged, store: LogitStore, *, rows: int, batch: int, teacher: 
         store: Its held-out rows; their records stand for the teacher where `teacher` is None.
         rows: How many.
         batch: Rows in one forward pass.
-        teacher: Runs beside the model, so that every figure is exact; both are in memory then.
+        teacher: Its trace over the same rows, which makes every figure exact.
+        keep: (N, H), filled with this model's hidden states at the counted positions.
     """
     device = judged.head.weight.device
     wanted = kinds(store.manifest.record, teacher_runs=teacher is not None)
     columns: dict[str, list[NDArray]] = {}
     # (seconds, tokens) of each batch; the first is a warm-up wherever there is a second.
     laps: list[tuple[float, int]] = []
+    done = 0
     for chunk in row_batches(store, rows, batch):
         token_ids, positions = _inputs(chunk, device)
         mask = np.stack([row.loss_mask for row in chunk])
@@ -135,9 +156,11 @@ def score(judged: Judged, store: LogitStore, *, rows: int, batch: int, teacher: 
         began = _now(device)
         hidden = hidden_states(judged.decoder, token_ids, positions)[counted]
         seconds = _now(device) - began
-        teacher_hidden = None
-        if teacher is not None:
-            teacher_hidden = hidden_states(teacher.decoder, token_ids, positions)[counted]
+        here = slice(done, done + len(labels))
+        done = here.stop
+        if keep is not None:
+            keep[here] = hidden.to(keep.device)
+        teacher_hidden = None if teacher is None else teacher.hidden[here].to(device)
         record = _Record.of(chunk, store.manifest.record, device) if teacher is None else None
         for start in range(0, len(labels), _POSITIONS_AT_ONCE):
             part = slice(start, start + _POSITIONS_AT_ONCE)

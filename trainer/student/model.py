@@ -1,23 +1,17 @@
 """The student to train: loaded or made from a configuration, and checked against its store."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import cached_file
 
 from sparsekd.logit_store.manifest import TokenizerIdentity
 from sparsekd.trainer.causal_lm import ModelSource, load_causal_lm
 from sparsekd.trainer.config import StudentConfig
 from sparsekd.trainer.errors import ModelError
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
-# What decides how text becomes ids; the rest of tokenizer.json is padding, truncation and post-processing.
-_PIPELINE = ("model", "normalizer", "pre_tokenizer")
+from sparsekd.trainer.tokenizers import check_tokenizer
 
 
 def student_source(config: StudentConfig, tokenizer: TokenizerIdentity) -> ModelSource:
@@ -67,68 +61,12 @@ def check_student(
         )
     if source.path is None:
         return
-    difference = tokenizer_difference(source.path, source.revision, tokenizer_path)
-    if difference is not None:
-        raise ModelError(
-            f"The tokenizer of student.path={source.path} is not the store's ({tokenizer.name}): "
-            f"{difference}; the student would read and predict other tokens than the teacher. Choose a "
-            "student of the same tokenizer, or prepare and capture a store with this one."
-        )
-
-
-def tokenizer_difference(student: str, revision: str | None, store_tokenizer: Path) -> str | None:
-    """How the student's own tokenizer differs from the store's, in words; None where it does not, or is none.
-
-    Compared is what decides the ids: the vocabulary with its added tokens, and for fast tokenizers the model
-    (merges), normaliser and pre-tokeniser, all as the same library reads them.
-    """
-    if not _has_tokenizer(student, revision):
-        return None
-    try:
-        own, stored = (
-            AutoTokenizer.from_pretrained(student, revision=revision),
-            AutoTokenizer.from_pretrained(str(store_tokenizer)),
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"The tokenizers of student.path={student} and of the store cannot be compared: {error}"
-        ) from error
-    own_ids, stored_ids = own.get_vocab(), stored.get_vocab()
-    if own_ids != stored_ids:
-        token = min(
-            (
-                token
-                for token in own_ids.keys() | stored_ids.keys()
-                if own_ids.get(token) != stored_ids.get(token)
-            ),
-            key=lambda token: (min(own_ids.get(token, 1 << 62), stored_ids.get(token, 1 << 62)), token),
-        )
-        return (
-            f"{len(own_ids)} and {len(stored_ids)} entries, and {token!r} is {_place(own_ids, token)} in the "
-            f"student's and {_place(stored_ids, token)} in the store's"
-        )
-    if own.is_fast and stored.is_fast:
-        ours, theirs = (json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (own, stored))
-        different = [part for part in _PIPELINE if ours.get(part) != theirs.get(part)]
-        if different:
-            return f"the same entries, but another {' and '.join(different)}"
-    return None
-
-
-def _place(ids: dict[str, int], token: str) -> str:
-    return f"number {ids[token]}" if token in ids else "missing"
-
-
-def _has_tokenizer(student: str, revision: str | None) -> bool:
-    if Path(student).is_dir():
-        return any((Path(student) / name).is_file() for name in _TOKENIZER_FILES)
-    quiet: dict[str, Any] = {
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-        "_raise_exceptions_for_gated_repo": False,
-    }
-    return any(
-        cached_file(student, name, revision=revision, **quiet) is not None for name in _TOKENIZER_FILES
+    check_tokenizer(
+        source,
+        "student.path",
+        store_tokenizer=tokenizer_path,
+        identity=tokenizer,
+        remedy="choose a student of the same tokenizer, or prepare and capture a store with this one",
     )
 
 

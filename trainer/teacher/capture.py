@@ -23,7 +23,7 @@ from sparsekd.logit_store.writer import committed_shards, create_store, seal, wr
 from sparsekd.trainer.config import Config, require
 from sparsekd.trainer.distributed import Ranks, agree, broadcast_object, ranks
 from sparsekd.trainer.errors import ConfigError, UserError
-from sparsekd.trainer.teacher.model import Teacher, check_tokenizer, load_teacher
+from sparsekd.trainer.teacher.model import Teacher, check_teacher_tokenizer, load_teacher
 from sparsekd.trainer.teacher.records import records_of_rows
 from sparsekd.trainer.teacher.weights import teacher_identity, teacher_name
 
@@ -110,7 +110,7 @@ def _announce(config: Config, teacher_path: str, tokens: LogitStore, place: Rank
 
 
 def _checked_teacher(config: Config, path: str, tokens: LogitStore, place: Ranks) -> Teacher:
-    if place.is_first and not check_tokenizer(config.teacher, path, tokens):
+    if place.is_first and not check_teacher_tokenizer(config.teacher, path, tokens):
         print(
             f"capture: {path} has no tokenizer files; that of {tokens.path} is taken for its own", flush=True
         )

@@ -4,13 +4,11 @@ another.
 Shapes: B rows, L positions of a row, H hidden, V rows of the head's weight.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sparsekd.kernels.objective import HeadTransform
 from sparsekd.logit_store.reader import LogitStore
@@ -27,6 +25,7 @@ from sparsekd.trainer.causal_lm import (
 )
 from sparsekd.trainer.config import TeacherConfig
 from sparsekd.trainer.errors import ModelError
+from sparsekd.trainer.tokenizers import check_tokenizer
 
 # Positions of the probe: enough for several documents' worth of attention, few beside a forward pass.
 PROBE_POSITIONS = 64
@@ -35,9 +34,6 @@ PROBE_POSITIONS = 64
 # order of sums at run time (0 in every model that was tried on the CPU). Where documents do see each other,
 # random weights of width 32 gave from 5e-3 (Bloom) to 0.7 (RWKV).
 ISOLATION_BOUNDS = {torch.bfloat16: 3e-3, torch.float32: 1e-4}
-
-# The parts of a tokenizer.json that decide which ids a text becomes.
-TEXT_TO_IDS = ("normalizer", "pre_tokenizer", "model")
 
 
 @dataclass(frozen=True)
@@ -114,59 +110,22 @@ def load_teacher(config: TeacherConfig, path: str, store: LogitStore, device: to
     return teacher
 
 
-def check_tokenizer(config: TeacherConfig, path: str, store: LogitStore) -> bool:
-    """Compares the teacher's own tokenizer with the store's by content.
-
-    Added tokens count; special roles, templates, padding and the names of files do not.
-
-    Returns:
-        False where the teacher is a folder without a tokenizer: then there is nothing to compare.
+def check_teacher_tokenizer(config: TeacherConfig, path: str, store: LogitStore) -> bool:
+    """Compares the teacher's own tokenizer with the store's; False where it brings none.
 
     Raises:
-        ModelError: The same id is another token, or text is cut differently.
+        ModelError: The teacher cannot be found, or its tokenizer is another.
     """
-    load_config(model_source(config, path), "teacher")  # a wrong path is no problem of the tokenizer
-    own = Path(path)
-    if own.is_dir() and not any(
-        (own / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    ):
-        return False
-    try:
-        teachers = AutoTokenizer.from_pretrained(
-            path, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(
-            f"The tokenizer of the teacher {path} cannot be loaded ({error}), so it cannot be compared with "
-            f"that of {store.path}; mend or remove its files."
-        ) from error
-    stores = AutoTokenizer.from_pretrained(store.tokenizer_path)
-    remedy = f"prepare the text again with corpus.tokenizer={path}, or use the teacher of that tokenizer."
-    by_id = [
-        {index: token for token, index in tokenizer.get_vocab().items()} for tokenizer in (teachers, stores)
-    ]
-    if by_id[0] != by_id[1]:
-        differing = min(
-            index for index in by_id[0].keys() | by_id[1].keys() if by_id[0].get(index) != by_id[1].get(index)
-        )
-        raise ModelError(
-            f"The tokenizer of the teacher {path} ({len(by_id[0]):,} entries) is not that of {store.path} "
-            f"({len(by_id[1]):,} entries): id {differing} is {by_id[0].get(differing)!r} there and "
-            f"{by_id[1].get(differing)!r} here; {remedy}"
-        )
-    pipelines = [
-        json.loads(backend.to_str())
-        for tokenizer in (teachers, stores)
-        if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None
-    ]
-    if len(pipelines) == 2:  # tokenizers written in Python have no such description
-        differing_parts = [part for part in TEXT_TO_IDS if pipelines[0][part] != pipelines[1][part]]
-        if differing_parts:
-            raise ModelError(
-                f"The tokenizer of the teacher {path} has the ids of that of {store.path}, but cuts text "
-                f"differently (its {' and '.join(differing_parts)}); {remedy}"
-            )
-    return True
+    source = model_source(config, path)
+    load_config(source, "teacher")  # a wrong path is no problem of the tokenizer
+    remedy = f"prepare the text again with corpus.tokenizer={path}, or use the teacher of that tokenizer"
+    return check_tokenizer(
+        source,
+        "teacher.path",
+        store_tokenizer=store.tokenizer_path,
+        identity=store.manifest.tokenizer,
+        remedy=remedy,
+    )
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from sparsekd.logit_store.row import Row, TeacherRecord
 from sparsekd.trainer.config import Config, require
 from sparsekd.trainer.distributed import ranks
 from sparsekd.trainer.errors import DataError
-from sparsekd.trainer.teacher.model import check_tokenizer, load_teacher
+from sparsekd.trainer.teacher.model import check_teacher_tokenizer, load_teacher
 from sparsekd.trainer.teacher.records import records_of_rows
 from sparsekd.trainer.teacher.weights import model_folder, weights_digest
 
@@ -71,7 +71,7 @@ def run(config: Config, store_path: str | Path) -> None:
         )
     settings = replace(config.teacher, dtype=identity.dtype)  # as it was captured
     with ranks(config.launch, timeout_minutes=config.engine.timeout_minutes) as place:
-        check_tokenizer(settings, path, store)
+        check_teacher_tokenizer(settings, path, store)
         same_files = weights_digest(model_folder(path, settings.revision)) == identity.weights_digest
         if not same_files:
             print(f"verify: the files of {path} are not those of the manifest ({identity.name})", flush=True)
