@@ -127,7 +127,7 @@ def head_transform(config: PretrainedConfig, vocabulary_size: int) -> HeadTransf
     """The model's own way from `hidden @ weight.T + bias` to logits.
 
     Gemma caps its logits (`final_logit_softcapping`), Cohere multiplies (`logit_scale`), Granite divides
-    (`logits_scaling`). `check_head` proves the result against the model itself.
+    (`logits_scaling`). `probe.check_probe` proves the result against the model itself.
 
     Args:
         config: The model's configuration.
@@ -172,26 +172,3 @@ def dense_logits(
     if transform.softcap is not None:
         logits = transform.softcap * torch.tanh(logits / transform.softcap)
     return logits
-
-
-@torch.no_grad()
-def check_head(
-    own_logits: Tensor,  # (B, L, V) what the model itself returns
-    our_logits: Tensor,  # (B, L, vocabulary_size) from dense_logits
-    key: str,
-) -> None:
-    """Raises when our head differs from the model's own logits by more than the rounding of its dtype.
-
-    Raises:
-        ModelError: naming the deviation, with what to report.
-    """
-    own = own_logits[..., : our_logits.shape[-1]].float()
-    deviation = float((own - our_logits).norm() / own.norm().clamp_min(1e-30))
-    # Roundings of the output, of the scale and of the cap: a few units of the dtype's last place.
-    bound = 2e-2 if own_logits.dtype == torch.bfloat16 else 1e-4
-    if not deviation <= bound:
-        raise ModelError(
-            f"The head of the {key} gives logits that differ from the model's own by {deviation:.2e} "
-            f"(relative norm; at most {bound:.0e} is rounding): its configuration transforms logits in a way "
-            "that sparsekd does not know; report the model type."
-        )

@@ -391,14 +391,14 @@ def test_teachers_that_do_not_fit_are_refused(tokens: Path, llama: Path, tmp_pat
     foreign = train_tokenizer(["quite another text with other merges, merges, merges"], VOCABULARY)
     save_tokenizer(foreign, tmp_path / "foreign")
     stranger = make_teacher(tmp_path / "stranger", "llama", tokenizer=tmp_path / "foreign")
-    refused(r"\(\d+ entries\) is not that of .*: id \d+ is .* there and .* here; prepare the text", stranger)
+    refused(r"is not the store's .*, and id \d+ is .* in it and .*; prepare the text", stranger)
     # Mamba reads no borders from position_ids: its state runs from one document into the next.
     torch.manual_seed(0)
     mamba = AutoConfig.for_model(
         "mamba", vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4, eos_token_id=0
     )
     AutoModelForCausalLM.from_config(mamba).save_pretrained(tmp_path / "mamba")
-    leaks = "In MambaForCausalLM a document in a packed row depends on the one before it"
+    leaks = "In the teacher, a MambaForCausalLM, a document of a packed row depends on the one before it"
     refused(leaks, tmp_path / "mamba", teacher__attention="eager")
     refused(r"teacher\.path=.*nothing cannot be loaded", tmp_path / "nothing")
     refused("store.path and store.tokens are both", llama, store__path=str(tokens))

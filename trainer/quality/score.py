@@ -21,7 +21,6 @@ from sparsekd.logit_store.row import Row, position_ids
 from sparsekd.trainer.causal_lm import (
     DTYPES,
     ModelSource,
-    check_head,
     decoder_and_head,
     dense_logits,
     head_transform,
@@ -30,6 +29,7 @@ from sparsekd.trainer.causal_lm import (
     load_config,
 )
 from sparsekd.trainer.errors import ModelError
+from sparsekd.trainer.probe import check_probe, probe_rows
 from sparsekd.trainer.quality import metrics
 from sparsekd.trainer.quality.heldout import row_batches
 from sparsekd.trainer.quality.result import ESTIMATE, EXACT, LOWER_BOUND, UPPER_BOUND
@@ -97,10 +97,10 @@ def load_judged(source: ModelSource, key: str, store: LogitStore, dtype: str, de
         )
     transform = head_transform(model.config, vocabulary)
     with torch.inference_mode():
-        token_ids, positions = _inputs([store.read_row("heldout", 0)], device)
-        own = model(input_ids=token_ids, position_ids=positions, use_cache=False).logits
-        ours = dense_logits(hidden_states(decoder, token_ids, positions), head, transform)
-        check_head(own, ours, key)
+        rows = probe_rows(store, device)
+        own = model(input_ids=rows.token_ids, position_ids=rows.position_ids, use_cache=False).logits
+        ours = dense_logits(hidden_states(decoder, rows.token_ids, rows.position_ids), head, transform)
+        check_probe(own, ours, rows, key=key, model_name=type(model).__name__)
     width = torch.finfo(saved).bits // 8 if isinstance(saved, torch.dtype) else 4
     return Judged(model, decoder, head, transform, model.num_parameters() * width)
 

@@ -12,12 +12,13 @@ from sparsekd.kernels.loss import default_impl
 from sparsekd.kernels.objective import Objective, resolve_objective
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.reader import LogitStore, open_store
-from sparsekd.trainer.causal_lm import DTYPES, check_head, head_transform, load_config
+from sparsekd.trainer.causal_lm import DTYPES, head_transform, load_config
 from sparsekd.trainer.config import Config, ObjectiveConfig, require
 from sparsekd.trainer.distributed import Ranks, agree, broadcast_object
 from sparsekd.trainer.errors import ConfigError, DataError
+from sparsekd.trainer.probe import check_probe, probe_rows
 from sparsekd.trainer.student import checkpoint
-from sparsekd.trainer.student.batches import grid_index, micro_batch
+from sparsekd.trainer.student.batches import grid_index
 from sparsekd.trainer.student.checkpoint import Commit
 from sparsekd.trainer.student.data_plan import BatchShape, batch_shape
 from sparsekd.trainer.student.engine import (
@@ -34,9 +35,6 @@ from sparsekd.trainer.student.run_folder import package_versions
 from sparsekd.trainer.student.schedule import check_schedule
 from sparsekd.trainer.student.sums import NAMES, means
 from sparsekd.trainer.student.universal import load_for_other_ranks
-
-_PROBE_TOKENS = 128
-"""Positions on which our head is compared with the model's own: enough, and small beside a step."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,8 @@ def build(config: Config, plan: Plan, here: Ranks) -> deepspeed.DeepSpeedEngine:
     """Loads or makes the student, hands it to DeepSpeed, and proves its head on a probe batch.
 
     Raises:
-        ModelError: The student cannot be loaded, or its head is not as its configuration says.
+        ModelError: The student cannot be loaded, its head is not as its configuration says, or documents of a
+            row see one another in it.
     """
     torch.autograd.set_detect_anomaly(config.debug.detect_anomaly)
     leave_out_compiled_collectives()
@@ -144,7 +143,8 @@ def load_start(engine: deepspeed.DeepSpeedEngine, start: Start, here: Ranks) -> 
     """Brings the chosen checkpoint, if there is one, into the engine."""
     if start.checkpoint is None or start.commit is None:
         return
-    if start.commit.world_size == here.world_size:
+    # Without ZeRO nothing is cut into parts: stage 0 reads any number of ranks' checkpoint as it is.
+    if start.commit.world_size == here.world_size or not engine.zero_optimization():
         checkpoint.load(engine, start.checkpoint)
     else:
         load_for_other_ranks(engine, start.checkpoint, here)
@@ -233,13 +233,9 @@ def _implementation(impl: str, device: torch.device) -> str:
 
 
 def _check_probe(engine: deepspeed.DeepSpeedEngine, plan: Plan, here: Ranks) -> None:
-    batch = micro_batch([plan.store.read_row("train", 0)], temperature_column=None)
-    probe = Probe(
-        batch.token_ids[:, :_PROBE_TOKENS].to(here.device),
-        batch.position_ids[:, :_PROBE_TOKENS].to(here.device),
-    )
+    rows = probe_rows(plan.store, here.device)
     engine.eval()
     with torch.no_grad():
-        own, ours = engine(probe)
+        own, ours = engine(Probe(rows.token_ids, rows.position_ids))
     engine.train()
-    check_head(own, ours, "student")
+    check_probe(own, ours, rows, key="student", model_name=type(engine.module.model).__name__)

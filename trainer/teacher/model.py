@@ -8,14 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from sparsekd.kernels.objective import HeadTransform
 from sparsekd.logit_store.reader import LogitStore
 from sparsekd.trainer.causal_lm import (
     DTYPES,
     ModelSource,
-    check_head,
     decoder_and_head,
     dense_logits,
     head_transform,
@@ -25,15 +23,8 @@ from sparsekd.trainer.causal_lm import (
 )
 from sparsekd.trainer.config import TeacherConfig
 from sparsekd.trainer.errors import ModelError
+from sparsekd.trainer.probe import check_probe, probe_rows
 from sparsekd.trainer.tokenizers import check_tokenizer
-
-# Positions of the probe: enough for several documents' worth of attention, few beside a forward pass.
-PROBE_POSITIONS = 64
-
-# Relative norms. The two probes have equal shapes, so what is left is the noise of kernels that choose their
-# order of sums at run time (0 in every model that was tried on the CPU). Where documents do see each other,
-# random weights of width 32 gave from 5e-3 (Bloom) to 0.7 (RWKV).
-ISOLATION_BOUNDS = {torch.bfloat16: 3e-3, torch.float32: 1e-4}
 
 
 @dataclass(frozen=True)
@@ -106,7 +97,13 @@ def load_teacher(config: TeacherConfig, path: str, store: LogitStore, device: to
         device=device,
         revision=getattr(model.config, "_commit_hash", None) or config.revision,
     )
-    probe(model, teacher, store)
+    with torch.no_grad():
+        rows = probe_rows(store, device)
+        own = model(input_ids=rows.token_ids, position_ids=rows.position_ids, use_cache=False).logits
+        ours = dense_logits(
+            hidden_states(decoder, rows.token_ids, rows.position_ids), head, teacher.transform
+        )
+    check_probe(own, ours, rows, key="teacher", model_name=type(model).__name__)
     return teacher
 
 
@@ -126,37 +123,3 @@ def check_teacher_tokenizer(config: TeacherConfig, path: str, store: LogitStore)
         identity=store.manifest.tokenizer,
         remedy=remedy,
     )
-
-
-@torch.no_grad()
-def probe(model: PreTrainedModel, teacher: Teacher, store: LogitStore) -> None:
-    """Runs two small rows through the model and through our way, before any record is made.
-
-    The first document of the second row is another than in the first; the second document is the same, so its
-    hidden states must be the same as well.
-
-    Raises:
-        ModelError: Our logits are not the model's own, or a document's hidden states depend on the document
-            before it in the row.
-    """
-    split = next(name for name in store.manifest.splits if store.rows(name))
-    length = min(PROBE_POSITIONS, store.manifest.sequence_length)
-    border = max(1, length // 2)
-    tokens = torch.from_numpy(store.read_row(split, 0).token_ids[:length]).long()
-    other = tokens.clone()
-    other[:border] = (tokens[:border] + 1) % teacher.transform.vocabulary_size
-    token_ids = torch.stack([tokens, other]).to(teacher.device)
-    positions = torch.cat([torch.arange(border), torch.arange(length - border)])
-    position_ids = positions.expand(2, -1).to(teacher.device)
-    hidden = hidden_states(teacher.decoder, token_ids, position_ids)
-    own = model(input_ids=token_ids, position_ids=position_ids, use_cache=False).logits
-    check_head(own, dense_logits(hidden, teacher.head, teacher.transform), "teacher")
-    first, second = hidden[:, border:].float()
-    deviation = float((first - second).norm() / first.norm().clamp_min(1e-30))
-    bound = ISOLATION_BOUNDS[hidden.dtype]
-    if not deviation <= bound:
-        raise ModelError(
-            f"In {type(model).__name__} a document in a packed row depends on the one before it (hidden "
-            f"states differ by {deviation:.1e} in relative norm, at most {bound:.0e} is rounding): it does "
-            "not read borders from position_ids; use teacher.attention=sdpa or eager, or another teacher."
-        )
