@@ -29,18 +29,21 @@ ROUNDING = 2e-5
 @pytest.fixture(scope="module")
 def ended(trained: Workplace) -> Workplace:
     """After a job that was killed and started again, and runs that went on with another number of ranks."""
-    stopped_short(trained, "tied", "on_one_rank")
-    trained.run([tied_run(trained, "alone"), tied_run(trained, "on_one_rank")], ranks=1)
+    for like in ("tied", "stage_0", "stage_2"):
+        stopped_short(trained, like, f"{like}_on_one_rank")
+    values = [renamed(trained, like, f"{like}_on_one_rank") for like in ("tied", "stage_0", "stage_2")]
+    trained.run([renamed(trained, "tied", "alone"), *values], ranks=1)
     kill_at_random(trained, "killed")
     leave_debris(trained.folder("killed"))
     stopped_short(trained, "alone", "on_two_ranks")
-    output = trained.run([long_run(trained, "killed"), tied_run(trained, "on_two_ranks")], ranks=2)
+    output = trained.run([long_run(trained, "killed"), renamed(trained, "tied", "on_two_ranks")], ranks=2)
     (trained.root / "output_of_the_second_start.txt").write_text(output)
     return trained
 
 
-def tied_run(work: Workplace, name: str) -> dict[str, Any]:
-    return {**all_runs(work)["tied"], "run": {"root": str(work.root / "runs"), "name": name}}
+def renamed(work: Workplace, like: str, name: str) -> dict[str, Any]:
+    """The configuration of one of the shared runs under another name."""
+    return {**all_runs(work)[like], "run": {"root": str(work.root / "runs"), "name": name}}
 
 
 def stopped_short(work: Workplace, source: str, target: str) -> None:
@@ -91,7 +94,9 @@ def test_debris_is_reported_and_removed(ended: Workplace) -> None:
     assert names == ["step-00000012", "step-00000013"]
 
 
-@pytest.mark.parametrize("name", ["on_one_rank", "on_two_ranks"])
+@pytest.mark.parametrize(
+    "name", ["tied_on_one_rank", "stage_0_on_one_rank", "stage_2_on_one_rank", "on_two_ranks"]
+)
 def test_another_number_of_ranks_goes_on(ended: Workplace, name: str) -> None:
     """2 -> 1 and 1 -> 2, weight decay and step counters of both groups included."""
     start = student(all_runs(ended)["tied"]["student"]["config"], seed=0, vocabulary=VOCABULARY).state_dict()
@@ -99,7 +104,7 @@ def test_another_number_of_ranks_goes_on(ended: Workplace, name: str) -> None:
     assert relative_difference(ended.weights(name, STEPS), expected, start) < ROUNDING
     assert [line["step"] for line in ended.metrics(name)] == [1, 2, 3, 4]
     commit = read_commit(ended.folder(name) / "checkpoints" / "step-00000004")
-    assert commit.world_size == (1 if name == "on_one_rank" else 2)
+    assert commit.world_size == (2 if name == "on_two_ranks" else 1)
 
 
 def test_the_number_of_ranks_changes_nothing(ended: Workplace) -> None:
@@ -121,7 +126,7 @@ def test_bad_numbers_stop_the_run_with_step_and_rows(workplace: Workplace) -> No
 
 def refused(work: Workplace, name: str, **changes: dict[str, object]) -> str:
     """The sentence with which a start on an existing run is refused; the run folder is left as it was."""
-    values = tied_run(work, name)
+    values = renamed(work, "tied", name)
     for section, change in changes.items():
         values[section] = {**values.get(section, {}), **change}
     before = sorted((path, path.stat().st_mtime_ns) for path in work.folder(name).rglob("*"))

@@ -14,7 +14,8 @@ pytestmark = pytest.mark.distributed
 
 # float32 against float64: 8e-7 is what is seen. Dividing by the accumulation as well gives 0.15.
 FLOAT32 = 2e-5
-BFLOAT16 = 8e-2
+# 9e-3 is what is seen in the weights after four steps.
+BFLOAT16 = 2e-2
 
 
 def expect_equal(work: Workplace, name: str, like: str, bound: float) -> None:
@@ -73,7 +74,9 @@ def test_heldout_losses_are_those_of_the_weights(trained: Workplace) -> None:
     weight = sum(part.weight for part in parts)
     lines = trained.metrics("tied", "heldout")
     assert [line["step"] for line in lines] == [2, STEPS]
-    assert lines[-1]["loss"] == pytest.approx(sum(float(part.loss) for part in parts) / weight, rel=1e-5)
+    assert lines[-1]["loss"] == pytest.approx(
+        sum(float(part.loss.detach()) for part in parts) / weight, rel=1e-5
+    )
     assert lines[-1]["kd"] == pytest.approx(sum(part.kd for part in parts) / weight, rel=1e-5)
     assert lines[-1]["ce"] == pytest.approx(sum(part.ce for part in parts) / weight, rel=1e-5)
     assert lines[-1]["agreement"] == pytest.approx(sum(part.agreement for part in parts) / weight)
