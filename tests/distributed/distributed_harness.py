@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import torch
+from plain_training import student
 
 from sparsekd.logit_store.reader import LogitStore, open_store
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
@@ -144,7 +145,10 @@ def make_workplace(root: Path) -> Workplace:
             vocabulary_size=VOCABULARY, sequence_length=32, rows_per_shard=8, **record
         )
         write_synthetic_store(root / name, manifest, {"train": TRAIN_ROWS, "heldout": HELDOUT_ROWS}, seed=3)
-    return Workplace(root)
+    work = Workplace(root)
+    config = work.run_values("")["student"]["config"]
+    student(config, seed=0, vocabulary=VOCABULARY).float().save_pretrained(root / "pretrained")
+    return work
 
 
 def all_runs(work: Workplace) -> dict[str, Values]:
@@ -155,6 +159,8 @@ def all_runs(work: Workplace) -> dict[str, Values]:
     runs: dict[str, dict[str, Values]] = {
         "tied": {"train": {"evaluate_rows": HELDOUT_ROWS, "evaluate_every": 2, "checkpoint_every": 2}},
         "untied": {"student": {"config": untied}},
+        # The same weights from a folder, with no configuration of their own.
+        "pretrained": {"student": {"path": str(work.root / "pretrained"), "config": {}}},
         "accumulated": {"train": {"micro_batch_rows": 1}},
         "recomputed": {"student": {"activation_checkpointing": True}},
         "tokens": {"store": tokens, "objective": {"kd_weight": 0.0, "ce_weight": 1.0}},
@@ -178,8 +184,8 @@ def long_run(work: Workplace, name: str) -> Values:
         "evaluate_rows": 3,
         "checkpoint_every": 2,
     }
-    student = work.run_values("")["student"]["config"] | {"attention_dropout": 0.1}
-    return work.run_values(name, train=times, student={"config": student})
+    config = work.run_values("")["student"]["config"] | {"attention_dropout": 0.1}
+    return work.run_values(name, train=times, student={"config": config})
 
 
 def kill_job(job: "subprocess.Popen[str]") -> None:

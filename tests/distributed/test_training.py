@@ -39,7 +39,7 @@ def test_zero_3_equals_plain_training(trained: Workplace, name: str) -> None:
     expect_equal(trained, name, name, FLOAT32)
 
 
-@pytest.mark.parametrize("name", ["accumulated", "recomputed", "stage_0", "stage_1", "stage_2"])
+@pytest.mark.parametrize("name", ["pretrained", "accumulated", "recomputed", "stage_0", "stage_1", "stage_2"])
 def test_the_way_of_computing_changes_nothing(trained: Workplace, name: str) -> None:
     expect_equal(trained, name, "tied", FLOAT32)
 

@@ -79,9 +79,7 @@ def test_the_student_s_own_tokenizer_is_compared_by_content(folder: Path, stored
     with pytest.raises(ModelError, match="id 5 is 'w6' in it and 'w5' in the store's"):
         check(student, stored)
     write_synthetic_tokenizer(folder, 98)
-    with pytest.raises(
-        ModelError, match=r"98 entries and the store's 97, and id 97 is 'w97' in it and None"
-    ):
+    with pytest.raises(ModelError, match=r"98 entries and the store's 97, and id 97 is 'w97' in it and None"):
         check(student, stored)
     place.write_text(json.dumps({**description, "pre_tokenizer": {"type": "WhitespaceSplit"}}))
     with pytest.raises(ModelError, match=r"the same ids, but cuts text differently \(its pre_tokenizer\)"):
