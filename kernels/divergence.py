@@ -96,27 +96,28 @@ def distillation(statistics: Statistics, targets: SparseTargets, objective: Obje
     return DIVERGENCE_FUNCTIONS[objective.divergence](log_p, log_q)
 
 
-def cross_entropy(statistics: Statistics, labels: Tensor, objective: Objective) -> Tensor:
-    """Cross-entropy with the label, smoothed, plus the z-loss; 0 where ignored, nats, [N]  (6.1)."""
+def cross_entropy(statistics: Statistics, labels: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """(smoothed cross-entropy plus z-loss, the plain one); 0 where ignored, nats, [N] each  (6.1, 6.2)."""
     logits = torch.cat([statistics.support * objective.temperature, statistics.rest_1[:, None]], dim=1)
     log_total = logits.logsumexp(1)
     smoothing = objective.label_smoothing
+    plain = log_total - statistics.label
     value = log_total - (1 - smoothing) * statistics.label
     if smoothing:
         value = value - smoothing * statistics.mean
     if objective.z_loss:
         value = value + objective.z_loss * log_total.square()
-    return torch.where(labels >= 0, value, 0.0)
+    return torch.where(labels >= 0, value, 0.0), torch.where(labels >= 0, plain, 0.0)
 
 
 def position_losses(
     statistics: Statistics, targets: SparseTargets | None, labels: Tensor, objective: Objective
-) -> tuple[Tensor, Tensor]:
-    """(KD with its T^2, CE) of each position, unweighted, [N] each  (1.1)."""
-    ce = cross_entropy(statistics, labels, objective)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(KD with its T^2, CE of the loss, plain CE) of each position, unweighted, [N] each  (1.1)."""
+    trained, plain = cross_entropy(statistics, labels, objective)
     if targets is None or objective.kd_weight == 0:
-        return torch.zeros_like(ce), ce
-    return distillation(statistics, targets, objective) * objective.temperature**2, ce
+        return torch.zeros_like(plain), trained, plain
+    return distillation(statistics, targets, objective) * objective.temperature**2, trained, plain
 
 
 def differentiate(
@@ -143,13 +144,13 @@ def differentiate(
         needs_gradient: whether to make the gradient.
 
     Returns:
-        (scalar loss, kd [N], ce [N], gradient or None), all detached.
+        (scalar loss, kd [N], plain ce [N], gradient or None), all detached.
     """
     # The forward of an autograd Function runs without gradients; these small tensors want them.
     with torch.set_grad_enabled(needs_gradient):
         leaves = Statistics(*(value.detach().requires_grad_(needs_gradient) for value in statistics))
-        kd, ce = position_losses(leaves, targets, labels, objective)
-        per_position = objective.ce_weight * ce
+        kd, trained_ce, ce = position_losses(leaves, targets, labels, objective)
+        per_position = objective.ce_weight * trained_ce
         if objective.kd_weight:
             per_position = per_position + objective.kd_weight * kd
         loss = (weights * per_position).sum()

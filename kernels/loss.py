@@ -21,13 +21,14 @@ IMPLEMENTATIONS: tuple[str, ...] = ("reference", "torch", "triton")
 class LossOutput(NamedTuple):
     """The summed loss and what it is made of.
 
-    loss = sum over positions of weights * (kd_weight * kd + ce_weight * ce).
+    loss = sum over positions of weights * (kd_weight * kd + ce_weight * ce), with label smoothing and z-loss
+    inside `loss` alone, so that `ce` compares between runs whatever they were trained with.
 
     Attributes:
         loss: float32 scalar, the weighted sum; differentiable in hidden, weight and bias.
         kd: float32 [N], nats times T^2, detached, unweighted; 0 where dropped and where kd_weight is 0.
-        ce: float32 [N], nats, with label smoothing and z-loss, detached, unweighted; 0 where dropped or
-            where the label is ignored.
+        ce: float32 [N], -log q(label), nats, without label smoothing and z-loss, detached, unweighted; 0
+            where dropped or where the label is ignored.
         agreement: float32 [N], 1 where the student's most likely id is the teacher's; 0 where dropped and
             where the record has no head.
     """

@@ -62,13 +62,14 @@ def dense_distillation(logits: Tensor, targets: SparseTargets, objective: Object
     return divergence(torch.cat([log_p_head, log_p_rest], 1), torch.cat([log_q_head, log_q_rest], 1))
 
 
-def dense_cross_entropy(logits: Tensor, labels: Tensor, objective: Objective) -> Tensor:
-    """Smoothed cross-entropy plus z-loss of each position, 0 where ignored, [N]  (6.1)."""
+def dense_cross_entropy(logits: Tensor, labels: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """(smoothed cross-entropy plus z-loss, the plain one), 0 where ignored, [N] each  (6.1, 6.2)."""
     log_q = logits.log_softmax(1)
     smoothing = objective.label_smoothing
-    value = -(1 - smoothing) * log_q.gather(1, labels.clamp_min(0)[:, None])[:, 0] - smoothing * log_q.mean(1)
+    plain = -log_q.gather(1, labels.clamp_min(0)[:, None])[:, 0]
+    value = (1 - smoothing) * plain - smoothing * log_q.mean(1)
     value = value + objective.z_loss * logits.logsumexp(1).square()
-    return torch.where(labels >= 0, value, 0.0)
+    return torch.where(labels >= 0, value, 0.0), torch.where(labels >= 0, plain, 0.0)
 
 
 def reference_loss(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -78,12 +79,12 @@ def reference_loss(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     targets, labels = take_rows(inputs.targets, kept), inputs.labels[kept]
     with torch.autocast(inputs.hidden.device.type, enabled=False):
         logits = dense_logits(inputs._replace(hidden=inputs.hidden[kept]))
-        ce = dense_cross_entropy(logits, labels, objective)
+        trained_ce, ce = dense_cross_entropy(logits, labels, objective)
         kd = torch.zeros_like(ce)
         if targets is not None and objective.kd_weight:
             kd = dense_distillation(logits, targets, objective) * objective.temperature**2
         weights = inputs.weights[kept].to(logits.dtype)
-        loss = (weights * (objective.kd_weight * kd + objective.ce_weight * ce)).sum()
+        loss = (weights * (objective.kd_weight * kd + objective.ce_weight * trained_ce)).sum()
 
     agreement = torch.zeros_like(ce)
     if targets is not None and targets.head_size:

@@ -213,15 +213,16 @@ def dense(case: Case) -> Result:
         here = torch.zeros((), dtype=torch.float64)
         if wanted.kd_weight and case.targets is not None:
             here = _position_kd(z, case, t)
-        there = torch.zeros((), dtype=torch.float64)
+        there = plain = torch.zeros((), dtype=torch.float64)
         if case.labels[t] >= 0:
             truth = torch.full((size,), wanted.label_smoothing / size, dtype=torch.float64)
             truth[case.labels[t]] += 1 - wanted.label_smoothing
+            plain = z.logsumexp(0) - z[case.labels[t]]
             there = -(truth * (z - z.logsumexp(0))).sum() + wanted.z_loss * z.logsumexp(0) ** 2
         loss = loss + float(case.weights[t]) * (wanted.kd_weight * here + wanted.ce_weight * there)
         top = -2 if case.targets is None or not case.targets.head_size else int(case.targets.ids[t, 0])
         kd.append(here.detach())
-        ce.append(there.detach())
+        ce.append(plain.detach())
         agreement.append(torch.tensor(float(int(z.argmax()) == top), dtype=torch.float64))
     leaves = [hidden, weight] + ([] if bias is None else [bias])
     found: tuple[Tensor, ...] = tuple(torch.zeros_like(leaf) for leaf in leaves)

@@ -162,12 +162,21 @@ def test_outputs_are_detached_and_float32(oracle, impl):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_loss_is_the_weighted_sum_of_its_parts(oracle, impl):
-    case = oracle.make_case(seed=8, temperature=2.0, label_smoothing=0.1)
+    case = oracle.make_case(seed=8, temperature=2.0)
     found = oracle.measured(case, impl)
     total = (case.weights.double() * (0.7 * found.kd + 0.4 * found.ce)).sum()
     assert oracle.relative(total, found.loss) < 1e-6
     assert found.kd[3] == found.ce[3] == found.agreement[3] == 0
     assert found.ce[2] == 0 and found.kd[2] > 0
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_what_smoothing_and_z_loss_change(oracle, impl):
+    """The reported cross-entropy stays the plain one; the loss does not."""
+    plain = oracle.measured(oracle.make_case(seed=8), impl)
+    other = oracle.measured(oracle.make_case(seed=8, label_smoothing=0.1, z_loss=0.05), impl)
+    assert oracle.relative(other.ce, plain.ce) < 1e-6
+    assert oracle.relative(other.loss, plain.loss) > 1e-2
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
