@@ -36,13 +36,13 @@ def own_scores(log_q: Tensor, labels: Tensor) -> OwnScores:
         top_ids=top_ids,
         confidence=top_logprobs.exp(),
         hit=top_ids == labels,
-        entropy=-(log_q.exp() * log_q).sum(-1),
+        entropy=_weighted(log_q, -log_q),
     )
 
 
 def dense_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) = sum_v p_v (log p_v - log q_v), [N, V] -> [N], exact."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return _weighted(log_p, log_p - log_q)
 
 
 def dense_acceptance(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -65,12 +65,12 @@ def bucket_kl(log_q: Tensor, head_ids: Tensor, head_logprobs: Tensor, log_rest: 
         head_logprobs: float [N, k], full-vocabulary log-probabilities of p.
         log_rest: float [N], log of the rest's mass at temperature 1; -inf where the rest is empty.
     """
-    head = head_logprobs.exp() * (head_logprobs - log_q.gather(-1, head_ids))
+    head = _weighted(head_logprobs, head_logprobs - log_q.gather(-1, head_ids))
     # An empty rest adds 0; its logarithm is replaced before the product, not after.
     present = log_rest > -torch.inf
     log_mass = torch.where(present, log_rest, 0.0)
     log_q_rest = torch.where(present, _log_rest(log_q, head_ids), 0.0)
-    return head.sum(-1) + torch.where(present, log_mass.exp() * (log_mass - log_q_rest), 0.0)
+    return head + torch.where(present, log_mass.exp() * (log_mass - log_q_rest), 0.0)
 
 
 def sampled_kl(
@@ -95,8 +95,9 @@ def sampled_kl(
         log_rest: float [N].
         entropy: float [N], of p at temperature 1.
     """
-    head = (head_logprobs.exp() * log_q.gather(-1, head_ids)).sum(-1)
-    drawn = log_q.gather(-1, tail_ids.clamp_min(0))
+    head = _weighted(head_logprobs, log_q.gather(-1, head_ids))
+    # An id that was not drawn has share 0, and 0 times -inf would be NaN.
+    drawn = torch.where(tail_counts > 0, log_q.gather(-1, tail_ids.clamp_min(0)), 0.0)
     share = tail_counts / tail_counts.sum(-1, keepdim=True).clamp_min(1.0)
     return -entropy - head - log_rest.exp() * (share * drawn).sum(-1)
 
@@ -108,6 +109,11 @@ def bucket_acceptance(log_q: Tensor, head_ids: Tensor, head_logprobs: Tensor, lo
     """
     head = torch.minimum(head_logprobs, log_q.gather(-1, head_ids)).exp().sum(-1)
     return head + torch.minimum(log_rest, _log_rest(log_q, head_ids)).exp()
+
+
+def _weighted(log_p: Tensor, values: Tensor) -> Tensor:
+    """sum_v p_v values_v, [N, J] -> [N]; where p_v is 0 the value, which may be infinite, is not read."""
+    return (log_p.exp() * torch.where(log_p > -torch.inf, values, 0.0)).sum(-1)
 
 
 def _log_rest(log_q: Tensor, head_ids: Tensor) -> Tensor:

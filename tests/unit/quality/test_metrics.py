@@ -120,3 +120,32 @@ def test_an_empty_rest_is_no_nan() -> None:
     np.testing.assert_allclose(metrics.bucket_kl(_log(q), ids, head_logprobs, empty), truth, rtol=1e-4)
     acceptance = metrics.bucket_acceptance(_log(q), ids, head_logprobs, empty)
     np.testing.assert_allclose(acceptance, np.minimum(p, q).sum(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, HEAD, VOCABULARY])
+def test_probability_zero_is_no_nan(k: int) -> None:
+    """Where teacher and model both rule ids out, by a mask or by float32's end, they add nothing."""
+    p, q = _distributions(7)
+    ids, _, _ = _head(p, HEAD)
+    never = np.array([np.setdiff1d(np.arange(VOCABULARY), row)[:3] for row in ids.numpy()])
+    for values in (p, q):
+        np.put_along_axis(values, never, 0.0, -1)
+        values /= values.sum(-1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_p, log_q = _log(p), _log(q)
+        entropy = -np.nan_to_num(q * np.log(q)).sum(-1)
+        truth = np.nan_to_num(p * np.log(p / q)).sum(-1)
+        ids, head_logprobs, log_rest = _head(p, k)
+    scores = metrics.own_scores(log_q, torch.zeros(POSITIONS, dtype=torch.int64))
+    np.testing.assert_allclose(scores.entropy, entropy, rtol=1e-5)
+    np.testing.assert_allclose(metrics.dense_kl(log_p, log_q), truth, rtol=1e-4, atol=1e-6)
+    bucket = metrics.bucket_kl(log_q, ids, head_logprobs, log_rest).numpy()
+    assert np.isfinite(bucket).all() and (bucket <= truth + 1e-5).all()
+    everyone = torch.arange(VOCABULARY).expand(POSITIONS, -1)
+    rest = p.copy()
+    np.put_along_axis(rest, ids.numpy(), 0.0, -1)
+    teacher_entropy = torch.from_numpy(-np.nan_to_num(p * np.log(np.where(p > 0, p, 1.0))).sum(-1)).float()
+    sampled = metrics.sampled_kl(
+        log_q, ids, head_logprobs, everyone, torch.from_numpy(rest).float() * 1e4, log_rest, teacher_entropy
+    )
+    np.testing.assert_allclose(sampled, truth, rtol=1e-4, atol=1e-5)
