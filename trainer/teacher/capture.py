@@ -7,22 +7,19 @@ the same command, on as many ranks as there are then.
 
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from transformers.utils.logging import disable_progress_bar
 
-from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import CodecSpec, Manifest, RecordSpec
 from sparsekd.logit_store.reader import LogitStore, open_store
 from sparsekd.logit_store.writer import committed_shards, create_store, seal, write_shard
 from sparsekd.trainer.config import Config, require
-from sparsekd.trainer.distributed import Ranks, agree, broadcast_object, ranks
-from sparsekd.trainer.errors import ConfigError, UserError
+from sparsekd.trainer.distributed import Ranks, broadcast_object, ranks, together
+from sparsekd.trainer.errors import ConfigError
 from sparsekd.trainer.teacher.model import Teacher, check_teacher_tokenizer, load_teacher
 from sparsekd.trainer.teacher.records import records_of_rows
 from sparsekd.trainer.teacher.weights import teacher_identity, teacher_name
@@ -33,7 +30,6 @@ SECONDS_BETWEEN_LINES = 5.0
 SUMMARY_ROWS = 256
 
 Unit = tuple[str, int]  # split, shard
-Result = TypeVar("Result")
 
 
 def run(config: Config) -> None:
@@ -62,40 +58,6 @@ def run(config: Config) -> None:
         )
         _work(config, path, manifest, tokens, teacher, place)
         together(place, lambda: _finish(path, tokens, place))
-
-
-def together(place: Ranks, action: Callable[[], Result]) -> Result:
-    """Runs `action` on every rank; where it fails on one, all leave, so that none waits for another.
-
-    Raises:
-        UserError: On the first rank, where it failed on another; the message is that rank's.
-        SystemExit: On the others, with code 2, where the failure is a sentence that the first rank says.
-        Exception: Whatever else `action` raised here.
-    """
-    result: Result
-    failure: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:  # whatever it is, the other ranks have to hear of it before it goes up
-        failure = error
-    problem = agree(None if failure is None else _sentence(failure, place.rank))
-    if problem is not None and not place.is_first and (failure is None or _is_sentence(failure)):
-        raise SystemExit(2)
-    if failure is not None:
-        raise failure
-    if problem is not None:
-        raise UserError(problem)
-    return result
-
-
-def _is_sentence(error: Exception) -> bool:
-    return isinstance(error, UserError | StoreError)
-
-
-def _sentence(error: Exception, rank: int) -> str:
-    if _is_sentence(error):
-        return str(error)
-    return f"Rank {rank} failed with {type(error).__name__}: {error}"
 
 
 def _announce(config: Config, teacher_path: str, tokens: LogitStore, place: Ranks) -> None:
