@@ -17,6 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from sparsekd.kernels.objective import HeadTransform
 from sparsekd.trainer.errors import ModelError
 
+# What transformers' errors about an attention implementation have in common with no others.
+_WORDS_OF_ATTENTION = ("attn_implementation", "scaled_dot_product_attention", "FlashAttention", "flash_attn")
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -53,7 +56,7 @@ def load_config(source: ModelSource, key: str) -> PretrainedConfig:
     if model_type is None:
         raise ModelError(
             f"{key}.path is not set and {key}.config has no model_type; "
-            f"give a model ({key}.path=...) or a configuration ({key}=llama_small, or "
+            f"give a model ({key}.path=...) or a configuration ({key}=llama_160m, or "
             f"{key}.config.model_type=llama with its sizes)."
         )
     try:
@@ -71,16 +74,14 @@ def load_causal_lm(source: ModelSource, key: str, *, dtype: torch.dtype) -> PreT
     Raises:
         ModelError: The model cannot be loaded; the message says from where and why.
     """
-    if source.path is None:
-        config = load_config(source, key)
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=source.attention,
-            trust_remote_code=source.trust_remote_code,
-        )
-        return model
     try:
+        if source.path is None:
+            return AutoModelForCausalLM.from_config(
+                load_config(source, key),
+                dtype=dtype,
+                attn_implementation=source.attention,
+                trust_remote_code=source.trust_remote_code,
+            )
         return AutoModelForCausalLM.from_pretrained(
             source.path,
             revision=source.revision,
@@ -94,17 +95,40 @@ def load_causal_lm(source: ModelSource, key: str, *, dtype: torch.dtype) -> PreT
 
 def _load_problem(source: ModelSource, key: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if "attn_implementation" in str(error) or "scaled_dot_product_attention" in str(error):
+    what = f"{key}.config" if source.path is None else f"{key}.path={source.path}"
+    if any(word in str(error) for word in _WORDS_OF_ATTENTION):
         return (
-            f"{key}.path={source.path} does not support {key}.attention={source.attention} ({reason}); "
+            f"{what} does not support {key}.attention={source.attention} ({reason}); "
             f"use {key}.attention=eager."
         )
+    if source.path is None:
+        return f"{what} does not make a model ({reason}); compare it with the model type's own fields."
     hint = (
         "the folder holds no model that transformers can load"
-        if Path(source.path or "").is_dir()
+        if Path(source.path).is_dir()
         else "it is neither a folder here nor a hub name that can be reached"
     )
-    return f"{key}.path={source.path} cannot be loaded: {hint} ({reason})"
+    return f"{what} cannot be loaded: {hint} ({reason})"
+
+
+def check_length(config: PretrainedConfig, sequence_length: int, key: str, path: Path) -> None:
+    """Checks that a model takes rows as long as a store's.
+
+    Args:
+        config: The model's configuration.
+        sequence_length: Tokens in one row.
+        key: How the model is named in the message, such as "student.path=models/small".
+        path: The store.
+
+    Raises:
+        ModelError: The model takes fewer positions.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and longest < sequence_length:
+        raise ModelError(
+            f"{key} takes at most {longest:,} positions, but the rows of {path} have {sequence_length:,}; "
+            f"use a longer model, or prepare again with corpus.sequence_length={longest}."
+        )
 
 
 def decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:

@@ -7,8 +7,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from sparsekd.logit_store.manifest import TokenizerIdentity
-from sparsekd.trainer.causal_lm import ModelSource, load_causal_lm
+from sparsekd.logit_store.manifest import Manifest, TokenizerIdentity
+from sparsekd.trainer.causal_lm import ModelSource, check_length, load_causal_lm
 from sparsekd.trainer.config import StudentConfig
 from sparsekd.trainer.errors import ModelError
 from sparsekd.trainer.tokenizers import check_tokenizer
@@ -42,15 +42,17 @@ def student_source(config: StudentConfig, tokenizer: TokenizerIdentity) -> Model
 
 
 def check_student(
-    config: PretrainedConfig, source: ModelSource, *, tokenizer: TokenizerIdentity, tokenizer_path: Path
+    config: PretrainedConfig, source: ModelSource, *, manifest: Manifest, tokenizer_path: Path
 ) -> None:
-    """Checks that the student can predict every id of the store, and means the same by it.
+    """Checks that the student can predict every id of the store, means the same by it, and takes its rows.
 
     A vocabulary padded beyond the tokenizer's is normal: the loss leaves the padding out.
 
     Raises:
-        ModelError: The vocabulary is too small, or the student's own tokenizer differs from the store's.
+        ModelError: The vocabulary is too small, the rows are too long, or the student's own tokenizer differs
+            from the store's.
     """
+    tokenizer = manifest.tokenizer
     size = config.get_text_config().vocab_size
     if size < tokenizer.vocabulary_size:
         where = f"The student {source.path}" if source.path is not None else "student.config"
@@ -59,6 +61,8 @@ def check_student(
             f"{tokenizer.vocabulary_size} ids; choose a student of the same tokenizer"
             + (", or leave student.config.vocab_size out." if source.path is None else ".")
         )
+    key = "student.config" if source.path is None else f"student.path={source.path}"
+    check_length(config, manifest.sequence_length, key, tokenizer_path.parent)
     if source.path is None:
         return
     check_tokenizer(

@@ -83,7 +83,7 @@ def make_plan(config: Config, here: Ranks) -> Plan:
     impl = _implementation(config.objective.impl, here.device)
     source = student_source(config.student, manifest.tokenizer)
     model_config = load_config(source, "student")
-    check_student(model_config, source, tokenizer=manifest.tokenizer, tokenizer_path=store.tokenizer_path)
+    check_student(model_config, source, manifest=manifest, tokenizer_path=store.tokenizer_path)
     deepspeed_config(config.engine, config.optimizer, shape)
     settings = settings_of(config, objective, impl=impl)
     return Plan(

@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_tokenizer
-from sparsekd.trainer.causal_lm import load_config
+from sparsekd.trainer.causal_lm import load_causal_lm, load_config
 from sparsekd.trainer.config import StudentConfig
 from sparsekd.trainer.errors import ModelError
 from sparsekd.trainer.student.model import check_student, student_source
 
-TOKENIZER = synthetic_manifest(vocabulary_size=97).tokenizer
+MANIFEST = synthetic_manifest(vocabulary_size=97)
+TOKENIZER = MANIFEST.tokenizer
 SIZES: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -25,7 +27,7 @@ SIZES: dict[str, Any] = {
 
 def check(student: StudentConfig, store_tokenizer: Path) -> None:
     source = student_source(student, TOKENIZER)
-    check_student(load_config(source, "student"), source, tokenizer=TOKENIZER, tokenizer_path=store_tokenizer)
+    check_student(load_config(source, "student"), source, manifest=MANIFEST, tokenizer_path=store_tokenizer)
 
 
 @pytest.fixture
@@ -84,3 +86,19 @@ def test_the_student_s_own_tokenizer_is_compared_by_content(folder: Path, stored
     place.write_text(json.dumps({**description, "pre_tokenizer": {"type": "WhitespaceSplit"}}))
     with pytest.raises(ModelError, match=r"the same ids, but cuts text differently \(its pre_tokenizer\)"):
         check(student, stored)
+
+
+def test_rows_longer_than_the_student_s_positions_are_refused(stored: Path) -> None:
+    length = MANIFEST.sequence_length
+    check(StudentConfig(config={**SIZES, "max_position_embeddings": length}), stored)
+    with pytest.raises(
+        ModelError, match=rf"student\.config takes at most {length - 1} positions.*have {length}"
+    ):
+        check(StudentConfig(config={**SIZES, "max_position_embeddings": length - 1}), stored)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "no_such_attention"])
+def test_an_attention_that_does_not_run_here_is_one_sentence(attention: str) -> None:
+    source = student_source(StudentConfig(config=dict(SIZES), attention=attention), TOKENIZER)
+    with pytest.raises(ModelError, match=rf"student\.config does not support student\.attention={attention}"):
+        load_causal_lm(source, "student", dtype=torch.float32)
