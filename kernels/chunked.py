@@ -23,19 +23,9 @@ from sparsekd.kernels.gemm import (
     wide_dtype,
     wide_product,
 )
+from sparsekd.kernels.memory import chunk_rule
 from sparsekd.kernels.statistics import LogitGradient, Statistics
 from sparsekd.kernels.targets import take_rows
-
-# One chunk of float32 logits is to stay in a core's second-level cache (2 MB); fewer than 128 positions
-# make the weight gradient's product slow, more than 1024 gain nothing. Measured on one core, V = 2048, H =
-# 256.
-CHUNK_LOGITS = 512 * 1024
-CHUNK_RANGE = (128, 1024)
-
-
-def chunk_rule(vocabulary_size: int) -> int:
-    """Positions per chunk when the caller does not say."""
-    return min(max(CHUNK_LOGITS // vocabulary_size, CHUNK_RANGE[0]), CHUNK_RANGE[1])
 
 
 def chunked_loss(inputs: LossInputs) -> LossParts:
@@ -101,6 +91,8 @@ def _all_positions(inputs: LossInputs) -> LossParts:
                 wide_product(gradient, matrix, out=hidden_gradient[rows])
             if weight_gradient is not None:
                 add_product(weight_gradient[:vocabulary_size], gradient.T, part)
+            # Not to be alive beside the next chunk's logits.
+            del gradient
     return LossParts(loss, kd, ce, agreement, hidden_gradient, weight_gradient, bias_gradient)
 
 

@@ -12,11 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsekd.kernels.gemm import LOW_PRECISION
+from sparsekd.kernels.memory import SCALE_ELEMENTS
 from sparsekd.kernels.objective import HeadTransform, Objective
 from sparsekd.kernels.targets import SparseTargets
-
-# Elements widened at one time when a low-precision gradient is scaled: bounds the temporary to 64 MiB.
-SCALE_ELEMENTS = 16 * 1024 * 1024
 
 
 class LossInputs(NamedTuple):

@@ -8,7 +8,6 @@ N positions, C positions of the slab, B positions of the buffer, K support entri
 H hidden.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -18,38 +17,13 @@ from torch import Tensor
 from sparsekd.kernels.divergence import differentiate, support_columns, top_agreement
 from sparsekd.kernels.function import LossInputs, LossParts
 from sparsekd.kernels.gemm import add_product, plain_precision, wide_product
+from sparsekd.kernels.memory import buffer_rule, chunk_of, row_stride
 from sparsekd.kernels.statistics import LogitGradient, Statistics
 from sparsekd.kernels.targets import SparseTargets, take_rows
 from sparsekd.kernels.triton_rows import fix_kernel, grad_kernel, prep_kernel, stats_kernel
 
-# Rules of the costed design: up to H/2 positions of float32 logits are no larger than the bfloat16 weight
-# gradient; 512 to 2048 keep cuBLAS busy; gradients of 8192 positions amortise the weight gradient's passes.
-SLAB_RANGE = (512, 2048)
-BUFFER_POSITIONS = 8192
-BUFFER_BYTES = 2560 * 1024 * 1024
-# Rows start at multiples of 128 elements, so an odd vocabulary keeps aligned products.
-ROW_ALIGNMENT = 128
 BLOCK_V = 2048
 WARPS = 8
-
-
-def slab_rule(hidden_size: int) -> int:
-    """C: positions whose float32 logits exist at one time."""
-    return min(max(hidden_size // 2, SLAB_RANGE[0]), SLAB_RANGE[1])
-
-
-def buffer_rule(count: int, slab: int, row_bytes: int) -> int:
-    """B: positions whose gradient exists at one time, a multiple of C; buffers of about equal size.
-
-    Args:
-        count: N.
-        slab: C.
-        row_bytes: of one position's gradient.
-    """
-    most = max(slab, min(BUFFER_POSITIONS, BUFFER_BYTES // row_bytes))
-    count = max(count, 1)
-    buffers = math.ceil(count / most)
-    return math.ceil(math.ceil(count / buffers) / slab) * slab
 
 
 def triton_loss(inputs: LossInputs) -> LossParts:
@@ -62,8 +36,14 @@ def triton_loss(inputs: LossInputs) -> LossParts:
     hidden = hidden.contiguous()
     weight = inputs.weight[: head.vocabulary_size]
     count, size = hidden.shape[0], head.vocabulary_size
-    stride = math.ceil(size / ROW_ALIGNMENT) * ROW_ALIGNMENT
-    slab_size = min(inputs.chunk_positions or slab_rule(hidden.shape[1]), max(count, 1))
+    stride = row_stride(size)
+    slab_size = chunk_of(
+        "triton",
+        positions=count,
+        vocabulary_size=size,
+        hidden_size=hidden.shape[1],
+        chunk_positions=inputs.chunk_positions,
+    )
     buffer_size = buffer_rule(count, slab_size, stride * hidden.element_size())
 
     values = torch.zeros(3, count, dtype=torch.float32, device=hidden.device)

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from sparsekd.kernels import memory
 from sparsekd.kernels.loss import LossOutput, default_impl, sparse_kd_loss
 from sparsekd.kernels.objective import HeadTransform, Objective
 from sparsekd.kernels.targets import SparseTargets
@@ -123,11 +124,9 @@ def test_against_float64(mode, temperature, softcap, dtype, bound, vocabulary):
 
 
 def test_several_gradient_buffers(monkeypatch):
-    from sparsekd.kernels import triton_loss
-
     leaves, rest = build(300, 4099, 256, torch.bfloat16, "tail_bucket", 1.0, None)
     _, whole = run(leaves, rest, "triton", chunk=50)
-    monkeypatch.setattr(triton_loss, "BUFFER_POSITIONS", 100)
+    monkeypatch.setattr(memory, "BUFFER_POSITIONS", 100)
     _, parts = run(leaves, rest, "triton", chunk=50)
     for name in whole:
         assert relative(parts[name], whole[name]) < 5e-3
@@ -152,20 +151,31 @@ def test_no_host_wait():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_no_dense_tensor_of_all_positions():
-    count, vocabulary = 4096, 65536
-    leaves, rest = build(count, vocabulary, 512, torch.bfloat16, "tail_bucket", 1.0, None)
+@pytest.mark.parametrize("count", [4096, 12288])
+def test_peak_memory_is_the_formula(count):
+    """At 12,288 positions there are two gradient buffers."""
+    vocabulary, size = 65536, 512
+    leaves, rest = build(count, vocabulary, size, torch.bfloat16, "tail_bucket", 1.0, None)
     run(leaves, rest, "triton")
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run(leaves, rest, "triton")
-    transient = torch.cuda.max_memory_allocated() - before
-    # Copies and gradients of the leaves, one buffer of bfloat16 gradients, one slab of 512 float32 logits.
-    leaf_bytes = sum(value.numel() * value.element_size() for value in leaves.values())
-    formula = 2 * count * vocabulary + 4 * 512 * vocabulary + 4 * leaf_bytes
-    assert transient < 1.1 * formula + 64 * 2**20
-    assert transient < 4 * count * vocabulary
+    # `run` makes copies of the leaves first.
+    copies = sum(value.numel() * value.element_size() for value in leaves.values())
+    transient = torch.cuda.max_memory_allocated() - before - copies
+    formula = memory.peak_bytes(
+        "triton",
+        positions=count,
+        vocabulary_size=vocabulary,
+        hidden_size=size,
+        element_bytes=2,
+        temperature=1.0,
+        softcap=False,
+        chunk_positions=None,
+    )
+    assert 0.9 * formula < transient < 1.1 * formula
+    assert transient < memory.dense_bytes(count, vocabulary)
 
 
 def test_the_default_on_cuda():

@@ -99,10 +99,10 @@ def test_chunks_do_not_matter(oracle, impl, monkeypatch):
         oracle.check(oracle.measured(case, impl, chunk=chunk), expected, BOUND[torch.float32])
     if impl == "triton":
         # Several gradient buffers: the weight gradient is a float32 sum over them.
-        from sparsekd.kernels import triton_loss
+        from sparsekd.kernels import memory
 
-        monkeypatch.setattr(triton_loss, "BUFFER_POSITIONS", 4)
-        assert triton_loss.buffer_rule(11, 2, 4) == 4
+        monkeypatch.setattr(memory, "BUFFER_POSITIONS", 4)
+        assert memory.buffer_rule(11, 2, 4) == 4
         oracle.check(oracle.measured(case, impl, chunk=2), expected, BOUND[torch.float32])
 
 

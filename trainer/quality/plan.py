@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import zstandard
 
+from sparsekd.kernels import memory
 from sparsekd.logit_store.codec import codec_of
 from sparsekd.logit_store.manifest import (
     ALIGNMENT,
@@ -38,8 +39,6 @@ COUNTED_MODEL_TYPES = {
     "qwen3": (*_SIZES, "num_key_value_heads", "head_dim"),
 }
 RANKS_SHOWN = (1, 2, 8, 64)
-# The implementations' own rules take at most so many positions at a time (kernels/chunked.py).
-LARGEST_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -199,20 +198,6 @@ def checkpoint_bytes(parameters: int, dtype: str) -> int:
     return parameters * (12 + (2 if dtype == "bfloat16" else 4))
 
 
-def dense_loss_bytes(positions: int, vocabulary: int) -> int:
-    """Peak of distilling with whole logits: student's and teacher's and one gradient, float32 [N, V] each."""
-    return 3 * 4 * positions * vocabulary
-
-
-def sparse_loss_bytes(positions: int, chunk: int, vocabulary: int, hidden: int) -> int:
-    """Peak of the chunked loss, everything in float32.
-
-    Logits [C, V], whose memory becomes their gradient, and a working copy; gradients of the head's weight
-    [V, H] and of the hidden states [N, H].
-    """
-    return 2 * 4 * min(chunk, positions) * vocabulary + 4 * vocabulary * hidden + 4 * positions * hidden
-
-
 def run(config: Config) -> None:
     """Prints the plan."""
     corpus = corpus_of(config)
@@ -301,17 +286,39 @@ def _loss_lines(config: Config, corpus: Corpus) -> list[tuple[str, str]]:
     vocabulary = corpus.vocabulary_size
     positions = config.train.micro_batch_rows * corpus.sequence_length
     lines = [
-        ("dense", f"{_size(dense_loss_bytes(positions, vocabulary))} = 12 N V, N = {positions:,} positions")
+        (
+            "dense",
+            f"{_size(memory.dense_bytes(positions, vocabulary))} = 12 N V, N = {positions:,} positions: "
+            "student, teacher and one gradient",
+        )
     ]
-    hidden = student_fields(config).get("hidden_size") or config.plan.hidden_size
+    fields = student_fields(config)
+    hidden = fields.get("hidden_size") or config.plan.hidden_size
     if hidden is None:
-        lines.append(("sparse", "not counted: needs student.config.hidden_size or plan.hidden_size"))
-        return lines
-    chunk = config.objective.chunk_positions or LARGEST_CHUNK
-    peak = sparse_loss_bytes(positions, chunk, vocabulary, hidden)
-    lines.append(
-        ("sparse", f"{_size(peak)} = 8 C V + 4 V H + 4 N H, C = {min(chunk, positions):,}, H = {hidden:,}")
-    )
+        needed = "not counted: needs student.config.hidden_size or plan.hidden_size"
+        return [*lines, ("torch, triton", needed)]
+    given = config.objective.chunk_positions
+    element_bytes = 2 if config.engine.dtype == "bfloat16" else 4
+    for impl, where in (("torch", "CPU"), ("triton", "GPU")):
+        peak = memory.peak_bytes(
+            impl,
+            positions=positions,
+            vocabulary_size=vocabulary,
+            hidden_size=hidden,
+            element_bytes=element_bytes,
+            temperature=config.objective.temperature,
+            softcap=fields.get("final_logit_softcapping") is not None,
+            chunk_positions=given,
+        )
+        chunk = memory.chunk_of(
+            impl,
+            positions=positions,
+            vocabulary_size=vocabulary,
+            hidden_size=hidden,
+            chunk_positions=given,
+        )
+        lines.append((impl, f"{_size(peak)} on a {where}, logits of {chunk:,} positions at a time"))
+    lines.append(("", f"H = {hidden:,}, {config.engine.dtype}; gradients of head and hidden states included"))
     return lines
 
 

@@ -96,6 +96,24 @@ def test_without_numbers_it_says_which(capsys: pytest.CaptureFixture[str]) -> No
     assert "2.78 hours" in printed and "not counted" in printed and "before compression" in printed
 
 
+def test_the_loss_has_a_line_for_each_implementation(capsys: pytest.CaptureFixture[str]) -> None:
+    config = _config(hidden_size=1024)
+    config.corpus.sequence_length, config.train.micro_batch_rows = 1024, 4
+    config.engine.dtype = "float32"
+    plan.run(config)
+    printed = capsys.readouterr().out
+    vocabulary, positions, hidden = 151_936, 4096, 1024
+    backward = 8 * hidden * (vocabulary + positions)
+    # 4 C V + 4 B V + 4 V H + 4 N H with C = 512 and all positions in one buffer.
+    triton = 4 * (512 + positions) * vocabulary + 4 * hidden * (vocabulary + positions)
+    assert f"{12 * positions * vocabulary / 1e9:.2f} GB = 12 N V" in printed
+    lines = {
+        name: text.strip() for name, _, text in (line.strip().partition(" ") for line in printed.splitlines())
+    }
+    assert lines["torch"].startswith(f"{backward / 1e9:.2f} GB on a CPU, logits of 128 positions")
+    assert lines["triton"].startswith(f"{triton / 1e9:.2f} GB on a GPU, logits of 512 positions")
+
+
 def test_no_torch() -> None:
     code = """
 import sys
