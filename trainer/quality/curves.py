@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from sparsekd.trainer.errors import DataError
+from sparsekd.trainer.tracking import METRICS_NAME, read_metrics
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,16 @@ class Curve:
 
 
 def read_curve(name: str, role: str, folder: Path) -> Curve:
-    """Reads `metrics.jsonl` of a run folder. A last line that is cut off, as of a running run, is left out.
+    """Reads the metrics of a run folder.
 
     Raises:
         DataError: There is none, or it cannot be read.
     """
-    place = folder / "metrics.jsonl"
+    place = folder / METRICS_NAME
     if not place.is_file():
-        raise DataError(f"report.runs.{name}={folder} has no metrics.jsonl; name the folder of a run.")
-    lines = place.read_text(encoding="utf-8").split("\n")
+        raise DataError(f"report.runs.{name}={folder} has no {METRICS_NAME}; name the folder of a run.")
     try:
-        entries = [json.loads(line) for line in lines[:-1]]
+        entries = read_metrics(folder)
         train = [entry for entry in entries if entry["kind"] == "train"]
         held = [entry for entry in entries if entry["kind"] == "heldout"]
         return Curve(

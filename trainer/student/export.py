@@ -29,6 +29,7 @@ from sparsekd.trainer.errors import CheckpointError, ConfigError
 from sparsekd.trainer.student.checkpoint import ENGINE_FOLDER, Commit, newest_verified, read_commit, verify
 from sparsekd.trainer.student.model import student_source
 from sparsekd.trainer.student.model_card import Provenance, model_card
+from sparsekd.trainer.tracking import read_metrics
 
 EXPORT_NAME = "sparsekd_export.json"
 """Says which checkpoint of which run an exported folder holds."""
@@ -347,19 +348,13 @@ def _provenance(
         objective=dataclasses.asdict(objective),
         step=commit.step,
         tokens=commit.tokens,
-        heldout=_heldout_metrics(folder / "metrics.jsonl", commit.step),
+        heldout=_heldout_metrics(folder, commit.step),
         dtype=config.export.dtype,
         versions=commit.versions,
     )
 
 
-def _heldout_metrics(place: Path, step: int) -> dict[str, Any] | None:
-    """The last held-out line of metrics.jsonl up to a step; None where there is none."""
-    if not place.is_file():
-        return None
-    found = None
-    for line in place.read_text().splitlines():
-        entry = json.loads(line)
-        if entry["kind"] == "heldout" and entry["step"] <= step:
-            found = entry
-    return found
+def _heldout_metrics(folder: Path, step: int) -> dict[str, Any] | None:
+    """The last held-out line of a run's metrics up to a step; None where there is none."""
+    found = [entry for entry in read_metrics(folder) if entry["kind"] == "heldout" and entry["step"] <= step]
+    return found[-1] if found else None
