@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from sparsekd.trainer import quality
 from sparsekd.trainer.compose import as_yaml
 from sparsekd.trainer.config import Config
-from sparsekd.trainer.errors import DataError
+from sparsekd.trainer.errors import ConfigError, DataError
 from sparsekd.trainer.quality import evaluate, report
 from sparsekd.trainer.quality.result import load_evaluation
+from sparsekd.trainer.quality.table import headline, result_table
 
 sys.path.insert(0, str(Path(__file__).parent))
 from quality_world import make_world
@@ -112,9 +114,10 @@ def test_the_page_needs_nothing_but_itself(world: Path) -> None:
     assert {use.removeprefix("#") for use in page.used} <= set(page.ids)
 
 
-def test_the_page_says_what_was_found(world: Path) -> None:
+def test_the_page_says_what_was_found(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = _config(world)
     report.run(config)
+    printed = capsys.readouterr().out
     page = Page((world / "report.html").read_text(encoding="utf-8"))
     result = load_evaluation(world / "evaluation")
     assert result.margin is not None
@@ -127,6 +130,11 @@ def test_the_page_says_what_was_found(world: Path) -> None:
     assert "torch 9.9.9" in page.text
     assert result.store["digest"][:16] in page.text
     assert page.text.count("the document") >= 3
+    # The console says it too, and ends with the page and the next command.
+    assert printed.index(result_table(result)) < printed.index(headline(result))
+    assert re.fullmatch(
+        r"written: .*report\.html .*\nnext: .*report\.html", "\n".join(printed.splitlines()[-2:])
+    )
     again = (world / "report.html").read_bytes()
     report.run(config)
     assert (world / "report.html").read_bytes() == again
@@ -160,3 +168,13 @@ def test_what_is_refused(world: Path, tmp_path: Path) -> None:
     config.store.path = str(world / "tokens")
     with pytest.raises(DataError, match="not the store of the evaluation"):
         report.run(config)
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_without_a_package_that_draws(world: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    for name in ("page", "figures"):
+        monkeypatch.delitem(sys.modules, f"sparsekd.trainer.quality.{name}", raising=False)
+        monkeypatch.delattr(quality, name, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(ConfigError, match=rf"needs {package}, .*pip install 'sparsekd\[eval\]'"):
+        report.run(_config(world))

@@ -3,7 +3,7 @@
 import pytest
 
 from sparsekd.trainer.quality.curves import differing_settings
-from sparsekd.trainer.quality.report import apart, percent, visible
+from sparsekd.trainer.quality.page import apart, percent, visible
 from sparsekd.trainer.quality.result import Figure
 from sparsekd.trainer.quality.table import figure_text
 
