@@ -35,7 +35,10 @@ stage "train the CE-only baseline" $ranks train experiment=demo objective=ce_onl
 stage "export the KD student" 1 export experiment=demo
 stage "export the baseline" 1 export experiment=demo run.name=ce
 stage "evaluate on held-out documents" 1 evaluate experiment=demo
-stage "report" 1 report experiment=demo
+# The report's lines (table, headline, page, next command) come last, after the times; also where it fails.
+last=$(mktemp)
+trap 'cat "$last"; rm -f "$last"' EXIT
+stage "report" 1 report experiment=demo >"$last"
 
 printf '\n== time by stage\n'
 printf '%s\n' "${times[@]}"
