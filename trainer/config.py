@@ -78,7 +78,9 @@ class StoreConfig:
     draw_temperature: float = option(1.0, "Temperature of the draws; one of the grid.", minimum=0.05)
     seed: int = option(0, "Seed of the draws (with each row's token ids and the position).", minimum=0)
     codec: str = option("exact", "Encoding of the planes, remembered in the manifest.")
-    rows_per_shard: int = option(256, "Rows in one shard, which is one unit of work of `capture`.", minimum=1)
+    rows_per_shard: int = option(
+        256, "Rows in one shard of `prepare`; `capture` takes its units of work from there.", minimum=1
+    )
 
 
 @dataclass
