@@ -3,6 +3,7 @@
 Only the first rank tracks. A W&B that fails is reported once and left alone: training goes on.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from types import TracebackType
 from typing import Any, Literal, get_args
 
 from sparsekd.trainer.config import TrackingConfig
+from sparsekd.trainer.errors import writing
 
 METRICS_NAME = "metrics.jsonl"
 WANDB_ID_NAME = "wandb_id"
@@ -46,11 +48,12 @@ def cut_metrics(folder: Path, *, step: int) -> int:
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     if len(kept) < len(lines):
         working = path.with_name(f".{METRICS_NAME}.tmp")
-        with working.open("w") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(working, path)
+        with writing(path):
+            with working.open("w") as file:
+                file.writelines(kept)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(working, path)
     return len(lines) - len(kept)
 
 
@@ -64,6 +67,9 @@ class Tracker:
         settings: The whole configuration as nested plain values, for W&B.
         steps: Steps of the whole run.
         start_step: The step from which this process goes on.
+
+    Raises:
+        UserError: The metrics cannot be written; so do `log` and `sync`.
     """
 
     def __init__(
@@ -76,7 +82,9 @@ class Tracker:
         steps: int,
         start_step: int,
     ) -> None:
-        self._file = (folder / METRICS_NAME).open("a")
+        self._path = folder / METRICS_NAME
+        with writing(self._path):
+            self._file = self._path.open("a")
         self._console = _bar(steps, start_step) if sys.stdout.isatty() else _Lines(steps, start_step)
         self._wandb = _Wandb(folder, name=name, tracking=tracking, settings=settings)
 
@@ -87,13 +95,16 @@ class Tracker:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._console.close()
-        self._file.close()
+        # Closing writes what could not be written before: that was said, and the disk is still full.
+        with contextlib.suppress(OSError) if kind is not None else writing(self._path):
+            self._file.close()
         self._wandb.finish(failed=kind is not None)
 
     def log(self, record: Record) -> None:
         """Writes one line of metrics, to the operating system at once."""
-        self._file.write(json.dumps(dict(record)) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(dict(record)) + "\n")
+            self._file.flush()
         self._console.show(record)
         self._wandb.log(record)
 
@@ -103,7 +114,8 @@ class Tracker:
 
     def sync(self) -> None:
         """Makes all lines durable; called before the checkpoint that counts on them."""
-        os.fsync(self._file.fileno())
+        with writing(self._path):
+            os.fsync(self._file.fileno())
 
 
 def line(record: Record, *, steps: int, seconds_left: float | None) -> str:

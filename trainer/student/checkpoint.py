@@ -5,6 +5,7 @@ ranks are done. So it writes into a folder that no reader takes for a checkpoint
 file's size and checksum is added; then the folder gets its name.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -17,12 +18,15 @@ from typing import Any
 import deepspeed
 import torch.distributed as dist
 
-from sparsekd.trainer.distributed import Ranks, agree, broadcast_object
-from sparsekd.trainer.errors import CheckpointError
+from sparsekd.trainer.distributed import Ranks, agree, broadcast_object, together
+from sparsekd.trainer.errors import CheckpointError, UserError, writing
 
 COMMIT_NAME = "COMMIT.json"
 ENGINE_FOLDER = "engine"
 """The part of a checkpoint that DeepSpeed writes and reads (its "tag")."""
+
+CONVERTED_SUFFIX = ".tmp-universal"
+"""Ends the name of a checkpoint that was converted for another number of ranks."""
 
 _BLOCK_BYTES = 1 << 24
 
@@ -77,29 +81,76 @@ def read_commit(checkpoint: Path) -> Commit:
 def save(engine: deepspeed.DeepSpeedEngine, folder: Path, commit: Commit, here: Ranks) -> Path:
     """Writes and publishes a checkpoint; every rank calls it. Returns the published folder.
 
+    Where a rank cannot write, all leave, nothing is published, and what was written is removed.
+
     Args:
         engine: The engine, between two optimizer steps.
         folder: The run's `checkpoints` folder.
         commit: The record; its `files` are filled in here.
         here: This rank.
+
+    Raises:
+        UserError: The disk is full or fails (on the first rank; the others exit).
     """
     token = uuid.uuid4().hex[:12]
     working = folder / broadcast_object(f".{step_name(commit.step)}.tmp-{token}")
-    engine.save_checkpoint(str(working), tag=ENGINE_FOLDER, save_latest=False)
-    dist.barrier()
-    listed = _gathered(_checked_in(working, _share(_file_names(working), here)))
     final = folder / step_name(commit.step)
-    if here.is_first:
+    try:
+        _write_engine(engine, working, here)
+        names = _share(_file_names(working), here)
+        listed = _gathered(together(here, lambda: _checked_in(working, names)))
         record = asdict(commit) | {"files": dict(sorted(listed.items()))}
+        together(here, functools.partial(_publish, working, final, record, here))
+    except BaseException:
+        # However it was broken off: half a checkpoint takes the room that the next try needs.
+        if here.is_first:
+            shutil.rmtree(working, ignore_errors=True)
+        raise
+    return final
+
+
+def _write_engine(engine: deepspeed.DeepSpeedEngine, working: Path, here: Ranks) -> None:
+    """DeepSpeed's part. A rank that cannot write still takes part in DeepSpeed's collectives, and all ranks
+    leave after them: none is left waiting."""
+
+    def make_folder() -> None:
+        with writing(working.parent):
+            (working / ENGINE_FOLDER).mkdir(parents=True, exist_ok=True)
+
+    together(here, make_folder)
+    writer, problems = engine.checkpoint_engine, []
+    write = writer.save
+
+    def write_or_note(state_dict: Any, path: str) -> None:
+        try:
+            with writing(working.parent):
+                write(state_dict, path)
+        except UserError as error:
+            problems.append(error)
+
+    def raise_problem() -> None:
+        if problems:
+            raise problems[0]
+
+    writer.save = write_or_note
+    try:
+        engine.save_checkpoint(str(working), tag=ENGINE_FOLDER, save_latest=False)
+    finally:
+        del writer.save  # the class's own again
+    together(here, raise_problem)
+
+
+def _publish(working: Path, final: Path, record: dict[str, Any], here: Ranks) -> None:
+    if not here.is_first:
+        return
+    with writing(final.parent):
         _write_durably(working / COMMIT_NAME, json.dumps(record, indent=1, sort_keys=True) + "\n")
         for inner in (working, *(path for path in working.rglob("*") if path.is_dir())):
             _sync_folder(inner)
         if final.exists():
             discard(final)
         os.rename(working, final)
-        _sync_folder(folder)
-    dist.barrier()
-    return final
+        _sync_folder(final.parent)
 
 
 def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> None:
@@ -122,16 +173,23 @@ def verify(checkpoint: Path, here: Ranks) -> str | None:
         commit = read_commit(checkpoint)
     except CheckpointError as error:
         return agree(str(error))
-    problem = None
-    for name in _share(sorted(commit.files), here):
-        path, wanted = checkpoint / name, commit.files[name]
+    problems = (
+        _problem_of(checkpoint / name, commit.files[name]) for name in _share(sorted(commit.files), here)
+    )
+    return agree(next((problem for problem in problems if problem is not None), None))
+
+
+def _problem_of(path: Path, wanted: dict[str, int]) -> str | None:
+    try:
         if not path.is_file():
-            problem = f"{path} is missing"
-        elif path.stat().st_size != wanted["bytes"]:
-            problem = f"{path} has {path.stat().st_size} bytes, expected {wanted['bytes']}"
-        elif _crc32(path) != wanted["crc32"]:
-            problem = f"{path} does not match its recorded checksum"
-    return agree(problem)
+            return f"{path} is missing"
+        if path.stat().st_size != wanted["bytes"]:
+            return f"{path} has {path.stat().st_size} bytes, expected {wanted['bytes']}"
+        if _crc32(path) != wanted["crc32"]:
+            return f"{path} does not match its recorded checksum"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror or error})"
+    return None
 
 
 def newest_verified(folder: Path, here: Ranks) -> tuple[Path | None, list[str]]:
@@ -149,12 +207,30 @@ def newest_verified(folder: Path, here: Ranks) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def prune(folder: Path, *, keep: int) -> None:
-    """Removes all but the newest checkpoints, and what broken-off runs left behind. First rank only."""
-    for old in published(folder)[:-keep]:
-        discard(old)
+def prune(folder: Path, *, step: int, after: int, keep: int) -> None:
+    """Removes all but the newest checkpoints, and what broken-off runs left behind. First rank only.
+
+    Args:
+        folder: The run's `checkpoints` folder.
+        step: The checkpoint that was just written.
+        after: The one that this process wrote before, or went on from (0 for none). Others beyond it were
+            found damaged then: they must not crowd out sound ones.
+        keep: Sound checkpoints to keep.
+    """
+    found = published(folder)
+    sound = [path for path in found if path.name <= step_name(after) or path.name == step_name(step)]
+    for old in found:
+        if old not in sound[-keep:]:
+            discard(old)
     for leftover in folder.glob(".step-*.tmp-*"):
         shutil.rmtree(leftover)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Removes what a broken-off save left behind; a finished conversion for other ranks stays of use."""
+    for leftover in folder.glob(".step-*.tmp-*"):
+        if not leftover.name.endswith(CONVERTED_SUFFIX):
+            shutil.rmtree(leftover)
 
 
 def discard(checkpoint: Path) -> None:
@@ -179,7 +255,7 @@ def _checked_in(folder: Path, names: list[str]) -> dict[str, dict[str, int]]:
     measured = {}
     for name in names:
         path = folder / name
-        with path.open("rb") as file:
+        with writing(folder.parent), path.open("rb") as file:
             os.fsync(file.fileno())
         measured[name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
     return measured

@@ -3,6 +3,7 @@
 import functools
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparsekd.trainer.config import Config, run_folder
-from sparsekd.trainer.distributed import Ranks
-from sparsekd.trainer.errors import UserError
+from sparsekd.trainer.distributed import Ranks, leave_together, together
+from sparsekd.trainer.errors import UserError, writing
 from sparsekd.trainer.student import checkpoint
 from sparsekd.trainer.student.batches import (
     MicroBatch,
@@ -55,6 +56,8 @@ def train_on(here: Ranks, config: Config, overrides: Sequence[str]) -> None:
     plan = make_plan(config, here)
     start = resolve_start(folder, config, plan, here)
     if start.step == config.train.steps:
+        # Also where a run was killed between its last checkpoint and this mark.
+        together(here, functools.partial(_mark_done, folder, start.step, plan, here))
         _say(here, f"{folder} is done: it stands at step {start.step} of {config.train.steps}.")
     else:
         adopt(folder, config, overrides, here)
@@ -77,8 +80,10 @@ class _State:
     tokens: int
     sums: Tensor  # float64 (5,), since the last line of metrics, of this rank
     first_bad_step: Tensor  # int64 scalar: the first step with a loss or gradient that is no number
-    seconds: float = 0.0  # in steps, since the last line of metrics
-    steps: int = 0  # likewise
+    saved: int  # the step of the last checkpoint, written or gone on from
+    steps: int = 0  # since the last line of metrics
+    began: float = 0.0  # clock at the last line of metrics, in seconds
+    paused: float = 0.0  # seconds of evaluations and checkpoints since then
 
 
 def _train(
@@ -93,13 +98,15 @@ def _train(
         # Sums in a checkpoint are over all ranks; the first one carries them on.
         sums=torch.tensor(begin.sums, dtype=torch.float64, device=here.device) * here.is_first,
         first_bad_step=torch.tensor(_NEVER, device=here.device),
+        saved=begin.step,
     )
     read_heldout = functools.partial(_read, plan, "heldout", here)
     heldout = heldout_rows(wanted=train.evaluate_rows, rows=plan.store.rows("heldout"))
     with (
-        _tracker(folder, config, begin.step, here) as tracker,
+        together(here, lambda: _tracker(folder, config, begin.step, here)) as tracker,
         ReadAhead(_steps_ahead(plan, config, begin, here), depth=train.prefetch_steps) as ahead,
     ):
+        state.began = time.perf_counter()
         while state.step < train.steps:
             step = state.step + 1
             rate = learning_rate(
@@ -110,14 +117,30 @@ def _train(
             if step == 1 or is_last or step % train.log_every == 0:
                 _log_step(tracker, ahead, state, rate, norm, plan, here)
             if heldout and (is_last or (train.evaluate_every and step % train.evaluate_every == 0)):
-                sums = heldout_sums(
-                    engine, heldout, read_heldout, micro_rows=train.micro_batch_rows, here=here
-                )
-                tracker.log({"kind": "heldout", "step": step, "tokens": state.tokens, **plan.means(sums)})
+                with _paused(state, plan, here):
+                    sums = heldout_sums(
+                        engine, heldout, read_heldout, micro_rows=train.micro_batch_rows, here=here
+                    )
+                    record = {"kind": "heldout", "step": step, "tokens": state.tokens, **plan.means(sums)}
+                    together(here, functools.partial(tracker.log, record))
             if is_last or step % train.checkpoint_every == 0:
-                _save(engine, tracker, state, config, plan, folder, here)
+                with _paused(state, plan, here):
+                    _save(engine, tracker, state, config, plan, folder, here)
+    together(here, functools.partial(_mark_done, folder, state.step, plan, here))
+
+
+def _mark_done(folder: Path, step: int, plan: Plan, here: Ranks) -> None:
     if here.is_first:
-        write_done(folder, {"step": state.step, "tokens": state.tokens})
+        write_done(folder, {"step": step, "tokens": step * plan.step_tokens})
+
+
+@contextmanager
+def _paused(state: _State, plan: Plan, here: Ranks) -> Iterator[None]:
+    """Takes an evaluation or a checkpoint out of the time of steps, which are over when it begins."""
+    _stop_on_bad_numbers(state, plan, here)
+    began = time.perf_counter()
+    yield
+    state.paused += time.perf_counter() - began
 
 
 def _step(
@@ -129,7 +152,6 @@ def _step(
     here: Ranks,
 ) -> Tensor:
     """One optimizer step over the global batch; returns the gradient norm. Nothing waits for the device."""
-    began = time.perf_counter()
     # Dropout is a function of (seed, step, rank) too, so that no generator has to be saved.
     torch.manual_seed(mixed_seed(plan.seed, state.step, here.rank))
     set_learning_rate(engine, rate)
@@ -158,7 +180,6 @@ def _step(
     state.sums += step_sums
     is_bad = ~(torch.isfinite(step_sums).all() & torch.isfinite(norm))
     state.first_bad_step = torch.minimum(state.first_bad_step, torch.where(is_bad, state.step, _NEVER))
-    state.seconds += time.perf_counter() - began
     return norm
 
 
@@ -171,10 +192,12 @@ def _log_step(
     plan: Plan,
     here: Ranks,
 ) -> None:
-    _stop_on_bad_numbers(state, plan)
+    _stop_on_bad_numbers(state, plan, here)
     sums = all_reduced(state.sums)
     record = {"kind": "train", "step": state.step, "tokens": state.tokens, **plan.means(sums)}
-    seconds = state.seconds + ahead.seconds_waited
+    # A GPU works behind the program's back: only now, after its numbers came, are the steps over.
+    now = time.perf_counter()
+    seconds = now - state.began - state.paused
     record |= {
         "learning_rate": rate,
         "gradient_norm": norm.item(),
@@ -183,15 +206,16 @@ def _log_step(
     }
     if here.device.type == "cuda":
         record["peak_memory_gib"] = torch.cuda.max_memory_reserved(here.device) / 2**30
-    tracker.log(record)
-    state.sums, state.seconds, state.steps, ahead.seconds_waited = no_sums(here.device), 0.0, 0, 0.0
+    together(here, functools.partial(tracker.log, record))
+    state.sums, state.steps, state.began, state.paused = no_sums(here.device), 0, now, 0.0
+    ahead.seconds_waited = 0.0
 
 
-def _stop_on_bad_numbers(state: _State, plan: Plan) -> None:
+def _stop_on_bad_numbers(state: _State, plan: Plan, here: Ranks) -> None:
     """Stops the run when a loss or gradient since the last look was no finite number. Waits for the device.
 
     Raises:
-        UserError: naming the first such step and its rows.
+        UserError: naming the first such step and its rows (on the first rank; the others exit).
     """
     first = state.first_bad_step.clone()
     dist.all_reduce(first, op=dist.ReduceOp.MIN)
@@ -199,11 +223,12 @@ def _stop_on_bad_numbers(state: _State, plan: Plan) -> None:
         return
     step = int(first.item())
     rows = step_rows((step - 1) * plan.shape.global_rows, plan.shape, rows=plan.train_rows, seed=plan.seed)
-    raise UserError(
+    problem = UserError(
         f"Step {step} gave a loss or gradient that is not a finite number, on rows {rows} of "
         f"{plan.store.path}; nothing of it was saved. Lower optimizer.learning_rate, or check these "
         "rows with `sparsekd store verify`."
     )
+    leave_together(here, problem)
 
 
 def _save(
@@ -215,8 +240,7 @@ def _save(
     folder: Path,
     here: Ranks,
 ) -> None:
-    _stop_on_bad_numbers(state, plan)
-    tracker.sync()
+    together(here, tracker.sync)
     # Sums become those of all ranks, in this process as in one that goes on from here: equal bits in both.
     total = all_reduced(state.sums)
     state.sums = total * here.is_first
@@ -228,9 +252,13 @@ def _save(
         sums=total.tolist(),
     )
     began = time.perf_counter()
-    path = checkpoint.save(engine, folder / CHECKPOINTS_NAME, commit, here)
+    place = folder / CHECKPOINTS_NAME
+    path = checkpoint.save(engine, place, commit, here)
+    keep = config.train.keep_checkpoints
     if here.is_first:
-        checkpoint.prune(folder / CHECKPOINTS_NAME, keep=config.train.keep_checkpoints)
+        with writing(place):
+            checkpoint.prune(place, step=state.step, after=state.saved, keep=keep)
+    state.saved = state.step
     tracker.say(f"checkpoint {path} ({time.perf_counter() - began:.1f} s)")
 
 

@@ -35,14 +35,14 @@ def settings_of(config: Config, objective: Objective, *, impl: str) -> dict[str,
     `numbers` must stay the same; `course` may change as long as the learning rates of the steps taken do not;
     `bits` change nothing but the order of sums.
     """
-    student, optimizer = config.student, asdict(config.optimizer)
+    student, engine, optimizer = config.student, config.engine, asdict(config.optimizer)
     rate = optimizer.pop("learning_rate")
     numbers: dict[str, Any] = {
         "objective": asdict(objective),
         "optimizer": optimizer,
         "student": {"path": student.path, "revision": student.revision, "config": student.config},
         "train": {"seed": config.train.seed, "global_batch_rows": config.train.global_batch_rows},
-        "engine": {"dtype": config.engine.dtype, "zero_stage": config.engine.zero_stage},
+        "engine": {"dtype": engine.dtype, "zero_stage": engine.zero_stage, "deepspeed": engine.deepspeed},
     }
     bits = {
         "objective": {"impl": impl, "chunk_positions": config.objective.chunk_positions},
@@ -51,6 +51,11 @@ def settings_of(config: Config, objective: Objective, *, impl: str) -> dict[str,
             "activation_checkpointing": student.activation_checkpointing,
         },
         "train": {"micro_batch_rows": config.train.micro_batch_rows},
+        "engine": {
+            "offload": engine.offload,
+            "reduce_bucket_size": engine.reduce_bucket_size,
+            "prefetch_bucket_size": engine.prefetch_bucket_size,
+        },
     }
     course = {
         "schedule": asdict(config.schedule),
@@ -184,12 +189,12 @@ def _bit_changes(commit: Commit, now: Commit) -> list[str]:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """`key old -> new` for every leaf that differs."""
+    """`key old -> new` for every leaf that differs; an empty section is like none."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, f"{prefix}{key}.")
+        if isinstance(before, dict | None) and isinstance(after, dict | None):
+            found += _differences(before or {}, after or {}, f"{prefix}{key}.")
         elif before != after:
             found.append(f"{prefix}{key} {before} -> {after}")
     return found

@@ -1,5 +1,6 @@
 """What stands before the first step: store, objective and start are checked, the engine is built."""
 
+import functools
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.reader import LogitStore, open_store
 from sparsekd.trainer.causal_lm import DTYPES, head_transform, load_config
 from sparsekd.trainer.config import Config, ObjectiveConfig, require
-from sparsekd.trainer.distributed import Ranks, agree, broadcast_object
+from sparsekd.trainer.distributed import Ranks, agree, broadcast_object, leave_together, together
 from sparsekd.trainer.errors import ConfigError, DataError
 from sparsekd.trainer.probe import check_probe, probe_rows
 from sparsekd.trainer.student import checkpoint
@@ -67,12 +68,17 @@ def make_plan(config: Config, here: Ranks) -> Plan:
     """Opens the store and checks, without touching the run folder, that student and objective fit it.
 
     Raises:
-        UserError: They do not, or the batch does not divide, or ranks see different stores.
-        StoreError: The store cannot be opened.
+        UserError: They do not, or the batch does not divide, or ranks see different stores (on the first
+            rank; the others exit).
+        StoreError: The store cannot be opened (likewise).
     """
-    train = config.train
-    store = _open_same_store(Path(require(config.store.path, "store.path", "as the store that train reads")))
-    manifest = store.manifest
+    path = Path(require(config.store.path, "store.path", "as the store that train reads"))
+    store = _open_same_store(path, here)
+    return together(here, lambda: _plan(config, store, here))
+
+
+def _plan(config: Config, store: LogitStore, here: Ranks) -> Plan:
+    train, manifest = config.train, store.manifest
     if store.rows("train") == 0:
         raise DataError(f"{store.path} has no training rows; prepare a corpus with more documents.")
     shape = batch_shape(
@@ -116,7 +122,7 @@ def make_plan(config: Config, here: Ranks) -> Plan:
 
 def resolve_start(folder: Path, config: Config, plan: Plan, here: Ranks) -> Start:
     """The checkpoint that this run goes on from, or the start (see `resume`)."""
-    return choose_start(folder, config, plan.fresh_commit, here)
+    return together(here, lambda: choose_start(folder, config, plan.fresh_commit, here))
 
 
 def build(config: Config, plan: Plan, here: Ranks) -> deepspeed.DeepSpeedEngine:
@@ -132,7 +138,12 @@ def build(config: Config, plan: Plan, here: Ranks) -> deepspeed.DeepSpeedEngine:
     # Alive while the model loads: transformers looks for it to partition weights as they come.
     partitioning = partitioned_loading(settings) if config.engine.zero_stage == 3 else None
     source = student_source(config.student, plan.store.manifest.tokenizer)
-    model = load_student(config.student, source, dtype=DTYPES[config.engine.dtype], seed=plan.seed)
+    load = functools.partial(
+        load_student, config.student, source, dtype=DTYPES[config.engine.dtype], seed=plan.seed
+    )
+    # Partitioned loading is itself made of collectives: a rank that fails there breaks the others' (see
+    # failures_recorded) and cannot first agree with them.
+    model = load() if config.engine.zero_stage == 3 else together(here, load)
     del partitioning
     engine = build_engine(Student(model, plan.loss), settings, config.optimizer)
     _check_probe(engine, plan, here)
@@ -192,8 +203,8 @@ def announce(
     return lines
 
 
-def _open_same_store(path: Path) -> LogitStore:
-    store = open_store(path)
+def _open_same_store(path: Path, here: Ranks) -> LogitStore:
+    store = together(here, lambda: open_store(path))
     expected = broadcast_object(store.digest)
     problem = agree(
         None
@@ -202,7 +213,7 @@ def _open_same_store(path: Path) -> LogitStore:
         "wait until the file system shows the same files everywhere."
     )
     if problem is not None:
-        raise DataError(problem)
+        leave_together(here, DataError(problem))
     return store
 
 
@@ -233,9 +244,10 @@ def _implementation(impl: str, device: torch.device) -> str:
 
 
 def _check_probe(engine: deepspeed.DeepSpeedEngine, plan: Plan, here: Ranks) -> None:
-    rows = probe_rows(plan.store, here.device)
+    rows = together(here, lambda: probe_rows(plan.store, here.device))
     engine.eval()
     with torch.no_grad():
         own, ours = engine(Probe(rows.token_ids, rows.position_ids))
     engine.train()
-    check_probe(own, ours, rows, key="student", model_name=type(engine.module.model).__name__)
+    name = type(engine.module.model).__name__
+    together(here, lambda: check_probe(own, ours, rows, key="student", model_name=name))

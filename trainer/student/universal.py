@@ -5,16 +5,19 @@ parameter (by DeepSpeed's own converter, on the first rank) and cut anew while l
 """
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import deepspeed
 
-from sparsekd.trainer.distributed import Ranks, agree
+from sparsekd.trainer.distributed import Ranks, agree, leave_together
 from sparsekd.trainer.errors import CheckpointError
-from sparsekd.trainer.student.checkpoint import ENGINE_FOLDER, load
+from sparsekd.trainer.student.checkpoint import CONVERTED_SUFFIX, ENGINE_FOLDER, load
 
+# Each worker holds one rank's part of the optimizer state in memory.
+_LARGEST_WORKERS = 8
 _CONVERTER = "deepspeed.checkpoint.ds_to_universal"
 
 
@@ -25,13 +28,16 @@ def load_for_other_ranks(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, he
         CheckpointError: The conversion failed.
     """
     # A name that `prune` takes for a leftover: it goes when the next checkpoint is published.
-    converted = checkpoint.with_name(f".{checkpoint.name}.tmp-universal")
+    converted = checkpoint.with_name(f".{checkpoint.name}{CONVERTED_SUFFIX}")
     problem = _convert(checkpoint, converted) if here.is_first and not _is_complete(converted) else None
     problem = agree(problem)
     if problem is not None:
-        raise CheckpointError(
-            f"{checkpoint} cannot be converted for {here.world_size} ranks ({problem}); start with the "
-            "number of ranks that it was saved with."
+        leave_together(
+            here,
+            CheckpointError(
+                f"{checkpoint} cannot be converted for {here.world_size} ranks ({problem}); start with the "
+                "number of ranks that it was saved with."
+            ),
         )
     decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
     engine._config.load_universal_checkpoint = True
@@ -60,6 +66,7 @@ def _convert(checkpoint: Path, converted: Path) -> str | None:
     """Runs the converter; returns what went wrong in one line, or None."""
     print(f"converting {checkpoint} for another number of ranks", flush=True)
     # A process of its own: it needs no device, and its memory is returned when it ends.
+    workers = min(len(os.sched_getaffinity(0)), _LARGEST_WORKERS)
     command = [
         *(sys.executable, "-m", _CONVERTER),
         *(
@@ -68,7 +75,8 @@ def _convert(checkpoint: Path, converted: Path) -> str | None:
             "--output_folder",
             str(converted / ENGINE_FOLDER),
         ),
-        *("--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"),
+        *("--num_extract_workers", str(workers), "--num_merge_workers", str(workers)),
+        "--inject_missing_state",
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     logging.getLogger(__name__).info("%s\n%s", done.stdout, done.stderr)

@@ -1,28 +1,39 @@
 """Checkpoints as files: what counts as published, whole, or left over; and which runs may go on from one."""
 
+import resource
+import signal
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sparsekd.kernels.objective import Objective
 from sparsekd.trainer.config import Config, LaunchConfig, ScheduleConfig
 from sparsekd.trainer.distributed import Ranks, ranks
-from sparsekd.trainer.errors import CheckpointError
+from sparsekd.trainer.errors import CheckpointError, UserError
 from sparsekd.trainer.student import checkpoint
 from sparsekd.trainer.student.checkpoint import Commit, newest_verified, prune, published, read_commit, save
-from sparsekd.trainer.student.resume import check_fits, choose_start, first_other_rate
+from sparsekd.trainer.student.resume import check_fits, choose_start, first_other_rate, settings_of
+
+
+class FileWriter:
+    def save(self, state_dict: bytes, path: str) -> None:
+        Path(path).write_bytes(state_dict)
 
 
 class FilesOnly:
     """Stands for the engine: writes two files where DeepSpeed would."""
 
+    def __init__(self) -> None:
+        self.checkpoint_engine = FileWriter()
+
     def save_checkpoint(self, folder: str, *, tag: str, save_latest: bool) -> None:
         assert not save_latest
-        (Path(folder) / tag).mkdir(parents=True)
-        (Path(folder) / tag / "weights.pt").write_bytes(b"weights" * 1000)
-        (Path(folder) / tag / "optimizer.pt").write_bytes(b"moments" * 3000)
+        (Path(folder) / tag).mkdir(parents=True, exist_ok=True)
+        self.checkpoint_engine.save(b"weights" * 1000, f"{folder}/{tag}/weights.pt")
+        self.checkpoint_engine.save(b"moments" * 3000, f"{folder}/{tag}/optimizer.pt")
 
 
 @pytest.fixture
@@ -84,8 +95,33 @@ def test_old_ones_go_only_after_a_new_one(tmp_path: Path, here: Ranks) -> None:
     for step in (2, 4, 6):
         save(FilesOnly(), tmp_path, commit(step), here)
     (tmp_path / ".step-00000008.tmp-abc" / "engine").mkdir(parents=True)
-    prune(tmp_path, keep=2)
+    prune(tmp_path, step=6, after=4, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_damaged_newer_ones_do_not_crowd_out_sound_ones(tmp_path: Path, here: Ranks) -> None:
+    """Gone on from 4 past a damaged 5 and 9; then 6 is written."""
+    for step in (2, 4, 5, 9, 6):
+        save(FilesOnly(), tmp_path, commit(step), here)
+    prune(tmp_path, step=6, after=4, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path, here: Ranks) -> None:
+    """With files larger than the limit for a file, as on a full disk but for the reason."""
+    save(FilesOnly(), tmp_path, commit(2), here)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8000, before[1]))
+        with pytest.raises(UserError, match=r"cannot be written.*File too large.*goes on from the newest"):
+            save(FilesOnly(), tmp_path, commit(4), here)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, old_handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+    save(FilesOnly(), tmp_path, commit(4), here)
+    assert newest_verified(tmp_path, here)[0] == tmp_path / "step-00000004"
 
 
 def test_a_kill_while_saving_leaves_the_older_one(
@@ -103,7 +139,7 @@ def test_a_kill_while_saving_leaves_the_older_one(
             with pytest.raises(KeyboardInterrupt):
                 save(FilesOnly(), tmp_path, commit(4), here)
         assert newest_verified(tmp_path, here) == (older, [])
-    prune(tmp_path, keep=1)
+    prune(tmp_path, step=2, after=2, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
@@ -155,3 +191,21 @@ def test_the_schedule_may_change_ahead_only() -> None:
     cosine = {"kind": "cosine"}
     assert first_other_rate(course(schedule=cosine), course(schedule=cosine, steps=11), 10) == 3
     assert first_other_rate(course(), course(learning_rate=0.2), 10) == 1
+
+
+def test_further_keys_of_deepspeed_change_the_numbers_and_buckets_only_bits() -> None:
+    def settings(**engine: Any) -> dict[str, Any]:
+        config = Config()
+        for key, value in engine.items():
+            setattr(config.engine, key, value)
+        fields = asdict(config.objective)
+        del fields["impl"], fields["chunk_positions"]
+        return settings_of(config, Objective(**fields), impl="torch")
+
+    plain = settings()
+    place = Path("step-00000005")
+    with pytest.raises(CheckpointError, match=r"engine\.deepspeed\.x None -> 1"):
+        check_fits(commit(5, settings=plain), commit(0, settings=settings(deepspeed={"x": 1})), place)
+    other = settings(offload="cpu", reduce_bucket_size=7, prefetch_bucket_size=8)
+    check_fits(commit(5, settings=plain), commit(0, settings=other), place)
+    assert plain["bits"]["engine"] != other["bits"]["engine"]
