@@ -1,17 +1,19 @@
 """evaluate against a dense float64 computation of its figures, from stored records and with the teacher."""
 
 import json
+import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from sparsekd.logit_store.reader import open_store
 from sparsekd.trainer.config import Config
 from sparsekd.trainer.errors import ConfigError, DataError, ModelError
-from sparsekd.trainer.quality import evaluate
+from sparsekd.trainer.quality import evaluate, score
 from sparsekd.trainer.quality.result import Evaluation, load_evaluation
 from sparsekd.trainer.quality.table import headline, result_table
 
@@ -125,6 +127,34 @@ def test_stored_records_are_exact_estimates_and_bounds(
         assert sum(category.tokens for category in breakdown.categories) == result.store["counted"]
     total = sum(result.documents.nats["kd"]) / sum(result.documents.tokens)
     assert total == pytest.approx(oracle["kd"]["loss"], rel=1e-5)
+
+
+def test_no_two_models_are_alive_at_one_time(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref] = []
+    load = score.load_causal_lm
+
+    def watched(*arguments: object, **keywords: object) -> PreTrainedModel:
+        # Without a collection: a model that only the collector would free is still in memory.
+        alive = [number for number, before in enumerate(loaded) if before() is not None]
+        assert not alive, f"models {alive} are alive when model {len(loaded)} is loaded"
+        model = load(*arguments, **keywords)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(score, "load_causal_lm", watched)
+    config = _config(world, teacher="load", rows=4)
+    config.teacher.path = str(world / "teacher")
+    _run(config)
+    assert len(loaded) == 3
+
+
+def test_a_model_too_short_for_the_rows_is_refused(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "kd", tmp_path / "short")
+    place = tmp_path / "short" / "config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"max_position_embeddings": 95}))
+    config = _config(world, models={"kd": str(tmp_path / "short")}, baseline=None)
+    with pytest.raises(ModelError, match=r"models\.kd at .*short takes at most 95 positions, .* have 96"):
+        _run(config)
 
 
 def test_worst_tokens_are_where_the_text_is(world: Path) -> None:

@@ -21,6 +21,7 @@ from sparsekd.logit_store.row import Row, position_ids
 from sparsekd.trainer.causal_lm import (
     DTYPES,
     ModelSource,
+    check_length,
     decoder_and_head,
     dense_logits,
     head_transform,
@@ -81,7 +82,7 @@ def load_judged(source: ModelSource, key: str, store: LogitStore, dtype: str, de
     """Loads a model, checks that it fits the store's vocabulary and that our logits are its own.
 
     Raises:
-        ModelError: It cannot be loaded, its vocabulary is too small, or its head is unknown to us.
+        ModelError: It cannot be loaded, its vocabulary or its length is too small, or its head is unknown.
     """
     saved = getattr(load_config(source, key), "dtype", None)
     model = load_causal_lm(source, key, dtype=DTYPES[dtype]).eval()
@@ -95,6 +96,7 @@ def load_judged(source: ModelSource, key: str, store: LogitStore, dtype: str, de
             f"with a tokenizer of {vocabulary} ({store.manifest.tokenizer.name}): name a model of that "
             "tokenizer."
         )
+    check_length(model.config, store.manifest.sequence_length, f"{key} at {source.path}", store.path)
     transform = head_transform(model.config, vocabulary)
     with torch.inference_mode():
         rows = probe_rows(store, device)

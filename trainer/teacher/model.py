@@ -14,6 +14,7 @@ from sparsekd.logit_store.reader import LogitStore
 from sparsekd.trainer.causal_lm import (
     DTYPES,
     ModelSource,
+    check_length,
     decoder_and_head,
     dense_logits,
     head_transform,
@@ -83,13 +84,7 @@ def load_teacher(config: TeacherConfig, path: str, store: LogitStore, device: to
             f"{vocabulary_size:,}: prepare the text again with corpus.tokenizer={path}, or use the teacher "
             "of that tokenizer."
         )
-    length = store.manifest.sequence_length
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and longest < length:
-        raise ModelError(
-            f"The teacher {path} takes at most {longest:,} positions, but the rows of {store.path} have "
-            f"{length:,}: prepare again with corpus.sequence_length={longest}."
-        )
+    check_length(model.config, store.manifest.sequence_length, f"teacher.path={path}", store.path)
     teacher = Teacher(
         decoder=decoder,
         head=head,
