@@ -7,15 +7,18 @@ the same command, on as many ranks as there are then.
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers.utils.logging import disable_progress_bar
 
 from sparsekd.logit_store.manifest import CodecSpec, Manifest, RecordSpec
 from sparsekd.logit_store.reader import LogitStore, open_store
+from sparsekd.logit_store.row import TeacherRecord
 from sparsekd.logit_store.writer import committed_shards, create_store, seal, write_shard
 from sparsekd.trainer.config import Config, require
 from sparsekd.trainer.distributed import Ranks, broadcast_object, ranks, together
@@ -203,9 +206,20 @@ def _summary(store: LogitStore, split: str) -> str:
         record = row.teacher
         assert record is not None  # capture wrote it
         losses.append(-record.true_logprob[row.loss_mask])
-        tails.append(1.0 - np.exp(record.head_logprobs[row.loss_mask].astype(np.float64)).sum(axis=1))
+        tails.append(tail_mass(record, store.manifest.record.temperatures)[row.loss_mask])
     loss, tail = np.concatenate(losses), np.concatenate(tails)
     if not len(loss):
         return f"no position with a loss in {len(chosen):,} rows"
     of = "" if len(chosen) == store.rows(split) else f" (over {len(chosen)} of {store.rows(split):,} rows)"
     return f"teacher {loss.mean():.3f} nats per token, mean tail mass {tail.mean():.4f}{of}"
+
+
+def tail_mass(record: TeacherRecord, temperatures: Sequence[float]) -> NDArray[np.float64]:
+    """Probability outside the head at temperature 1, float64 [L].
+
+    Exact where the grid has temperature 1. Elsewhere 1 minus the head's mass, which knows a tail only down to
+    the rounding of the head's float32 entries.
+    """
+    if 1.0 in temperatures:
+        return np.exp(record.log_rest[:, list(temperatures).index(1.0)].astype(np.float64))
+    return np.maximum(1.0 - np.exp(record.head_logprobs.astype(np.float64)).sum(axis=1), 0.0)

@@ -3,20 +3,22 @@
 Shapes: L positions of a row, k head entries.
 """
 
+import secrets
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsekd.logit_store.manifest import TeacherIdentity
 from sparsekd.logit_store.reader import LogitStore, open_store
 from sparsekd.logit_store.row import Row, TeacherRecord
-from sparsekd.trainer.config import Config, require
+from sparsekd.trainer.config import Config, LaunchConfig, TeacherConfig, require
 from sparsekd.trainer.distributed import ranks
 from sparsekd.trainer.errors import DataError
 from sparsekd.trainer.teacher.model import check_teacher_tokenizer, load_teacher
 from sparsekd.trainer.teacher.records import records_of_rows
-from sparsekd.trainer.teacher.weights import model_folder, weights_digest
+from sparsekd.trainer.teacher.weights import engine_settings, model_folder, weights_digest
 
 # Rows that are run again in each split.
 ROWS = 8
@@ -27,7 +29,8 @@ ROWS = 8
 LARGEST = {"float32": 2e-3, "bfloat16": 0.5}
 MEAN = {"float32": 1e-4, "bfloat16": 0.02}
 
-VALUE_PLANES = ("head_logprobs", "log_rest", "true_logprob", "rest_entropy", "entropy")
+_HEAD = "head_logprobs"
+VALUE_PLANES = (_HEAD, "log_rest", "true_logprob", "rest_entropy", "entropy")
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,13 @@ class Deviation:
     position: int
 
 
-def run(config: Config, store_path: str | Path) -> None:
-    """Prints the largest deviation of each plane, with the teacher in the dtype of the capture.
+def run(config: Config, store_path: str | Path, *, seed: int | None = None) -> None:
+    """Prints the largest deviation of each plane, with the teacher run as the manifest says it was captured.
+
+    Args:
+        config: The teacher's place; its settings where the manifest does not name them.
+        store_path: The store.
+        seed: Of the choice of rows; None takes a fresh one, so that each call looks at other rows.
 
     Raises:
         DataError: A plane deviates by more than rounding; names the row and position, and whether the
@@ -69,8 +77,10 @@ def run(config: Config, store_path: str | Path) -> None:
         raise DataError(
             f"{store_path} was captured in {identity.dtype}; teachers run in {' or '.join(LARGEST)} only."
         )
-    settings = replace(config.teacher, dtype=identity.dtype)  # as it was captured
-    with ranks(config.launch, timeout_minutes=config.engine.timeout_minutes) as place:
+    if seed is None:
+        seed = secrets.randbits(32)
+    settings, launch = _as_captured(config, identity)
+    with ranks(launch, timeout_minutes=config.engine.timeout_minutes) as place:
         check_teacher_tokenizer(settings, path, store)
         same_files = weights_digest(model_folder(path, settings.revision)) == identity.weights_digest
         if not same_files:
@@ -78,7 +88,7 @@ def run(config: Config, store_path: str | Path) -> None:
         teacher = load_teacher(settings, path, store, place.device)
         stored: list[tuple[str, int, Row, TeacherRecord]] = []
         for split in store.manifest.splits:
-            for index in _random_rows(store, split, config.store.seed):
+            for index in _random_rows(store, split, seed):
                 group, offset = _micro_batch(store, split, index, settings.micro_batch_rows)
                 again = list(
                     records_of_rows(
@@ -90,12 +100,15 @@ def run(config: Config, store_path: str | Path) -> None:
                     )
                 )
                 stored.append((split, index, group[offset], again[offset]))
-    deviations = [deviation_of(plane, stored) for plane in VALUE_PLANES]
-    ids, draws = _equal_share(stored, "head_ids"), _equal_share(stored, "tail_ids", "tail_counts")
-    print(
-        f"verify: the teacher ran again on {len(stored)} random rows; head ids equal at {ids:.2%} of "
-        f"positions, draws at {draws:.2%}"
-    )
+    record = store.manifest.record
+    deviations = [deviation_of(plane, stored) for plane in VALUE_PLANES if record.k or plane != _HEAD]
+    shares = []
+    if record.k:
+        shares.append(f"head ids equal at {_equal_share(stored, 'head_ids'):.2%} of positions")
+    if record.n:
+        shares.append(f"draws equal at {_equal_share(stored, 'tail_ids', 'tail_counts'):.2%} of positions")
+    rows = f"{len(stored)} random rows (seed {seed})"
+    print(f"verify: the teacher ran again on {rows}; {', '.join(shares)}")
     for found in deviations:
         print(
             f"verify: {found.plane:14} largest deviation {found.largest:.3g} nats (split {found.split}, row "
@@ -115,6 +128,21 @@ def run(config: Config, store_path: str | Path) -> None:
                 f"rounding), and {files}; give the teacher {identity.name} as teacher.path, or capture again."
             )
     print(f"next: sparsekd train store.path={store_path} student.path=STUDENT", flush=True)
+
+
+def _as_captured(config: Config, identity: TeacherIdentity) -> tuple[TeacherConfig, LaunchConfig]:
+    """The teacher's and the launch's settings, those of the manifest where it names them."""
+    found = engine_settings(identity.engine)
+    settings = replace(config.teacher, dtype=identity.dtype)
+    if "attention" in found:
+        settings = replace(settings, attention=found["attention"])
+    for name in ("micro_batch_rows", "chunk_positions"):
+        if name in found:
+            settings = replace(settings, **{name: int(found[name])})
+    launch = config.launch
+    if "threads" in found:
+        launch = replace(launch, threads_per_rank=int(found["threads"]))
+    return settings, launch
 
 
 def _random_rows(store: LogitStore, split: str, seed: int) -> list[int]:

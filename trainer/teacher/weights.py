@@ -90,3 +90,8 @@ def teacher_identity(
         engine="transformers " + " ".join(f"{name}={value}" for name, value in settings.items()),
         versions={name: metadata.version(name) for name in PACKAGES},
     )
+
+
+def engine_settings(engine: str) -> dict[str, str]:
+    """The settings in a manifest's `engine`, as `teacher_identity` writes them; those that it names."""
+    return dict(word.split("=", 1) for word in engine.split() if "=" in word)

@@ -1,12 +1,15 @@
 """Labels of packed rows, and how deviations and durations are told."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from sparsekd.logit_store.row import Row, TeacherRecord
-from sparsekd.trainer.teacher.capture import missing_units, readable_seconds
+from sparsekd.trainer.teacher.capture import missing_units, readable_seconds, tail_mass
 from sparsekd.trainer.teacher.records import next_tokens
 from sparsekd.trainer.teacher.verify import deviation_of
+from sparsekd.trainer.teacher.weights import engine_settings
 
 
 def row_of(starts: list[int], documents: list[int], length: int, teacher: TeacherRecord | None = None) -> Row:
@@ -85,3 +88,19 @@ def test_missing_units_keep_their_order(tmp_path: object) -> None:
         (folder / name).touch()
     units = [("train", 0), ("train", 1), ("train", 2), ("heldout", 0)]
     assert missing_units(Path(str(tmp_path)), units) == units[1:]
+
+
+def test_tail_mass_is_not_what_rounding_leaves() -> None:
+    record = record_of([-20.0, -np.inf])
+    # A head that rounds to mass 1, and a tail of 2e-9.
+    record = replace(record, head_logprobs=np.zeros((2, 1), np.float32))
+    np.testing.assert_allclose(tail_mass(record, (1.0,)), [np.exp(-20.0), 0.0], rtol=1e-6)
+    heads = np.log(np.array([[0.5, 0.25], [0.9, 0.2]], np.float32))
+    np.testing.assert_allclose(
+        tail_mass(replace(record, head_logprobs=heads), (2.0,)), [0.25, 0.0], rtol=1e-6
+    )
+
+
+def test_the_settings_of_an_engine_are_read_back() -> None:
+    assert engine_settings("transformers attention=sdpa threads=2") == {"attention": "sdpa", "threads": "2"}
+    assert engine_settings("transformers") == {}
