@@ -4,12 +4,14 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 
+from sparsekd.launch.env import torch_variables
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.trainer.config import Config, options
-from sparsekd.trainer.errors import ConfigError, UserError
+from sparsekd.trainer.errors import ConfigError, FolderError, UserError
 
 VERBS = {
     "plan": "tokens, bytes, shards and memory, before money is spent",
@@ -35,8 +37,13 @@ EXAMPLES = """examples:
 """
 
 
+class TypedError(ConfigError):
+    """Something wrong in what was typed: equally wrong on every rank."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code: 0 done, 2 for something the user can put right."""
+    """Runs one verb and returns the exit code: 0 done, 2 for something the user can put right, 130 stopped by
+    Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
@@ -51,15 +58,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, StoreError) as error:
         if show_traceback:
             traceback.print_exc()
-        # A wrong configuration is equally wrong on every rank: say it once.
-        if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
-            print(f"sparsekd {words[0]}: {error}", file=sys.stderr, flush=True)
+        rank, local_rank = _place()
+        # What was typed is wrong everywhere, a folder for all ranks of a machine. What ranks found together
+        # comes up on the first rank alone (see distributed.together); the rest one rank knows alone.
+        is_said = isinstance(error, TypedError) and rank > 0
+        is_said = is_said or (isinstance(error, FolderError) and local_rank > 0)
+        if not is_said:
+            who = f"rank {rank}: " if rank else ""
+            print(f"sparsekd {words[0]}: {who}{error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _place() -> tuple[int, int]:
+    """This process's rank in the job and on its machine, by torchrun's variables or Slurm's."""
+    try:
+        variables = {**torch_variables(os.environ), **os.environ}
+        return int(variables["RANK"]), int(variables.get("LOCAL_RANK", "0"))
+    except (ValueError, KeyError):  # they contradict one another: `ranks` says how
+        return 0, 0
+
+
+@contextmanager
+def _typed() -> Iterator[None]:
+    """Marks errors of what was typed, so that one rank says them for all."""
+    try:
+        yield
+    except FolderError:
+        raise
+    except ConfigError as error:
+        raise TypedError(str(error)) from error
 
 
 def _dispatch(verb: str, words: list[str]) -> int:
     if verb not in VERBS:
-        raise ConfigError(f"{verb!r} is not a verb; there are {', '.join(VERBS)}.")
+        raise TypedError(f"{verb!r} is not a verb; there are {', '.join(VERBS)}.")
     if "-h" in words or "--help" in words:
         print(_verb_help(verb))
         return 0
@@ -72,14 +106,15 @@ def _dispatch(verb: str, words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"sparsekd {verb}", add_help=False, exit_on_error=False)
     parser.add_argument("--config-dir")
     parser.add_argument("--cfg", action="store_true")
-    flags, overrides = _parse(parser, words)
-    from sparsekd.trainer.compose import as_yaml, check_for_verb, compose_config
+    with _typed():
+        flags, overrides = _parse(parser, words)
+        from sparsekd.trainer.compose import as_yaml, check_for_verb, compose_config
 
-    config = compose_config(overrides, config_directory=flags.config_dir)
-    if flags.cfg:
-        print(as_yaml(config), end="")
-        return 0
-    check_for_verb(config, verb)
+        config = compose_config(overrides, config_directory=flags.config_dir)
+        if flags.cfg:
+            print(as_yaml(config), end="")
+            return 0
+        check_for_verb(config, verb)
     _run(verb, config, overrides)
     return 0
 
@@ -110,14 +145,22 @@ def _store(words: list[str]) -> int:
     parser.add_argument("action")
     parser.add_argument("path")
     parser.add_argument("--teacher", action="store_true")
-    flags, overrides = _parse(parser, words)
+    with _typed():
+        flags, overrides = _parse(parser, words)
+        if flags.action not in ("inspect", "verify"):
+            raise ConfigError(f"store {flags.action!r} is not an action; there are inspect and verify.")
+        if flags.action == "inspect" and flags.teacher:
+            raise ConfigError("--teacher belongs to store verify; store inspect reads the store alone.")
+        if overrides and not flags.teacher:
+            raise ConfigError(
+                f"store {flags.action} takes no settings, found {' '.join(overrides)}; only "
+                "store verify PATH --teacher does."
+            )
     if flags.action == "inspect":
         from sparsekd.logit_store.inspect import inspect_text
 
         print(inspect_text(flags.path))
         return 0
-    if flags.action != "verify":
-        raise ConfigError(f"store {flags.action!r} is not an action; there are inspect and verify.")
     from sparsekd.logit_store.verify import verify_store
 
     result = verify_store(flags.path)
@@ -129,8 +172,9 @@ def _store(words: list[str]) -> int:
         from sparsekd.trainer.config import require
         from sparsekd.trainer.teacher.verify import run as run_verify
 
-        config = compose_config(overrides)
-        require(config.teacher.path, "teacher.path", "by store verify --teacher")
+        with _typed():
+            config = compose_config(overrides)
+            require(config.teacher.path, "teacher.path", "by store verify --teacher")
         run_verify(config, flags.path)
     return 0
 
@@ -167,20 +211,22 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
-# The sections of the configuration that each verb reads.
+# The sections of the configuration that each verb reads, or the keys, where it reads few of a section.
 SECTIONS = {
-    "plan": ("store", "student", "objective", "train", "engine", "plan"),
+    "plan": ("corpus", "store", "student", "objective", "train", "engine", "plan"),
     "doctor": (),
     "prepare": ("corpus", "store"),
-    "capture": ("store", "teacher", "launch"),
-    "store": ("teacher", "launch"),
+    "capture": ("store", "teacher", "launch", "engine.timeout_minutes"),
+    "store": ("store.seed", "teacher", "launch", "engine.timeout_minutes"),
     "train": (
         "run", "store", "student", "objective", "optimizer", "schedule", "engine", "train", "tracking",
         "launch", "debug",
     ),
-    "export": ("run", "export"),
-    "evaluate": ("run", "store", "teacher", "evaluate", "launch"),
-    "report": ("run", "store", "report"),
+    "export": ("run", "export", "launch", "engine.timeout_minutes"),
+    "evaluate": ("run", "store", "teacher", "student", "evaluate", "launch", "engine.timeout_minutes"),
+    "report": (
+        "run", "store", "teacher", "student", "evaluate.dtype", "report", "launch", "engine.timeout_minutes",
+    ),
 }  # fmt: skip
 
 
@@ -191,13 +237,14 @@ def _verb_help(verb: str) -> str:
     sections = SECTIONS[verb]
     lines = [f"sparsekd {verb}: {VERBS[verb]}", ""]
     shown = [name for name in known if name in sections or name in ("experiment", "debug")]
+    leaves = list(options())
     if sections:
         lines.append("groups (group=choice):")
         lines += [f"  {name:<12} {', '.join(known[name])}" for name in shown]
     for section in sections:
-        lines += ["", f"{section}:"]
-        for leaf in options():
-            if leaf.key.rpartition(".")[0] != section:
+        lines += ["", f"{section.partition('.')[0]}:"]
+        for leaf in leaves:
+            if section not in (leaf.key, leaf.key.rpartition(".")[0]):
                 continue
             default = "null" if leaf.default is None else leaf.default
             choice = f" [{' | '.join(leaf.choices)}]" if leaf.choices else ""

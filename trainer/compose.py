@@ -20,10 +20,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sparsekd.kernels.objective import DIVERGENCES, TARGET_MODES
-from sparsekd.logit_store.codec import CODECS
+from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.manifest import read_manifest
 from sparsekd.trainer.config import Config, Option, options, require
-from sparsekd.trainer.errors import ConfigError
+from sparsekd.trainer.errors import ConfigError, FolderError
 
 CONFIG_MODULE = "sparsekd.conf"
 
@@ -95,13 +95,13 @@ def check_for_verb(config: Config, verb: str) -> None:
 
 
 def check_folder(path: str | None, key: str, purpose: str) -> Path:
-    """The existing folder that `key` names, or ConfigError with the nearest name beside it."""
+    """The existing folder that `key` names, or FolderError with the nearest name beside it."""
     folder = Path(require(path, key, purpose))
     if not folder.is_dir():
         siblings = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
         near = difflib.get_close_matches(folder.name, siblings, n=1, cutoff=0.6)
         hint = f"; did you mean {folder.parent / near[0]}?" if near else "."
-        raise ConfigError(f"{key}={path} is not an existing folder, but is needed {purpose}{hint}")
+        raise FolderError(f"{key}={path} is not an existing folder, but is needed {purpose}{hint}")
     return folder
 
 
@@ -125,7 +125,12 @@ def _check_capture(config: Config) -> None:
         raise ConfigError(
             "store.k=0 and store.n=0 keep nothing of the teacher; set store.k, store.n or both."
         )
-    if store.n > 0 and store.draw_temperature not in store.temperatures:
+    if store.temperatures != sorted(set(store.temperatures)):
+        raise ConfigError(
+            f"store.temperatures={store.temperatures} is not ascending; "
+            f"write store.temperatures={sorted(set(store.temperatures))}."
+        )
+    if store.draw_temperature not in store.temperatures:
         raise ConfigError(
             f"store.draw_temperature={store.draw_temperature} is not one of store.temperatures="
             f"{store.temperatures}; the draws' temperature must be a point of the grid."
@@ -133,24 +138,16 @@ def _check_capture(config: Config) -> None:
 
 
 def _check_train(config: Config) -> None:
-    objective, engine = config.objective, config.engine
-    check_folder(config.store.path, "store.path", "as the store that train reads")
-    if objective.kd_weight == 0 and objective.ce_weight == 0:
-        raise ConfigError(
-            "objective.kd_weight=0 and objective.ce_weight=0 leave nothing to learn; set one of them."
-        )
-    if engine.zero_stage == 0 and engine.dtype != "float32":
-        raise ConfigError(
-            f"engine.zero_stage=0 with engine.dtype={engine.dtype}: DeepSpeed cannot accumulate float32 "
-            "gradients of bfloat16 weights without ZeRO; use engine.zero_stage=1, 2 or 3, or "
-            "engine.dtype=float32."
-        )
-    if len(config.optimizer.betas) != 2:
-        raise ConfigError(
-            f"optimizer.betas={config.optimizer.betas} has not two numbers, such as [0.9,0.95]."
-        )
-    if config.student.path is None:
-        require(config.student.config, "student.path or student.config", "to know what to train")
+    # Only now: a shared module must not need a room, except for the verb that is the room's own.
+    from sparsekd.trainer.student.checks import check_train, resolved_objective
+
+    folder = check_folder(config.store.path, "store.path", "as the store that train reads")
+    check_train(config)
+    try:
+        record = read_manifest(folder).record
+    except StoreError as error:
+        raise FolderError(str(error)) from error
+    resolved_objective(config.objective, record)
 
 
 def _check_evaluate(config: Config) -> None:
@@ -173,12 +170,6 @@ def _check_evaluate(config: Config) -> None:
 def _check_value(leaf: Option) -> None:
     """Range and choice of one value; types were checked by OmegaConf."""
     choices = leaf.choices
-    if leaf.key == "objective.divergence":
-        choices = tuple(DIVERGENCES)
-    elif leaf.key == "objective.target_mode":
-        choices = ("auto", *TARGET_MODES)
-    elif leaf.key == "store.codec":
-        choices = tuple(CODECS)
     if leaf.default is None:
         return
     if choices is not None and leaf.default not in choices:

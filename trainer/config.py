@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+from sparsekd.kernels.objective import DIVERGENCES, TARGET_MODES
+from sparsekd.logit_store.codec import CODECS
 from sparsekd.trainer.errors import ConfigError
 
 
@@ -77,7 +79,7 @@ class StoreConfig:
     )
     draw_temperature: float = option(1.0, "Temperature of the draws; one of the grid.", minimum=0.05)
     seed: int = option(0, "Seed of the draws (with each row's token ids and the position).", minimum=0)
-    codec: str = option("exact", "Encoding of the planes, remembered in the manifest.")
+    codec: str = option("exact", "Encoding of the planes, remembered in the manifest.", choices=tuple(CODECS))
     rows_per_shard: int = option(
         256, "Rows in one shard of `prepare`; `capture` takes its units of work from there.", minimum=1
     )
@@ -115,10 +117,11 @@ class StudentConfig:
 class ObjectiveConfig:
     kd_weight: float = option(1.0, "Weight of the distillation loss; 0 is the CE-only baseline.", minimum=0.0)
     ce_weight: float = option(0.0, "Weight of the cross-entropy with the true tokens.", minimum=0.0)
-    divergence: str = option("forward_kl", "Divergence between teacher and student.")
+    divergence: str = option("forward_kl", "Divergence between teacher and student.", choices=DIVERGENCES)
     target_mode: str = option(
         "auto",
         "What the record's rest becomes; auto is sampled for n>0 and tail_bucket for n=0.",
+        choices=("auto", *TARGET_MODES),
     )
     temperature: float = option(
         1.0, "Temperature of the distillation loss; one of the store's grid.", minimum=0.05

@@ -17,6 +17,10 @@ class ConfigError(UserError):
     """A configuration key, value or combination that cannot be used."""
 
 
+class FolderError(ConfigError):
+    """A folder that a key names is not there, or not what it should be, as seen from this machine."""
+
+
 class DataError(UserError):
     """Text, token sequences or a logit store that cannot be used as they are."""
 

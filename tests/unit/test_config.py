@@ -1,14 +1,21 @@
 """Composition: defaults, groups, and one clear sentence for everything that can be mistyped."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from sparsekd.trainer.cli import main
+from sparsekd.logit_store.manifest import manifest_to_json
+from sparsekd.logit_store.synthetic import synthetic_manifest
+from sparsekd.trainer.cli import VERBS, main
 from sparsekd.trainer.compose import as_yaml, check_for_verb, compose_config, groups
 from sparsekd.trainer.config import Config, options, run_folder
 from sparsekd.trainer.errors import ConfigError
+
+TRAIN = ["store.path=STORE/tokens", "student=llama_1m"]
+CAPTURE = ["store.tokens=STORE/tokens", "store.path=x", "teacher.path=y"]
 
 
 def test_no_override_gives_the_schema_s_defaults() -> None:
@@ -105,10 +112,31 @@ def test_a_mistake_is_one_sentence_that_names_what_is_legal(override: str, words
             ["store.tokens=STORE/tokens", "store.path=x", "teacher.path=y", "store.draw_temperature=3"],
             ["draw_temperature=3", "[1.0, 2.0, 4.0]"],
         ),
+        ("capture", [*CAPTURE, "store.n=0", "store.draw_temperature=3"], ["draw_temperature=3"]),
+        (
+            "capture",
+            [*CAPTURE, "store.temperatures=[2,1,1]"],
+            ["temperatures=[2.0, 1.0, 1.0] is not ascending", "[1.0, 2.0]"],
+        ),
         ("train", [], ["store.path is not set"]),
-        ("train", ["store.path=STORE/tokens", "objective.kd_weight=0"], ["nothing to learn"]),
-        ("train", ["store.path=STORE/tokens", "engine.zero_stage=0"], ["zero_stage=0", "float32"]),
         ("train", ["store.path=STORE/tokens"], ["student.path"]),
+        ("train", [*TRAIN, "objective.kd_weight=0"], ["kd_weight and ce_weight are both 0"]),
+        ("train", [*TRAIN, "engine.zero_stage=0"], ["zero_stage=0", "float32"]),
+        (
+            "train",
+            [*TRAIN, "engine.zero_stage=0", "engine.dtype=float32", "engine.offload=cpu"],
+            ["offload=cpu"],
+        ),
+        ("train", [*TRAIN, "+engine.deepspeed.gradient_clipping=2"], ["engine.deepspeed.gradient_clipping"]),
+        ("train", [*TRAIN, "schedule.warmup_steps=1000"], ["warmup_steps=1000", "train.steps=1000"]),
+        ("train", [*TRAIN, "student.path=y"], ["student.path=y", "student.config", "both set"]),
+        ("train", [*TRAIN, "objective.temperature=3"], ["needs temperature=1", "found 3"]),
+        (
+            "train",
+            [*TRAIN, "objective.divergence=reverse_kl"],
+            ["'reverse_kl' is not defined", "tail_bucket"],
+        ),
+        ("train", [*TRAIN, "store.path=STORE/empty"], ["STORE/empty is not a logit store"]),
         ("evaluate", ["store.path=STORE/tokens"], ["evaluate.models is not set"]),
         (
             "evaluate",
@@ -120,7 +148,9 @@ def test_a_mistake_is_one_sentence_that_names_what_is_legal(override: str, words
 def test_what_a_verb_needs_is_checked_before_anything_is_loaded(
     tmp_path: Path, verb: str, overrides: list[str], words: list[str]
 ) -> None:
+    (tmp_path / "empty").mkdir()
     (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "MANIFEST.json").write_text(manifest_to_json(synthetic_manifest()))
     config = compose_config([text.replace("STORE", str(tmp_path)) for text in overrides])
     with pytest.raises(ConfigError) as caught:
         check_for_verb(config, verb)
@@ -155,3 +185,69 @@ def test_help_shows_groups_every_key_with_its_comment_and_five_examples(
         assert ", ".join(groups()[group]) in text
     examples = text[text.index("examples:") :]
     assert sum(line.startswith(("  sparsekd", "  torchrun")) for line in examples.splitlines()) == 5
+
+
+def test_help_of_every_verb_names_what_it_reads_and_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {}
+    for verb in VERBS:
+        assert main([verb, "--help"]) == 0
+        shown[verb] = capsys.readouterr().out
+    assert "corpus.sequence_length" in shown["plan"]
+    assert "evaluate.dtype" in shown["report"] and "student.attention" in shown["report"]
+    for verb in ("capture", "store", "evaluate", "report", "export"):
+        assert "engine.timeout_minutes" in shown[verb] and "engine.zero_stage" not in shown[verb]
+    assert "[forward_kl | reverse_kl" in shown["train"] and "[auto | tail_bucket" in shown["train"]
+    assert "[exact" in shown["capture"]
+
+
+def test_a_store_s_checks_take_no_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["inspect", "x", "foo=1"], ["verify", "x", "train.steps=5"]):
+        assert main(["store", *words]) == 2
+        assert f"takes no settings, found {words[-1]}" in capsys.readouterr().err
+    assert main(["store", "inspect", "x", "--teacher"]) == 2
+    assert "--teacher belongs to store verify" in capsys.readouterr().err
+
+
+def test_one_rank_says_what_was_typed_wrong_and_one_of_each_machine_what_is_not_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(rank: int, local_rank: int, word: str) -> str:
+        # As srun sets them.
+        for name, value in {
+            "PROCID": rank,
+            "LOCALID": local_rank,
+            "STEP_ID": 0,
+            "NTASKS": 4,
+            "JOB_ID": 1,
+        }.items():
+            monkeypatch.setenv(f"SLURM_{name}", str(value))
+        monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-2]")
+        assert main(["train", word]) == 2
+        return capsys.readouterr().err
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    typed = [said(rank, rank % 2, "train.steps=0") for rank in range(4)]
+    assert [bool(text) for text in typed] == [True, False, False, False]
+    missing = [said(rank, rank % 2, "store.path=no/such/folder") for rank in range(4)]
+    assert [bool(text) for text in missing] == [True, False, True, False]
+    assert missing[0].startswith("sparsekd train: store.path") and "train: rank 2: store.path" in missing[2]
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparsekd.trainer.cli._dispatch", interrupted)
+    assert main(["train"]) == 130
+
+
+def test_a_training_run_s_settings_are_checked_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "MANIFEST.json").write_text(manifest_to_json(synthetic_manifest()))
+    words = ["train", f"store.path={tmp_path}", "student=llama_1m", "objective.temperature=3"]
+    code = (
+        f"from sparsekd.trainer.cli import main; assert main({words!r}) == 2\n"
+        "import sys; assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0 and "needs temperature=1" in done.stderr, done.stderr

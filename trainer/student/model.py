@@ -15,17 +15,8 @@ from sparsekd.trainer.tokenizers import check_tokenizer
 
 
 def student_source(config: StudentConfig, tokenizer: TokenizerIdentity) -> ModelSource:
-    """Where the student comes from; a configuration without a vocabulary gets the store's.
-
-    Raises:
-        ModelError: Neither a path nor a configuration is given, or both are.
-    """
+    """Where the student comes from; a configuration without a vocabulary gets the store's."""
     fields = dict(config.config)
-    if config.path is not None and fields:
-        raise ModelError(
-            f"student.path={config.path} and student.config ({', '.join(sorted(fields))}) are both set; "
-            "a loaded student brings its own configuration: give one of the two."
-        )
     if fields:
         fields.setdefault("vocab_size", tokenizer.vocabulary_size)
         # The defaults of a model type speak of its own tokenizer, not of the store's.

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
@@ -10,30 +10,27 @@ import torch
 from torch import Tensor
 
 from sparsekd.kernels.loss import default_impl
-from sparsekd.kernels.objective import Objective, resolve_objective
-from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.reader import LogitStore, open_store
 from sparsekd.trainer.causal_lm import DTYPES, head_transform, load_config
-from sparsekd.trainer.config import Config, ObjectiveConfig, require
+from sparsekd.trainer.config import Config, require
 from sparsekd.trainer.distributed import Ranks, agree, broadcast_object, leave_together, together
 from sparsekd.trainer.errors import ConfigError, DataError
 from sparsekd.trainer.probe import check_probe, probe_rows
 from sparsekd.trainer.student import checkpoint
 from sparsekd.trainer.student.batches import grid_index
 from sparsekd.trainer.student.checkpoint import Commit
+from sparsekd.trainer.student.checks import resolved_objective
 from sparsekd.trainer.student.data_plan import BatchShape, batch_shape
 from sparsekd.trainer.student.engine import (
     build_engine,
-    deepspeed_config,
-    further_keys,
     leave_out_compiled_collectives,
     partitioned_loading,
 )
+from sparsekd.trainer.student.engine_settings import deepspeed_config, further_keys
 from sparsekd.trainer.student.head import LossSettings, Probe, Student
 from sparsekd.trainer.student.model import check_student, load_student, student_source
 from sparsekd.trainer.student.resume import Start, choose_start, digest_of, settings_of
 from sparsekd.trainer.student.run_folder import package_versions
-from sparsekd.trainer.student.schedule import check_schedule
 from sparsekd.trainer.student.sums import NAMES, means
 from sparsekd.trainer.student.universal import load_for_other_ranks
 
@@ -84,13 +81,11 @@ def _plan(config: Config, store: LogitStore, here: Ranks) -> Plan:
     shape = batch_shape(
         global_rows=train.global_batch_rows, micro_rows=train.micro_batch_rows, world_size=here.world_size
     )
-    check_schedule(config.schedule, steps=train.steps)
-    objective = _objective(config.objective, manifest)
+    objective = resolved_objective(config.objective, manifest.record)
     impl = _implementation(config.objective.impl, here.device)
     source = student_source(config.student, manifest.tokenizer)
     model_config = load_config(source, "student")
     check_student(model_config, source, manifest=manifest, tokenizer_path=store.tokenizer_path)
-    deepspeed_config(config.engine, config.optimizer, shape)
     settings = settings_of(config, objective, impl=impl)
     return Plan(
         store=store,
@@ -134,7 +129,9 @@ def build(config: Config, plan: Plan, here: Ranks) -> deepspeed.DeepSpeedEngine:
     """
     torch.autograd.set_detect_anomaly(config.debug.detect_anomaly)
     leave_out_compiled_collectives()
-    settings = deepspeed_config(config.engine, config.optimizer, plan.shape)
+    settings = deepspeed_config(
+        config.engine, config.optimizer, plan.shape, pin_memory=torch.cuda.is_available()
+    )
     # Alive while the model loads: transformers looks for it to partition weights as they come.
     partitioning = partitioned_loading(settings) if config.engine.zero_stage == 3 else None
     source = student_source(config.student, plan.store.manifest.tokenizer)
@@ -215,22 +212,6 @@ def _open_same_store(path: Path, here: Ranks) -> LogitStore:
     if problem is not None:
         leave_together(here, DataError(problem))
     return store
-
-
-def _objective(config: ObjectiveConfig, manifest: Manifest) -> Objective:
-    fields = asdict(config)
-    del fields["impl"], fields["chunk_positions"]
-    record = manifest.record
-    try:
-        return resolve_objective(
-            Objective(**fields),
-            k=record.k,
-            n=record.n,
-            temperatures=record.temperatures,
-            draw_temperature=record.draw_temperature,
-        )
-    except ValueError as error:
-        raise ConfigError(f"objective: {error}.") from error
 
 
 def _implementation(impl: str, device: torch.device) -> str:

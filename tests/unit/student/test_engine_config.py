@@ -8,13 +8,14 @@ import torch
 from sparsekd.trainer.config import EngineConfig, OptimizerConfig
 from sparsekd.trainer.errors import ConfigError
 from sparsekd.trainer.student.data_plan import batch_shape
-from sparsekd.trainer.student.engine import adamw, deepspeed_config, further_keys
+from sparsekd.trainer.student.engine import adamw
+from sparsekd.trainer.student.engine_settings import deepspeed_config, further_keys
 
 SHAPE = batch_shape(global_rows=24, micro_rows=3, world_size=2)
 
 
 def made(optimizer: OptimizerConfig | None = None, **engine: Any) -> dict[str, Any]:
-    return deepspeed_config(EngineConfig(**engine), optimizer or OptimizerConfig(), SHAPE)
+    return deepspeed_config(EngineConfig(**engine), optimizer or OptimizerConfig(), SHAPE, pin_memory=False)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

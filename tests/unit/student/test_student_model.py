@@ -60,11 +60,6 @@ def test_a_smaller_vocabulary_is_refused(stored: Path) -> None:
         check(StudentConfig(config={**SIZES, "vocab_size": 96}), stored)
 
 
-def test_path_and_configuration_together_are_refused(folder: Path) -> None:
-    with pytest.raises(ModelError, match="both set"):
-        student_source(StudentConfig(path=str(folder), config=dict(SIZES)), TOKENIZER)
-
-
 def test_the_student_s_own_tokenizer_is_compared_by_content(folder: Path, stored: Path) -> None:
     student = StudentConfig(path=str(folder))
     check(student, stored)  # it has none

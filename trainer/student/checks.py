@@ -1,0 +1,55 @@
+"""What can be wrong with a training run's settings, found before torch is imported."""
+
+from dataclasses import asdict
+
+from sparsekd.kernels.objective import Objective, resolve_objective
+from sparsekd.logit_store.manifest import RecordSpec
+from sparsekd.trainer.config import Config, ObjectiveConfig, require
+from sparsekd.trainer.errors import ConfigError
+from sparsekd.trainer.student.data_plan import BatchShape
+from sparsekd.trainer.student.engine_settings import deepspeed_config
+from sparsekd.trainer.student.schedule import check_schedule
+
+
+def check_train(config: Config) -> None:
+    """Checks what does not depend on the store, the student's files or the machine.
+
+    Raises:
+        ConfigError: naming keys, values and what is legal.
+    """
+    check_schedule(config.schedule, steps=config.train.steps)
+    # Made for its checks alone: none of them depends on how rows are shared out.
+    one = BatchShape(global_rows=1, micro_rows=1, world_size=1)
+    deepspeed_config(config.engine, config.optimizer, one, pin_memory=False)
+    if len(config.optimizer.betas) != 2:
+        raise ConfigError(
+            f"optimizer.betas={config.optimizer.betas} has not two numbers, such as [0.9,0.95]."
+        )
+    student = config.student
+    if student.path is None:
+        require(student.config, "student.path or student.config", "to know what to train")
+    elif student.config:
+        raise ConfigError(
+            f"student.path={student.path} and student.config ({', '.join(sorted(student.config))}) are both "
+            "set; a loaded student brings its own configuration: give one of the two."
+        )
+
+
+def resolved_objective(config: ObjectiveConfig, record: RecordSpec) -> Objective:
+    """The objective of a configuration on a store's records, its target mode settled.
+
+    Raises:
+        ConfigError: It is no legal objective, or none for these records.
+    """
+    fields = asdict(config)
+    del fields["impl"], fields["chunk_positions"]
+    try:
+        return resolve_objective(
+            Objective(**fields),
+            k=record.k,
+            n=record.n,
+            temperatures=record.temperatures,
+            draw_temperature=record.draw_temperature,
+        )
+    except ValueError as error:
+        raise ConfigError(f"objective: {error}.") from error
