@@ -75,10 +75,9 @@ def _difference(own: Any, stored: Any) -> str | None:
             f"it has {len(own_tokens):,} entries and the store's {len(stored_tokens):,}, and id {first} is "
             f"{own_tokens.get(first)!r} in it and {stored_tokens.get(first)!r} in the store's"
         )
-    backends = [getattr(item, "backend_tokenizer", None) for item in (own, stored)]
-    if None in backends:  # tokenizers written in Python have no such description
+    if not (own.is_fast and stored.is_fast):  # tokenizers written in Python have no such description
         return None
-    ours, theirs = (json.loads(backend.to_str()) for backend in backends)
+    ours, theirs = (json.loads(item.backend_tokenizer.to_str()) for item in (own, stored))
     differing = [part for part in TEXT_TO_IDS if ours[part] != theirs[part]]
     return (
         f"it has the same ids, but cuts text differently (its {' and '.join(differing)})"
