@@ -46,16 +46,14 @@ def chunked_loss(inputs: LossInputs) -> LossParts:
         )
     )
 
-    def spread(value: Tensor | None) -> Tensor | None:
-        if value is None:
-            return None
+    def spread(value: Tensor) -> Tensor:
         return value.new_zeros(count, *value.shape[1:]).index_copy_(0, kept, value)
 
     return parts._replace(
         kd=spread(parts.kd),
         ce=spread(parts.ce),
         agreement=spread(parts.agreement),
-        hidden_gradient=spread(parts.hidden_gradient),
+        hidden_gradient=None if parts.hidden_gradient is None else spread(parts.hidden_gradient),
     )
 
 

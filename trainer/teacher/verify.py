@@ -136,9 +136,10 @@ def _as_captured(config: Config, identity: TeacherIdentity) -> tuple[TeacherConf
     settings = replace(config.teacher, dtype=identity.dtype)
     if "attention" in found:
         settings = replace(settings, attention=found["attention"])
-    for name in ("micro_batch_rows", "chunk_positions"):
-        if name in found:
-            settings = replace(settings, **{name: int(found[name])})
+    if "micro_batch_rows" in found:
+        settings = replace(settings, micro_batch_rows=int(found["micro_batch_rows"]))
+    if "chunk_positions" in found:
+        settings = replace(settings, chunk_positions=int(found["chunk_positions"]))
     launch = config.launch
     if "threads" in found:
         launch = replace(launch, threads_per_rank=int(found["threads"]))
