@@ -50,6 +50,9 @@ def build_engine(
     engine, *_ = deepspeed.initialize(
         model=student, optimizer=adamw(student, optimizer), config=settings, dist_init_required=False
     )
+    # A script that DeepSpeed would put beside every checkpoint, on one rank and deaf to a full disk; `export`
+    # does its work.
+    engine._copy_recovery_script = lambda folder: None
     return engine
 
 
