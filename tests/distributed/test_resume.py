@@ -154,3 +154,13 @@ def test_what_does_not_fit_is_refused(ended: Workplace) -> None:
     assert "is not a checkpoint" in say(train={"resume": str(ended.root)})
     older = ended.folder("alone") / "checkpoints" / "step-00000002"
     assert "is older than" in say(train={"resume": str(older)})
+
+
+def test_the_mark_of_a_finished_run_is_made_up_for(ended: Workplace) -> None:
+    """Killed between the last checkpoint and the mark."""
+    folder = ended.folder("alone")
+    wanted = (folder / "DONE.json").read_text()
+    (folder / "DONE.json").rename(folder / "FAILED.json")
+    with ranks(LaunchConfig(device="cpu"), timeout_minutes=1) as here:
+        train_on(here, configured(Config(), renamed(ended, "tied", "alone")), [])
+    assert (folder / "DONE.json").read_text() == wanted and not (folder / "FAILED.json").exists()

@@ -14,7 +14,15 @@ from sparsekd.trainer.config import Config, LaunchConfig, ScheduleConfig
 from sparsekd.trainer.distributed import Ranks, ranks
 from sparsekd.trainer.errors import CheckpointError, UserError
 from sparsekd.trainer.student import checkpoint
-from sparsekd.trainer.student.checkpoint import Commit, newest_verified, prune, published, read_commit, save
+from sparsekd.trainer.student.checkpoint import (
+    Commit,
+    clear_leftovers,
+    newest_verified,
+    prune,
+    published,
+    read_commit,
+    save,
+)
 from sparsekd.trainer.student.resume import check_fits, choose_start, first_other_rate, settings_of
 
 
@@ -105,6 +113,17 @@ def test_damaged_newer_ones_do_not_crowd_out_sound_ones(tmp_path: Path, here: Ra
         save(FilesOnly(), tmp_path, commit(step), here)
     prune(tmp_path, step=6, after=4, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_a_start_clears_leftovers_but_for_a_conversion(tmp_path: Path, here: Ranks) -> None:
+    save(FilesOnly(), tmp_path, commit(2), here)
+    for name in (".step-00000004.tmp-abc", ".step-00000002.tmp-universal"):
+        (tmp_path / name).mkdir()
+    clear_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".step-00000002.tmp-universal",
+        "step-00000002",
+    ]
 
 
 def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path, here: Ranks) -> None:
