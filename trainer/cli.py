@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 
 from sparsekd.launch.env import torch_variables
 from sparsekd.logit_store.errors import StoreError
@@ -160,6 +161,7 @@ def _store(words: list[str]) -> int:
         from sparsekd.logit_store.inspect import inspect_text
 
         print(inspect_text(flags.path))
+        print(f"next: sparsekd store verify {flags.path}")
         return 0
     from sparsekd.logit_store.verify import verify_store
 
@@ -176,7 +178,18 @@ def _store(words: list[str]) -> int:
             config = compose_config(overrides)
             require(config.teacher.path, "teacher.path", "by store verify --teacher")
         run_verify(config, flags.path)
+        return 0
+    print(f"next: {_next_of_store(flags.path)}")
     return 0
+
+
+def _next_of_store(path: str) -> str:
+    """What one does with a sound store: run a teacher over its tokens, or train from its records."""
+    from sparsekd.logit_store.manifest import read_manifest
+
+    if read_manifest(Path(path)).teacher is None:
+        return f"sparsekd capture teacher.path=TEACHER store.tokens={path} store.path=STORE"
+    return f"sparsekd train store.path={path} student.path=STUDENT"
 
 
 def _parse(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparsekd.logit_store.manifest import manifest_to_json
-from sparsekd.logit_store.synthetic import synthetic_manifest
+from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
 from sparsekd.trainer.cli import VERBS, main
 from sparsekd.trainer.compose import as_yaml, check_for_verb, compose_config, groups
 from sparsekd.trainer.config import Config, options, run_folder
@@ -251,3 +251,12 @@ def test_a_training_run_s_settings_are_checked_without_torch(tmp_path: Path) -> 
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0 and "needs temperature=1" in done.stderr, done.stderr
+
+
+def test_store_verbs_end_with_the_next_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = tmp_path / "store"
+    write_synthetic_store(store, synthetic_manifest(), {"train": 2, "heldout": 1}, seed=0)
+    assert main(["store", "inspect", str(store)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"next: sparsekd store verify {store}"
+    assert main(["store", "verify", str(store)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"next: sparsekd train store.path={store}")
