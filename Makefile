@@ -20,6 +20,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt torch
 	DS_BUILD_OPS=0 $(BIN)/pip install -q -c constraints.txt -e '.[teacher,eval,gpu,dev]'
 	touch $@
+	@echo "The environment is ready: source $(VENV)/bin/activate"
 
 demo: setup  ## The whole road on real text, on the CPU: text -> teacher -> store -> students -> report.
 	PATH="$(BIN):$$PATH" bash launch/demo.sh

@@ -7,6 +7,7 @@ processes=${1:?usage: launch/torchrun.sh PROCESSES_PER_NODE VERB [overrides]}
 shift
 # A script's folder must not come first on the path: a folder `kernels` would shadow Hugging Face's library.
 export PYTHONSAFEPATH=1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [ "${NNODES:-1}" = 1 ]; then
   exec torchrun --standalone --nproc-per-node "$processes" --no-python sparsekd "$@"
 fi

@@ -6,6 +6,7 @@ hidden states for packed rows, and the transform between `hidden @ weight.T` and
 Shapes: B rows, L tokens of a row, H hidden, V rows of the head's weight.
 """
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,20 @@ def load_config(source: ModelSource, key: str) -> PretrainedConfig:
             f"{key}.config.model_type=llama with its sizes)."
         )
     try:
-        return AutoConfig.for_model(model_type, **fields)
+        config = AutoConfig.for_model(model_type, **fields)
+        plain = AutoConfig.for_model(model_type)
     except (ValueError, TypeError) as error:
         raise ModelError(f"{key}.config does not make a {model_type!r} configuration: {error}") from error
+    # transformers keeps a field that the model type does not know as an attribute, and it has no effect.
+    for field in fields:
+        if hasattr(config, field) and not hasattr(plain, field):
+            near = difflib.get_close_matches(field, [*plain.to_dict(), *plain.attribute_map], n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise ModelError(
+                f"{key}.config.{field} is not a field of a {model_type!r} configuration and would have no "
+                f"effect{hint}"
+            )
+    return config
 
 
 def load_causal_lm(source: ModelSource, key: str, *, dtype: torch.dtype) -> PreTrainedModel:

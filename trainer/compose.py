@@ -105,6 +105,19 @@ def check_folder(path: str | None, key: str, purpose: str) -> Path:
     return folder
 
 
+def _check_model_path(path: str | None, key: str) -> None:
+    """Refuses what can only be a mistyped folder, before transformers looks for it on the hub for a while."""
+    if path is None or Path(path).exists():
+        return
+    parent = Path(path).parent
+    if Path(path).is_absolute() or path.startswith(".") or (parent != Path() and parent.is_dir()):
+        near = difflib.get_close_matches(
+            Path(path).name, [entry.name for entry in parent.iterdir()] if parent.is_dir() else [], n=1
+        )
+        hint = f"; did you mean {parent / near[0]}?" if near else "."
+        raise FolderError(f"{key}={path} is not an existing folder{hint}")
+
+
 def _check_prepare(config: Config) -> None:
     corpus = config.corpus
     require(corpus.paths, "corpus.paths", "to know which documents to read")
@@ -114,13 +127,16 @@ def _check_prepare(config: Config) -> None:
         raise ConfigError(
             f"Set corpus.tokenizer (a folder or hub name) or corpus.train_vocabulary_size; {found} set."
         )
+    _check_model_path(corpus.tokenizer, "corpus.tokenizer")
 
 
 def _check_capture(config: Config) -> None:
     store = config.store
     check_folder(store.tokens, "store.tokens", "as the token store that capture reads (written by `prepare`)")
     require(store.path, "store.path", "to know where the logit store goes")
-    require(config.teacher.path, "teacher.path", "to know which teacher to run")
+    _check_model_path(
+        require(config.teacher.path, "teacher.path", "to know which teacher to run"), "teacher.path"
+    )
     if store.k == 0 and store.n == 0:
         raise ConfigError(
             "store.k=0 and store.n=0 keep nothing of the teacher; set store.k, store.n or both."
@@ -142,6 +158,7 @@ def _check_train(config: Config) -> None:
     from sparsekd.trainer.student.checks import check_train, resolved_objective
 
     folder = check_folder(config.store.path, "store.path", "as the store that train reads")
+    _check_model_path(config.student.path, "student.path")
     check_train(config)
     try:
         record = read_manifest(folder).record
@@ -164,7 +181,8 @@ def _check_evaluate(config: Config) -> None:
                 + ("; set evaluate.baseline=null to compare with none." if key == "baseline" else ".")
             )
     if evaluate.teacher == "load":
-        require(config.teacher.path, "teacher.path", "by evaluate.teacher=load")
+        path = require(config.teacher.path, "teacher.path", "by evaluate.teacher=load")
+        _check_model_path(path, "teacher.path")
 
 
 def _check_value(leaf: Option) -> None:
@@ -272,7 +290,8 @@ def _first_sentence(error: Exception) -> str:
     key = details.get("full_key", "")
     message = " ".join(lines[:2]).rstrip(".")
     leaf = next((leaf for leaf in options() if leaf.key == key), None)
-    expected = f" (expected {leaf.type_name}: {leaf.comment.rstrip('.')})" if leaf else ""
+    form = ", written as [first,second]" if leaf and leaf.type_name.startswith("list") else ""
+    expected = f" (expected {leaf.type_name}{form}: {leaf.comment.rstrip('.')})" if leaf else ""
     return f"{key + ': ' if key else ''}{message}{expected}."
 
 

@@ -46,7 +46,7 @@ def run() -> int:
             print(f"     -> {finding.remedy}")
     problems = sum(finding.problem is not None for finding in findings)
     print(
-        f"\n{problems} problem(s). Next: sparsekd plan --help"
+        f"\n{problems} problem(s). next: sparsekd prepare --help"
         if problems == 0
         else f"\n{problems} problem(s)."
     )

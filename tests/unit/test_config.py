@@ -83,6 +83,7 @@ def test_configuration_survives_its_own_yaml(tmp_path: Path) -> None:
         ("objective.target_mode=tail_buckett", ["did you mean tail_bucket"]),
         ("store.codec=zip", ["store.codec=zip", "exact"]),
         ("train=5", ["whole section", "steps"]),
+        ("corpus.paths=docs", ["corpus.paths", "[first,second]"]),
         ("train.steps", ["'train.steps'", "key=value"]),
         ("train.steps=1,2", ["sweep"]),
     ],
@@ -101,6 +102,11 @@ def test_a_mistake_is_one_sentence_that_names_what_is_legal(override: str, words
     [
         ("prepare", [], ["corpus.paths is not set"]),
         ("prepare", ["corpus.paths=[x]", "store.tokens=y"], ["corpus.tokenizer", "neither is set"]),
+        (
+            "capture",
+            ["store.tokens=STORE/tokens", "store.path=x", "teacher.path=STORE/token"],
+            ["teacher.path=STORE/token", "did you mean STORE/tokens"],
+        ),
         ("capture", ["store.tokens=STORE/tokns"], ["STORE/tokns", "did you mean", "STORE/tokens"]),
         (
             "capture",

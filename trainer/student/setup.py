@@ -20,7 +20,7 @@ from sparsekd.trainer.student import checkpoint
 from sparsekd.trainer.student.batches import grid_index
 from sparsekd.trainer.student.checkpoint import Commit
 from sparsekd.trainer.student.checks import resolved_objective
-from sparsekd.trainer.student.data_plan import BatchShape, batch_shape
+from sparsekd.trainer.student.data_plan import BatchShape, batch_shape, heldout_rows
 from sparsekd.trainer.student.engine import (
     build_engine,
     leave_out_compiled_collectives,
@@ -81,6 +81,11 @@ def _plan(config: Config, store: LogitStore, here: Ranks) -> Plan:
     shape = batch_shape(
         global_rows=train.global_batch_rows, micro_rows=train.micro_batch_rows, world_size=here.world_size
     )
+    # Read once now: damage in a held-out row is found while there is nothing yet to lose.
+    for row in heldout_rows(wanted=train.evaluate_rows, rows=store.rows("heldout"))[
+        here.rank :: here.world_size
+    ]:
+        store.read_row("heldout", row)
     objective = resolved_objective(config.objective, manifest.record)
     impl = _implementation(config.objective.impl, here.device)
     source = student_source(config.student, manifest.tokenizer)

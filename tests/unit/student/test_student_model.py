@@ -97,3 +97,10 @@ def test_an_attention_that_does_not_run_here_is_one_sentence(attention: str) -> 
     source = student_source(StudentConfig(config=dict(SIZES), attention=attention), TOKENIZER)
     with pytest.raises(ModelError, match=rf"student\.config does not support student\.attention={attention}"):
         load_causal_lm(source, "student", dtype=torch.float32)
+
+
+def test_a_field_that_the_model_type_does_not_know_is_refused(stored: Path) -> None:
+    with pytest.raises(ModelError, match=r"student\.config\.num_layers .* did you mean num_hidden_layers"):
+        check(StudentConfig(config={**SIZES, "num_layers": 1}), stored)
+    # Consumed by transformers under another name, so it has an effect.
+    check(StudentConfig(config={**SIZES, "rope_theta": 5e5}), stored)
