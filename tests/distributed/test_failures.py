@@ -89,14 +89,18 @@ def damaged(workplace: Workplace, tmp_path: Path) -> Path:
     ]
     third = read[2 * RANKS + 1]
     row = min(third.difference({0}, *read[: 2 * RANKS + 1]))  # row 0 is read by the probe at the start
+    flip_a_byte(store, "train", row)
+    return store
+
+
+def flip_a_byte(store: Path, split: str, row: int) -> None:
     shard, index = divmod(row, 8)
-    place = store / "shards" / "train" / f"{shard:06d}.arrow"
+    place = store / "shards" / split / f"{shard:06d}.arrow"
     entry = json.loads(place.with_suffix(".json").read_text())
     offset, length = entry["offsets"][index], entry["lengths"][index]
     data = bytearray(place.read_bytes())
     data[offset + length * 3 // 4] ^= 1
     place.write_bytes(data)
-    return store
 
 
 def test_a_damaged_row_that_one_rank_reads_later_ends_all(damaged: Path, tmp_path: Path) -> None:
@@ -106,6 +110,16 @@ def test_a_damaged_row_that_one_rank_reads_later_ends_all(damaged: Path, tmp_pat
     assert "step 2/4" in output and "step 3/4" not in output
     record = json.loads((tmp_path / "runs" / "run" / "FAILED.json").read_text())
     assert record["rank"] == 1 and record["error"] == "DamagedStoreError"
+
+
+def test_a_damaged_held_out_row_is_found_before_the_first_step(workplace: Workplace, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(workplace.root / "store", store)
+    flip_a_byte(store, "heldout", open_store(store).rows("heldout") - 1)
+    codes, output = started(store, tmp_path / "runs", "train.evaluate_rows=1000")
+    said = the_sentence(output)
+    assert codes == [2, 2] and "heldout" in said and "step 1/4" not in output
+    assert not (tmp_path / "runs" / "run").exists()
 
 
 @pytest.fixture
