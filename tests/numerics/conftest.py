@@ -1,17 +1,11 @@
-"""Triton without a GPU, and the float64 oracle, for the tests of this folder."""
+"""The float64 oracle, for the tests of this folder."""
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
-
-# Read by Triton when it is imported. With a GPU the same tests run the compiled kernels.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
