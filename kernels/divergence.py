@@ -6,12 +6,14 @@ before the operation that would make it NaN (docs/losses.md, 9).
 N positions, K support entries, J outcomes, k head, n draws, T temperature.
 """
 
+import functools
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from sparsekd.kernels.objective import Objective
+from sparsekd.kernels.objective import MIXTURE_DIVERGENCES, Objective
 from sparsekd.kernels.statistics import LogitGradient, Statistics, logit_gradient
 from sparsekd.kernels.targets import SparseTargets
 
@@ -53,11 +55,51 @@ def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
 
 
-DIVERGENCE_FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+def jensen_shannon(log_p: Tensor, log_q: Tensor, *, mixture: float) -> Tensor:
+    """b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q, b the mixture, in (0, 1) -> [N]  (4.4)."""
+    log_m = log_mixture(log_p, log_q, share=mixture)
+    return mixture * forward_kl(log_p, log_m) + (1 - mixture) * forward_kl(log_q, log_m)
+
+
+def skewed_forward_kl(log_p: Tensor, log_q: Tensor, *, mixture: float) -> Tensor:
+    """KL(p || a p + (1 - a) q), a the mixture, in [0, 1) -> [N]  (4.5)."""
+    if mixture == 0:
+        return forward_kl(log_p, log_q)
+    return forward_kl(log_p, log_mixture(log_p, log_q, share=mixture))
+
+
+def skewed_reverse_kl(log_p: Tensor, log_q: Tensor, *, mixture: float) -> Tensor:
+    """KL(q || (1 - a) p + a q), a the mixture, in [0, 1) -> [N]  (4.6)."""
+    if mixture == 0:
+        return reverse_kl(log_p, log_q)
+    return forward_kl(log_q, log_mixture(log_q, log_p, share=mixture))
+
+
+def log_mixture(log_a: Tensor, log_b: Tensor, *, share: float) -> Tensor:
+    """log(share * a + (1 - share) * b) of outcomes [N, J], share in (0, 1); finite where both are 0."""
+    # The gradient of logaddexp(-inf, -inf) is NaN; what neither has adds nothing to any divergence.
+    present = (log_a > -torch.inf) | (log_b > -torch.inf)
+    log_a = torch.where(present, log_a, 0.0)
+    log_b = torch.where(present, log_b, 0.0)
+    return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
+
+
+DIVERGENCE_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "total_variation": total_variation,
+    "jensen_shannon": jensen_shannon,
+    "skewed_forward_kl": skewed_forward_kl,
+    "skewed_reverse_kl": skewed_reverse_kl,
 }
+
+
+def divergence_function(objective: Objective) -> Callable[[Tensor, Tensor], Tensor]:
+    """The objective's divergence, its mixture bound: (log_p [N, J], log_q [N, J]) -> [N]."""
+    function = DIVERGENCE_FUNCTIONS[objective.divergence]
+    if objective.divergence in MIXTURE_DIVERGENCES:
+        return functools.partial(function, mixture=objective.mixture)
+    return function
 
 
 def teacher_outcomes(targets: SparseTargets, temperature: float, dtype: torch.dtype) -> Tensor:
@@ -93,7 +135,7 @@ def distillation(statistics: Statistics, targets: SparseTargets, objective: Obje
     log_q = log_q - log_q.logsumexp(1, keepdim=True)
     if objective.target_mode == "truncated":
         log_p, log_q = log_p[:, :-1], log_q[:, :-1]
-    return DIVERGENCE_FUNCTIONS[objective.divergence](log_p, log_q)
+    return divergence_function(objective)(log_p, log_q)
 
 
 def cross_entropy(statistics: Statistics, labels: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:

@@ -81,6 +81,14 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     total.addmm_(left, right)
 
 
+def product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out = left @ right with wide sums, rounded once: `out` [M, N] of the operands' dtype or wide."""
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        wide_product(left, right, out=out)
+
+
 def transform_logits(
     products: Tensor, bias: Tensor | None, head: HeadTransform
 ) -> tuple[Tensor, Tensor | None]:

@@ -9,11 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekd.kernels.chunked import chunked_loss
-from sparsekd.kernels.function import LossInputs, run_fused
+from sparsekd.kernels.blocks import Implementation
+from sparsekd.kernels.function import run_fused
+from sparsekd.kernels.inputs import LossInputs, held_columns
+from sparsekd.kernels.memory import LossShape, MemoryPlan, plan_memory
 from sparsekd.kernels.objective import HeadTransform, Objective, check_combination
 from sparsekd.kernels.reference import reference_loss
-from sparsekd.kernels.targets import SparseTargets
+from sparsekd.kernels.shard import VocabularyShard
+from sparsekd.kernels.targets import SparseTargets, take_rows
+from sparsekd.kernels.torch_block import TORCH
+from sparsekd.kernels.values import check_values
 
 IMPLEMENTATIONS: tuple[str, ...] = ("reference", "torch", "triton")
 
@@ -51,20 +56,29 @@ def sparse_kd_loss(
     head: HeadTransform,
     impl: str,
     chunk_positions: int | None = None,
+    memory_budget: int | None = None,
+    shard: VocabularyShard | None = None,
+    debug: bool = False,
 ) -> LossOutput:
     """Distillation from sparse teacher records plus cross-entropy, fused with the head.
 
     Args:
         hidden: [N, H], bfloat16 or float32 (float64 for `reference` and `torch`).
         weight: [V, H], the head's matrix, dtype of `hidden`; rows from head.vocabulary_size on are padding.
+            With `shard` the rows of this rank.
         bias: [V], dtype of `hidden`, or None.
         targets: the teacher's record; None only with kd_weight 0.
         labels: int64 [N], the true next token; -100 leaves a position out of the cross-entropy.
         weights: float32 [N], >= 0; 0 drops a position from everything.
         objective: resolved (`resolve_objective`).
         head: softcap, scale and true vocabulary size.
-        impl: "reference" (dense, for checking), "torch" (chunked, any device) or "triton" (CUDA).
+        impl: "reference" (dense, for checking), "torch" (any device) or "triton" (CUDA).
         chunk_positions: positions whose logits exist at one time; None takes the implementation's rule.
+        memory_budget: bytes that the loss may take beyond its arguments, its gradients included; the fastest
+            way that keeps it is chosen (`plan_memory`). None takes the rule, whatever it needs.
+        shard: which rows of the vocabulary this rank holds, where the head is split over ranks; every rank
+            gets the whole loss, the whole gradient of `hidden`, and the gradient of its own rows.
+        debug: check also the values of record, labels and weights, which waits for the device.
 
     Returns:
         `LossOutput`.
@@ -72,9 +86,18 @@ def sparse_kd_loss(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value, named with what was expected.
     """
-    _check_tensors(hidden, weight, bias, targets, labels, weights, head)
+    _check_tensors(hidden, weight, bias, targets, labels, weights, head, shard)
     _check_objective(objective, targets)
-    _check_implementation(impl, hidden, chunk_positions)
+    _check_implementation(impl, hidden, chunk_positions, memory_budget, shard)
+    if debug:
+        check_values(
+            targets,
+            labels,
+            weights,
+            vocabulary_size=head.vocabulary_size,
+            temperature=objective.temperature,
+        )
+    plan = _plan(impl, hidden, weight, objective, head, shard, chunk_positions, memory_budget)
     inputs = LossInputs(
         hidden=hidden,
         weight=weight,
@@ -84,7 +107,8 @@ def sparse_kd_loss(
         weights=weights,
         objective=objective,
         head=head,
-        chunk_positions=chunk_positions,
+        shard=shard,
+        plan=plan,
         hidden_gradient=hidden.requires_grad,
         weight_gradient=weight.requires_grad,
         bias_gradient=bias is not None and bias.requires_grad,
@@ -92,11 +116,60 @@ def sparse_kd_loss(
     if impl == "reference":
         return LossOutput(*reference_loss(inputs))
     if impl == "torch":
-        return LossOutput(*run_fused(chunked_loss, inputs))
+        return _of_kept_positions(inputs, TORCH)
     # Imported on use: Triton is not installed everywhere, and reads TRITON_INTERPRET when imported.
-    from sparsekd.kernels.triton_loss import triton_loss
+    from sparsekd.kernels.triton_block import TRITON
 
-    return LossOutput(*run_fused(triton_loss, inputs))
+    # Dropped positions stay where they are, since taking them out would wait for the device: they get value
+    # and gradient 0, but their hidden states must be finite.
+    return LossOutput(*run_fused(TRITON, inputs))
+
+
+def _of_kept_positions(inputs: LossInputs, implementation: Implementation) -> LossOutput:
+    """The loss of the positions of weight > 0, taken out first: the others cost nothing and cannot harm."""
+    kept = inputs.weights.nonzero()[:, 0]
+    count = inputs.hidden.shape[0]
+    if kept.numel() == count:
+        return LossOutput(*run_fused(implementation, inputs))
+    loss, *values = run_fused(
+        implementation,
+        inputs._replace(
+            hidden=inputs.hidden.index_select(0, kept),
+            targets=take_rows(inputs.targets, kept),
+            labels=inputs.labels[kept],
+            weights=inputs.weights[kept],
+        ),
+    )
+    return LossOutput(loss, *(value.new_zeros(count).index_copy_(0, kept, value) for value in values))
+
+
+def _plan(
+    impl: str,
+    hidden: Tensor,
+    weight: Tensor,
+    objective: Objective,
+    head: HeadTransform,
+    shard: VocabularyShard | None,
+    chunk_positions: int | None,
+    memory_budget: int | None,
+) -> MemoryPlan:
+    """How the call is cut; `reference` is dense and takes no cut."""
+    shape = LossShape(
+        positions=hidden.shape[0],
+        vocabulary_size=len(held_columns(weight.shape[0], head, shard)),
+        hidden_size=hidden.shape[1],
+        element_bytes=hidden.element_size(),
+        temperature=objective.temperature,
+        softcap=head.softcap is not None,
+        on_cpu=hidden.device.type == "cpu",
+        sharded=shard is not None,
+    )
+    return plan_memory(
+        "torch" if impl == "reference" else impl,
+        shape,
+        chunk_positions=chunk_positions,
+        memory_budget=memory_budget,
+    )
 
 
 def default_impl(device: torch.device) -> str:
@@ -126,6 +199,7 @@ def _check_tensors(
     labels: Tensor,
     weights: Tensor,
     head: HeadTransform,
+    shard: VocabularyShard | None,
 ) -> None:
     """Shapes, dtypes, devices; nothing that reads values from the device."""
     _expect(hidden.ndim == 2, "hidden's shape", tuple(hidden.shape), "[positions, hidden size]")
@@ -136,12 +210,20 @@ def _check_tensors(
         weight.ndim == 2 and weight.shape[1] == size, "weight's shape", tuple(weight.shape), f"[rows, {size}]"
     )
     rows = weight.shape[0]
-    _expect(
-        0 < head.vocabulary_size <= rows,
-        "head.vocabulary_size",
-        head.vocabulary_size,
-        f"a number from 1 to the weight's {rows} rows",
-    )
+    if shard is None:
+        _expect(
+            0 < head.vocabulary_size <= rows,
+            "head.vocabulary_size",
+            head.vocabulary_size,
+            f"a number from 1 to the weight's {rows} rows",
+        )
+    else:
+        _expect(
+            0 <= shard.start < head.vocabulary_size,
+            "shard.start",
+            shard.start,
+            f"a number from 0 to {head.vocabulary_size - 1}: each rank holds a part of the true vocabulary",
+        )
     _expect(head.scale > 0, "head.scale", head.scale, "a number > 0")
     _expect(head.softcap is None or head.softcap > 0, "head.softcap", head.softcap, "None or a number > 0")
     expected: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [
@@ -186,7 +268,13 @@ def _check_objective(objective: Objective, targets: SparseTargets | None) -> Non
     check_combination(objective, k=k, n=n)
 
 
-def _check_implementation(impl: str, hidden: Tensor, chunk_positions: int | None) -> None:
+def _check_implementation(
+    impl: str,
+    hidden: Tensor,
+    chunk_positions: int | None,
+    memory_budget: int | None,
+    shard: VocabularyShard | None,
+) -> None:
     """The implementation exists and runs on this device and dtype."""
     _expect(impl in IMPLEMENTATIONS, "impl", repr(impl), f"one of {', '.join(IMPLEMENTATIONS)}")
     _expect(
@@ -195,6 +283,9 @@ def _check_implementation(impl: str, hidden: Tensor, chunk_positions: int | None
         chunk_positions,
         "None or a number > 0",
     )
+    if impl == "reference":
+        _expect(shard is None, "shard", shard, "None for impl='reference', which is dense in one process")
+        _expect(memory_budget is None, "memory_budget", memory_budget, "None for impl='reference'")
     if impl != "triton":
         return
     _expect(

@@ -1,130 +1,208 @@
-"""How many positions an implementation takes at a time, and the memory that follows: plain numbers, no torch.
+"""How much of the logits exists at one time, and the memory that follows: plain numbers, no torch.
 
-The implementations read their chunks from here and `plan` its figures, so that the two cannot part.
+The implementations take their sizes from here and `plan` its figures, so that the two cannot part.
 
-N positions, C positions of a chunk or slab, B positions of the gradient buffer, V vocabulary, H hidden.
+N positions, C positions of a slab of logits, B positions of the gradient's buffer, W columns of a slice,
+V vocabulary (of this rank), H hidden.
 """
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
-# `torch`: one chunk of float32 logits is to stay in a core's second-level cache (2 MB); fewer than 128
-# positions make the weight gradient's product slow, more than 1024 gain nothing. Measured on one core,
+# `torch` on a CPU: one slab of float32 logits is to stay in a core's second-level cache (2 MB); fewer than
+# 128 positions make the weight gradient's product slow, more than 1024 gain nothing. Measured on one core,
 # V = 2048, H = 256.
-CHUNK_LOGITS = 512 * 1024
-CHUNK_RANGE = (128, 1024)
+CACHED_LOGITS = 512 * 1024
+CACHED_POSITIONS = (128, 1024)
 
-# `triton`: up to H/2 positions of float32 logits are no larger than the bfloat16 weight gradient; 512 to 2048
+# On a GPU: up to H/2 positions of float32 logits are no larger than the bfloat16 weight gradient; 512 to 2048
 # keep cuBLAS busy; gradients of 8192 positions amortise the weight gradient's passes.
-SLAB_RANGE = (512, 2048)
+SLAB_POSITIONS = (512, 2048)
 BUFFER_POSITIONS = 8192
-BUFFER_BYTES = 2560 * 1024 * 1024
+BUFFER_BYTES = 4 * 1024 * 1024 * 1024
 # Rows start at multiples of 128 elements, so an odd vocabulary keeps aligned products.
 ROW_ALIGNMENT = 128
+
+# Low-memory mode: columns of a slice, the widest that fits first.
+SLICE_COLUMNS = (8192, 4096, 2048, 1024, 512, 256, 128)
 
 # Elements widened at one time when a low-precision gradient is scaled: bounds each temporary to 64 MiB.
 SCALE_ELEMENTS = 16 * 1024 * 1024
 
-WIDE = 4  # bytes of a float32
 
+class LossShape(NamedTuple):
+    """What the memory of one call of the loss depends on.
 
-def chunk_rule(vocabulary_size: int) -> int:
-    """C of `torch`: positions per chunk when the caller does not say."""
-    return min(max(CHUNK_LOGITS // vocabulary_size, CHUNK_RANGE[0]), CHUNK_RANGE[1])
-
-
-def slab_rule(hidden_size: int) -> int:
-    """C of `triton`: positions whose float32 logits exist at one time when the caller does not say."""
-    return min(max(hidden_size // 2, SLAB_RANGE[0]), SLAB_RANGE[1])
-
-
-def row_stride(vocabulary_size: int) -> int:
-    """Elements from one row of `triton`'s slab and buffer to the next."""
-    return math.ceil(vocabulary_size / ROW_ALIGNMENT) * ROW_ALIGNMENT
-
-
-def buffer_rule(count: int, slab: int, row_bytes: int) -> int:
-    """B of `triton`: positions whose gradient exists at one time, a multiple of C; buffers of like size.
-
-    Args:
-        count: N.
-        slab: C.
-        row_bytes: of one position's gradient.
-    """
-    most = max(slab, min(BUFFER_POSITIONS, BUFFER_BYTES // row_bytes))
-    count = max(count, 1)
-    buffers = math.ceil(count / most)
-    return math.ceil(math.ceil(count / buffers) / slab) * slab
-
-
-def chunk_of(
-    impl: str, *, positions: int, vocabulary_size: int, hidden_size: int, chunk_positions: int | None
-) -> int:
-    """C: positions whose logits exist at one time in `torch` or `triton`."""
-    rule = chunk_rule(vocabulary_size) if impl == "torch" else slab_rule(hidden_size)
-    return min(chunk_positions or rule, max(positions, 1))
-
-
-def peak_bytes(
-    impl: str,
-    *,
-    positions: int,
-    vocabulary_size: int,
-    hidden_size: int,
-    element_bytes: int,
-    temperature: float,
-    softcap: bool,
-    chunk_positions: int | None,
-) -> int:
-    """Most bytes alive at one time in forward and backward of the loss, beyond its arguments.
-
-    The gradients that it leaves are counted. What is K wide, or a number per position, is left out: far less.
-
-    Args:
-        impl: "torch" (on the CPU, some positions dropped) or "triton".
+    Attributes:
         positions: N.
-        vocabulary_size: V.
+        vocabulary_size: V, rows of the weight on this rank.
         hidden_size: H.
-        element_bytes: of hidden states and weight: 2 or 4.
+        element_bytes: of hidden states and weight: 2, 4 or 8.
         temperature: T of the objective.
         softcap: whether the head has one.
-        chunk_positions: C; None takes the implementation's rule.
+        on_cpu: whether it runs on the CPU.
+        sharded: whether the vocabulary is split over ranks.
+    """
+
+    positions: int
+    vocabulary_size: int
+    hidden_size: int
+    element_bytes: int
+    temperature: float
+    softcap: bool
+    on_cpu: bool
+    sharded: bool = False
+
+
+class MemoryPlan(NamedTuple):
+    """How one call of the loss is cut.
+
+    Attributes:
+        slab_positions: C, positions whose logits exist at one time; all of them where there are slices.
+        buffer_positions: B, positions whose gradient goes into one product.
+        separate_buffer: whether the gradient has memory of its own, or takes that of the logits.
+        row_stride: elements from one row of slab and buffer to the next.
+        slice_columns: W of the low-memory mode, in which logits are made twice; 0 for whole rows.
+        peak_bytes: most bytes alive at one time in forward and backward, beyond the arguments. The gradients
+            that are left are counted. What is K wide, or a number per position, is not: far less.
+    """
+
+    slab_positions: int
+    buffer_positions: int
+    separate_buffer: bool
+    row_stride: int
+    slice_columns: int
+    peak_bytes: int
+
+
+def plan_memory(
+    impl: str, shape: LossShape, *, chunk_positions: int | None = None, memory_budget: int | None = None
+) -> MemoryPlan:
+    """The fastest cut whose peak stays within a budget.
+
+    Args:
+        impl: "torch" or "triton".
+        shape: of the call.
+        chunk_positions: C and B at most; None takes the implementation's rule. Does not go with a budget.
+        memory_budget: bytes for `peak_bytes`; None takes the rule whatever it needs.
 
     Raises:
-        ValueError: no formula for this implementation.
+        ValueError: an unknown implementation, both arguments, or a budget that no cut keeps.
     """
-    chunk = chunk_of(
-        impl,
-        positions=positions,
-        vocabulary_size=vocabulary_size,
-        hidden_size=hidden_size,
-        chunk_positions=chunk_positions,
+    if impl not in ("torch", "triton"):
+        raise ValueError(f"impl is {impl!r}, expected 'torch' or 'triton': no other has a formula")
+    if chunk_positions is not None and memory_budget is not None:
+        raise ValueError(
+            f"memory_budget is {memory_budget} and chunk_positions {chunk_positions}, expected one of them: "
+            "a budget chooses the chunks"
+        )
+    tried = []
+    for plan in _plans(impl, shape, chunk_positions):
+        if memory_budget is None or plan.peak_bytes <= memory_budget:
+            return plan
+        tried.append(plan.peak_bytes)
+    raise ValueError(
+        f"memory_budget is {memory_budget} bytes, expected at least {min(tried)}, the least that "
+        f"impl='{impl}' needs for {shape.positions} positions, a vocabulary of {shape.vocabulary_size} and "
+        f"hidden size {shape.hidden_size}: raise it, or take fewer positions in a micro-batch"
     )
-    of_weight, of_hidden = vocabulary_size * hidden_size, positions * hidden_size
-    if impl == "torch":
-        # Logits, which become their gradient; at T != 1 the powers at T and their operand; a softcap's slope.
-        slabs = 1 + (2 if temperature != 1.0 else 0) + (1 if softcap else 0)
-        # Low-precision weights are widened as a whole. Kept positions are copied.
-        widened = WIDE * of_weight if element_bytes < WIDE else 0
-        forward = slabs * WIDE * chunk * vocabulary_size + widened + element_bytes * of_hidden
-        forward += WIDE * (of_weight + of_hidden)
-        # Both float32 gradients, the scaled one of hidden, and that of weight before and after its rounding.
-        rounded = element_bytes * of_weight if element_bytes < WIDE else 0
-        backward = WIDE * (of_weight + of_hidden) + element_bytes * of_hidden + WIDE * of_weight + rounded
-        return max(forward, backward)
-    if impl != "triton":
-        raise ValueError(f"impl is {impl!r}, expected 'torch' or 'triton'")
-    stride = row_stride(vocabulary_size)
-    buffer = buffer_rule(positions, chunk, stride * element_bytes)
-    # One buffer makes the weight's gradient at once; several add up in float32, which is rounded at the end.
-    sums = (WIDE if element_bytes < WIDE else 0) if positions > buffer else 0
-    gradients = element_bytes * (of_weight + of_hidden)
-    forward = stride * (WIDE * chunk + element_bytes * min(buffer, max(positions, 1)))
-    forward += gradients + sums * of_weight
-    # The widened part of a low-precision gradient and its multiple.
-    scaling = 2 * WIDE * min(SCALE_ELEMENTS, max(of_weight, of_hidden)) if element_bytes < WIDE else 0
-    return max(forward, 2 * gradients + scaling)
 
 
 def dense_bytes(positions: int, vocabulary_size: int) -> int:
     """Peak of distilling with whole logits: student's, teacher's and one gradient, float32 [N, V] each."""
-    return 3 * WIDE * positions * vocabulary_size
+    return 3 * 4 * positions * vocabulary_size
+
+
+def _plans(impl: str, shape: LossShape, chunk_positions: int | None) -> Iterator[MemoryPlan]:
+    """Yields cuts, the fastest first; each smaller than the one before in what it holds of the logits."""
+    in_place = impl == "torch" and shape.on_cpu
+    lowest, highest = CACHED_POSITIONS if in_place else SLAB_POSITIONS
+    rule = CACHED_LOGITS // shape.vocabulary_size if in_place else shape.hidden_size // 2
+    slab = chunk_positions or min(max(rule, lowest), highest)
+    if in_place:
+        yield _slabs(impl, shape, slab, slab, separate=False)
+    else:
+        stride_bytes = row_stride(shape.vocabulary_size) * shape.element_bytes
+        most = max(slab, min(BUFFER_POSITIONS, BUFFER_BYTES // stride_bytes))
+        buffer = balanced(shape.positions, most, slab)
+        yield _slabs(impl, shape, slab, buffer, separate=True)
+        # Each halving adds a pass over the weight gradient; several are cheaper than a fourth product.
+        while buffer > lowest:
+            buffer = balanced(shape.positions, max(buffer // 2, lowest), lowest)
+            yield _slabs(impl, shape, lowest, buffer, separate=True)
+    for columns in SLICE_COLUMNS:
+        if columns < shape.vocabulary_size or columns == SLICE_COLUMNS[-1]:
+            yield _slices(impl, shape, columns)
+
+
+def row_stride(vocabulary_size: int) -> int:
+    """Elements from one row of a GPU's slab and buffer to the next."""
+    return math.ceil(vocabulary_size / ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def balanced(positions: int, most: int, slab: int) -> int:
+    """B: a multiple of C, at most about `most`, so that all buffers are of like size."""
+    count = max(positions, 1)
+    buffers = math.ceil(count / max(most, 1))
+    return math.ceil(math.ceil(count / buffers) / slab) * slab
+
+
+class _Widths(NamedTuple):
+    """Bytes per element of what an implementation makes."""
+
+    wide: int  # logits and sums
+    operand: int  # what enters the products
+    widened: int  # of an operand's wide copy: 0 where it enters as it is
+    logits: int  # of everything as large as the logits at one time, `wide` and its multiples
+
+
+def _widths(impl: str, shape: LossShape) -> _Widths:
+    wide = max(shape.element_bytes, 4)
+    # On a CPU `torch` widens low-precision operands; Triton's interpreter does not.
+    widens = impl == "torch" and shape.on_cpu and shape.element_bytes < wide
+    # `torch` keeps the powers at T beside those at 1, and the slope of a softcap.
+    tensors = 1 + (impl == "torch") * ((shape.temperature != 1.0) + shape.softcap)
+    return _Widths(wide, wide if widens else shape.element_bytes, wide if widens else 0, wide * tensors)
+
+
+def _slabs(impl: str, shape: LossShape, slab: int, buffer: int, *, separate: bool) -> MemoryPlan:
+    """The default mode, whole rows of the vocabulary."""
+    widths, element = _widths(impl, shape), shape.element_bytes
+    of_weight = shape.vocabulary_size * shape.hidden_size
+    of_hidden = shape.positions * shape.hidden_size
+    stride = row_stride(shape.vocabulary_size) if separate else shape.vocabulary_size
+    held = max(min(slab, shape.positions), 1)
+    buffered = max(min(buffer, shape.positions), 1) * stride * widths.operand if separate else 0
+    # One buffer of low precision makes the weight's gradient at once; else a wide sum, rounded in backward.
+    at_once = shape.positions <= buffer and widths.operand < widths.wide
+    weight_sum = of_weight * (element if at_once else widths.wide)
+    hidden_gradient = of_hidden * (widths.wide if shape.sharded else widths.operand)
+
+    # `torch` takes the positions that count out first: a copy of the hidden states.
+    arguments = widths.widened * of_weight + (element * of_hidden if impl == "torch" else 0)
+    logits = widths.logits * held * stride
+    forward = arguments + buffered + hidden_gradient
+    forward += max(logits, weight_sum) if at_once else logits + weight_sum
+    scaled = element * (of_weight + of_hidden)
+    if element < widths.wide:  # a part of a gradient, widened where it is not wide, and its multiple
+        scaled += (1 + at_once) * widths.wide * min(SCALE_ELEMENTS, max(of_weight, of_hidden))
+    backward = hidden_gradient + weight_sum + scaled
+    return MemoryPlan(slab, buffer, separate, stride, 0, max(forward, backward))
+
+
+def _slices(impl: str, shape: LossShape, columns: int) -> MemoryPlan:
+    """The low-memory mode, slices of the vocabulary."""
+    widths, element = _widths(impl, shape), shape.element_bytes
+    held = min(columns, shape.vocabulary_size)
+    of_hidden = shape.positions * shape.hidden_size
+    separate = widths.operand < widths.wide
+    logits = (widths.logits + (widths.operand if separate else 0)) * shape.positions * held
+    # A slice of the weight, and of its gradient before the rounding.
+    widened = widths.widened * (of_hidden + 2 * held * shape.hidden_size)
+    arguments = element * of_hidden if impl == "torch" else 0
+    gradients = element * shape.vocabulary_size * shape.hidden_size + widths.wide * of_hidden
+    gradients += element * of_hidden if element < widths.wide else 0
+    peak = arguments + logits + widened + gradients
+    positions = max(shape.positions, 1)
+    return MemoryPlan(positions, positions, separate, held, columns, peak)

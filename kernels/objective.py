@@ -8,7 +8,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-DIVERGENCES: tuple[str, ...] = ("forward_kl", "reverse_kl", "total_variation")
+from sparsekd.kernels.temperature import check_temperature, same_temperature
+
+DIVERGENCES: tuple[str, ...] = (
+    "forward_kl",
+    "reverse_kl",
+    "total_variation",
+    "jensen_shannon",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+)
+# Those that compare with a mixture of teacher and student, and so read `Objective.mixture`.
+MIXTURE_DIVERGENCES: tuple[str, ...] = ("jensen_shannon", "skewed_forward_kl", "skewed_reverse_kl")
 TARGET_MODES: tuple[str, ...] = ("tail_bucket", "sampled", "renormalized", "truncated")
 # `sampled` would be biased for a divergence that is not linear in the teacher; the sum over the head alone is
 # no divergence at all, and only its forward form is in use.
@@ -23,6 +34,8 @@ class Objective:
         kd_weight: factor of the distillation term; 0 makes the same program the CE-only baseline.
         ce_weight: factor of the cross-entropy with the true next token.
         divergence: one of `DIVERGENCES`.
+        mixture: beta of Jensen-Shannon, in (0, 1); alpha of the skewed divergences, in [0, 1); not read by
+            the others (docs/losses.md, 4).
         target_mode: one of `TARGET_MODES`, or "auto" until `resolve_objective` has seen the store.
         temperature: T of teacher and student in the distillation term; T^2 multiplies its value and gradient.
         label_smoothing: share of the label's mass spread evenly over the vocabulary, in [0, 1).
@@ -32,6 +45,7 @@ class Objective:
     kd_weight: float
     ce_weight: float
     divergence: str
+    mixture: float
     target_mode: str
     temperature: float
     label_smoothing: float
@@ -60,7 +74,8 @@ def resolve_objective(
         objective: what the user asked for.
         k: entries of the record's exact head.
         n: draws of the record's sampled tail.
-        temperatures: the record's grid, for which it holds the rest's mass.
+        temperatures: the record's grid, at which it holds the rest's mass; between 1 and its highest
+            temperature that mass is interpolated.
         draw_temperature: temperature at which the tail was drawn.
 
     Returns:
@@ -85,12 +100,7 @@ def resolve_objective(
     resolved = replace(objective, target_mode=mode)
     check_combination(resolved, k=k, n=n)
     _check_draw_temperature(resolved, k=k, draw_temperature=draw_temperature)
-    if not any(_same(objective.temperature, value) for value in temperatures):
-        raise ValueError(
-            f"temperature is {objective.temperature}, but the store holds the rest's mass at "
-            f"{', '.join(f'{value:g}' for value in temperatures)} only: choose one of these, "
-            "or capture again with a grid that holds it"
-        )
+    check_temperature(resolved.temperature, temperatures)
     return resolved
 
 
@@ -117,7 +127,7 @@ def _check_numbers(objective: Objective) -> None:
 
 
 def check_combination(objective: Objective, *, k: int, n: int) -> None:
-    """Raise for a target mode that the record or the divergence does not allow.
+    """Raise for a target mode that the record or the divergence does not allow, or an illegal mixture.
 
     Args:
         objective: its target mode settled.
@@ -146,17 +156,27 @@ def check_combination(objective: Objective, *, k: int, n: int) -> None:
             f"divergence {objective.divergence!r} is not defined in target_mode {mode!r}: "
             f"use divergence=forward_kl{'' if k == 0 else ', or target_mode=tail_bucket'}"
         )
+    if objective.divergence in MIXTURE_DIVERGENCES:
+        _check_mixture(objective)
+
+
+def _check_mixture(objective: Objective) -> None:
+    """Raise for a mixture at which the objective's divergence does not exist."""
+    # At 0 a skewed divergence is the plain one, while Jensen-Shannon is 0 for every student.
+    zero_is_legal = objective.divergence != "jensen_shannon"
+    value = objective.mixture
+    if not (0 < value < 1 or (zero_is_legal and value == 0)):
+        raise ValueError(
+            f"mixture is {value}, expected a number in {'[' if zero_is_legal else '('}0, 1) for divergence "
+            f"{objective.divergence!r}"
+        )
 
 
 def _check_draw_temperature(objective: Objective, *, k: int, draw_temperature: float) -> None:
     """Raise where draws made at one temperature are asked to speak for another."""
-    if objective.target_mode == "sampled" and not _same(objective.temperature, draw_temperature):
+    if objective.target_mode == "sampled" and not same_temperature(objective.temperature, draw_temperature):
         raise ValueError(
             f"target_mode 'sampled' needs temperature={draw_temperature:g}, at which the store's tail was "
             f"drawn, found {objective.temperature:g}: set temperature={draw_temperature:g}, or capture again "
             f"with that draw temperature{'' if k == 0 else ', or use target_mode=tail_bucket'}"
         )
-
-
-def _same(left: float, right: float) -> bool:
-    return math.isclose(left, right, rel_tol=1e-6)

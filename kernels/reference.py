@@ -9,9 +9,9 @@ N positions, K stored entries, k head, V vocabulary (true), H hidden, T temperat
 import torch
 from torch import Tensor
 
-from sparsekd.kernels.divergence import DIVERGENCE_FUNCTIONS
-from sparsekd.kernels.function import LossInputs
+from sparsekd.kernels.divergence import divergence_function
 from sparsekd.kernels.gemm import wide_dtype
+from sparsekd.kernels.inputs import LossInputs
 from sparsekd.kernels.objective import Objective
 from sparsekd.kernels.targets import SparseTargets, take_rows
 
@@ -47,7 +47,7 @@ def dense_distillation(logits: Tensor, targets: SparseTargets, objective: Object
         return -targets.entropy - (torch.where(present, weights, 0.0) * log_q.gather(1, ids)).sum(1)
 
     log_q_head = torch.where(head_present, log_q.gather(1, head_ids), -torch.inf)
-    divergence = DIVERGENCE_FUNCTIONS[objective.divergence]
+    divergence = divergence_function(objective)
     if objective.target_mode == "truncated":
         return divergence(log_p_head, log_q_head)
     if objective.target_mode == "renormalized":

@@ -2,12 +2,15 @@
 
 They run in this order on a slab of raw products hidden @ weight.T (docs/losses.md, 8):
 `prep` reads the support's and the label's logits, then punches the support out of the slab as -inf;
-`stats` makes maximum, logsumexps and sum of what remains in one read;
+`stats` makes maximum, sums of powers and sum of what remains in one read;
 `grad` writes the dense part of the gradient from a second read;
 `fix` overwrites the support and the label.
 Separate kernels, because none may read what another thread of the same program just wrote.
 
-C positions of the slab, K support entries, V vocabulary (true), z = softcap(scale * (product + bias)),
+Where T is 1, 2 or 4 one exponential serves both temperatures: exp(z) = exp(z / T)^T, by SQUARINGS = log2 T
+squarings; -1 stands for any other T.
+
+C positions of the slab, K support entries, V columns of the slab, z = softcap(scale * (product + bias)),
 u = z / T.
 """
 
@@ -37,14 +40,22 @@ def _transform(product, bias, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _squared(power, SQUARINGS: tl.constexpr):
+    """power^(2^SQUARINGS)."""
+    for _ in tl.static_range(SQUARINGS):
+        power = power * power
+    return power
+
+
+@triton.jit
 def prep_kernel(
     slab_ptr,  # float32 [C, stride]; support entries become -inf
     bias_ptr,  # float32 [V]
-    ids_ptr,  # int64 [C, K], -1 pads
-    labels_ptr,  # int64 [C], negative is ignored
+    ids_ptr,  # int64 [C, K], -1 where padded or in no column of the slab
+    labels_ptr,  # int64 [C], negative where ignored or in no column of the slab
     support_ptr,  # float32 [C, K] out: z at the ids, -inf at padding
     support_slope_ptr,  # float32 [C, K] out: dz/dproduct there
-    label_ptr,  # float32 [C] out: z at the label, 0 where ignored
+    label_ptr,  # float32 [C] out: z at the label, -inf where there is none
     label_slope_ptr,  # float32 [C] out
     slab_stride,
     entries,  # K
@@ -73,7 +84,8 @@ def prep_kernel(
     lane = tl.arange(0, 1)
     label = tl.load(labels_ptr + row + lane)
     hit = present & (ids == label)
-    outside = (label >= 0) & (tl.sum(hit.to(tl.int32), 0) + lane == 0)
+    inside = tl.sum(hit.to(tl.int32), 0) + lane > 0
+    outside = (label >= 0) & (lane == 0) & ~inside
     product = tl.load(slab_row + label, mask=outside, other=0.0)
     label_bias = tl.zeros([1], tl.float32)
     if HAS_BIAS:
@@ -81,10 +93,10 @@ def prep_kernel(
     lone, lone_slope = _transform(product, label_bias, scale, softcap, HAS_SOFTCAP)
     from_support = tl.sum(tl.where(hit, logits, 0.0), 0)
     from_support_slope = tl.sum(tl.where(hit, slope, 0.0), 0)
-    from_slab = tl.sum(tl.where(outside, lone, 0.0), 0)
-    from_slab_slope = tl.sum(tl.where(outside, lone_slope, 0.0), 0)
-    tl.store(label_ptr + row, from_support + from_slab)
-    tl.store(label_slope_ptr + row, from_support_slope + from_slab_slope)
+    value = tl.where(inside, from_support, tl.where(outside, lone, float("-inf")))
+    value_slope = tl.where(inside, from_support_slope, tl.where(outside, lone_slope, 0.0))
+    tl.store(label_ptr + row + lane, value)
+    tl.store(label_slope_ptr + row + lane, value_slope)
     tl.store(slab_row + ids, tl.full([BLOCK_K], float("-inf"), tl.float32), mask=present)
 
 
@@ -93,18 +105,18 @@ def stats_kernel(
     slab_ptr,  # float32 [C, stride], punched
     bias_ptr,  # float32 [V]
     maximum_ptr,  # float32 [C] out: largest z outside the support, -inf where nothing is outside
-    rest_t_ptr,  # float32 [C] out: logsumexp of u outside the support
-    rest_1_ptr,  # float32 [C] out: logsumexp of z outside the support
-    sum_ptr,  # float32 [C] out: sum of z outside the support; 0 unless NEEDS_SUM
+    sum_t_ptr,  # float32 [C] out: sum of exp((z - maximum) / T) outside the support
+    sum_1_ptr,  # float32 [C] out: sum of exp(z - maximum) outside the support
+    total_ptr,  # float32 [C] out: sum of z outside the support; 0 unless NEEDS_TOTAL
     slab_stride,
-    vocabulary_size,
+    columns,  # V
     scale,
     softcap,
     inverse_temperature,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    UNIT_TEMPERATURE: tl.constexpr,
-    NEEDS_SUM: tl.constexpr,
+    SQUARINGS: tl.constexpr,
+    NEEDS_TOTAL: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -115,38 +127,40 @@ def stats_kernel(
     sum_t = tl.zeros([BLOCK_V], tl.float32)
     sum_1 = tl.zeros([BLOCK_V], tl.float32)
     total = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, vocabulary_size, BLOCK_V):
+    for start in range(0, columns, BLOCK_V):
         column = start + lane
-        inside = column < vocabulary_size
+        inside = column < columns
         products = tl.load(slab_row + column, mask=inside, other=float("-inf"))
         bias = tl.zeros([BLOCK_V], tl.float32)
         if HAS_BIAS:
             bias = tl.load(bias_ptr + column, mask=inside, other=0.0)
         logits, _ = _transform(products, bias, scale, softcap, HAS_SOFTCAP)
-        if NEEDS_SUM:
+        if NEEDS_TOTAL:
             total += tl.where(logits > float("-inf"), logits, 0.0)
         higher = tl.maximum(maximum, logits)
         # -inf - -inf is NaN: a lane that has seen nothing yet subtracts 0.
         shift = tl.where(higher > float("-inf"), higher, 0.0)
-        sum_1 = sum_1 * tl.exp(maximum - shift) + tl.exp(logits - shift)
-        if not UNIT_TEMPERATURE:
+        if SQUARINGS < 0:
             fading = tl.exp((maximum - shift) * inverse_temperature)
             sum_t = sum_t * fading + tl.exp((logits - shift) * inverse_temperature)
+            sum_1 = sum_1 * tl.exp(maximum - shift) + tl.exp(logits - shift)
+        else:
+            fading = tl.exp((maximum - shift) * inverse_temperature)
+            power = tl.exp((logits - shift) * inverse_temperature)
+            if SQUARINGS > 0:
+                sum_t = sum_t * fading + power
+            sum_1 = sum_1 * _squared(fading, SQUARINGS) + _squared(power, SQUARINGS)
         maximum = higher
     highest = tl.max(maximum, 0)
     shift = tl.where(highest > float("-inf"), highest, 0.0)
     row_1 = tl.sum(sum_1 * tl.exp(maximum - shift), 0)
-    empty = row_1 == 0
-    rest_1 = tl.where(empty, float("-inf"), tl.log(tl.where(empty, 1.0, row_1)) + shift)
-    rest_t = rest_1
-    if not UNIT_TEMPERATURE:
+    row_t = row_1
+    if SQUARINGS != 0:
         row_t = tl.sum(sum_t * tl.exp((maximum - shift) * inverse_temperature), 0)
-        safe = tl.log(tl.where(empty, 1.0, row_t)) + shift * inverse_temperature
-        rest_t = tl.where(empty, float("-inf"), safe)
     tl.store(maximum_ptr + row, highest)
-    tl.store(rest_1_ptr + row, rest_1)
-    tl.store(rest_t_ptr + row, rest_t)
-    tl.store(sum_ptr + row, tl.sum(total, 0))
+    tl.store(sum_t_ptr + row, row_t)
+    tl.store(sum_1_ptr + row, row_1)
+    tl.store(total_ptr + row, tl.sum(total, 0))
 
 
 @triton.jit
@@ -161,18 +175,19 @@ def grad_kernel(
     uniform_ptr,  # float32 [C], added at every true column
     slab_stride,
     gradient_stride,
-    vocabulary_size,
+    columns,  # V
     scale,
     softcap,
+    temperature,
     inverse_temperature,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    UNIT_TEMPERATURE: tl.constexpr,
+    SQUARINGS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    inside = column < vocabulary_size
+    inside = column < columns
     products = tl.load(slab_ptr + row * slab_stride + column, mask=inside, other=float("-inf"))
     bias = tl.zeros([BLOCK_V], tl.float32)
     if HAS_BIAS:
@@ -184,15 +199,20 @@ def grad_kernel(
     by_rest_t = tl.load(by_rest_t_ptr + row)
     uniform = tl.load(uniform_ptr + row)
     # A coefficient of 0 (a dropped position) wins over an exponential that overflowed.
-    if UNIT_TEMPERATURE:
+    if SQUARINGS == 0:
         by_rest_1 += by_rest_t
         value = tl.where(by_rest_1 == 0, 0.0, by_rest_1 * tl.exp(logits - rest_1)) + uniform
     else:
         rest_t = tl.load(rest_t_ptr + row)
         rest_t = tl.where(rest_t > float("-inf"), rest_t, 0.0)
-        value = tl.where(by_rest_1 == 0, 0.0, by_rest_1 * tl.exp(logits - rest_1)) + uniform
         power = tl.exp(logits * inverse_temperature - rest_t)
-        value += tl.where(by_rest_t == 0, 0.0, by_rest_t * power)
+        value = tl.where(by_rest_t == 0, 0.0, by_rest_t * power) + uniform
+        if SQUARINGS < 0:
+            power_1 = tl.exp(logits - rest_1)
+        else:
+            # exp(z - rest_1); the factor is between 1 and V^(T - 1).
+            power_1 = _squared(power, SQUARINGS) * tl.exp(temperature * rest_t - rest_1)
+        value += tl.where(by_rest_1 == 0, 0.0, by_rest_1 * power_1)
     gradient = gradient_ptr + row * gradient_stride + column
     tl.store(gradient, (value * slope).to(gradient_ptr.dtype.element_ty), mask=inside)
 

@@ -118,13 +118,24 @@ class ObjectiveConfig:
     kd_weight: float = option(1.0, "Weight of the distillation loss; 0 is the CE-only baseline.", minimum=0.0)
     ce_weight: float = option(0.0, "Weight of the cross-entropy with the true tokens.", minimum=0.0)
     divergence: str = option("forward_kl", "Divergence between teacher and student.", choices=DIVERGENCES)
+    # What DistiLLM uses for its skewed divergences (arXiv 2402.03898), and the one of GKD's values for
+    # Jensen-Shannon, 0.1, 0.5 and 0.9, that is nearest to forward KL (arXiv 2306.13649); docs/losses.md, 4.
+    mixture: float = option(
+        0.1,
+        "Share of the teacher in jensen_shannon's mixture (beta; 0.5 is the symmetric one), or of the "
+        "distribution itself in that of the skewed divergences (alpha); the others do not read it.",
+        minimum=0.0,
+        maximum=1.0,
+    )
     target_mode: str = option(
         "auto",
         "What the record's rest becomes; auto is sampled for n>0 and tail_bucket for n=0.",
         choices=("auto", *TARGET_MODES),
     )
     temperature: float = option(
-        1.0, "Temperature of the distillation loss; one of the store's grid.", minimum=0.05
+        1.0,
+        "Temperature of the distillation loss, on the store's grid or between 1 and its highest.",
+        minimum=0.05,
     )
     label_smoothing: float = option(
         0.0, "Share of the cross-entropy spread over the vocabulary.", minimum=0.0, maximum=0.999
@@ -135,7 +146,15 @@ class ObjectiveConfig:
         "Implementation of the loss; auto is triton on a GPU and torch elsewhere, and is announced.",
         choices=("auto", "reference", "torch", "triton"),
     )
-    chunk_positions: int | None = option(None, "Positions whose logits exist at one time.", minimum=1)
+    chunk_positions: int | None = option(
+        None, "Positions whose logits exist at one time; the default follows the sizes.", minimum=1
+    )
+    memory_gib: float | None = option(
+        None,
+        "Most memory of the loss in GiB, its gradients included, instead of chunk_positions; where little, "
+        "logits are made twice, in slices of the vocabulary. `plan` shows what the default takes.",
+        minimum=0.0,
+    )
 
 
 @dataclass

@@ -76,6 +76,7 @@ def build(
         kd_weight=0.6,
         ce_weight=0.4,
         divergence="forward_kl",
+        mixture=0.1,
         target_mode=mode,
         temperature=temperature,
         label_smoothing=0.05,

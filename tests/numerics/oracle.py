@@ -3,12 +3,15 @@
 N positions, K stored entries, k head, n draws, V true vocabulary, H hidden.
 """
 
+import unittest.mock
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsekd.kernels import loss as loss_module
+from sparsekd.kernels import memory
 from sparsekd.kernels.loss import LossOutput, sparse_kd_loss
 from sparsekd.kernels.objective import HeadTransform, Objective
 from sparsekd.kernels.targets import SparseTargets
@@ -17,6 +20,7 @@ PLAIN = Objective(
     kd_weight=0.7,
     ce_weight=0.4,
     divergence="forward_kl",
+    mixture=0.1,
     target_mode="tail_bucket",
     temperature=1.0,
     label_smoothing=0.0,
@@ -31,7 +35,17 @@ def objective(**changes: Any) -> Objective:
 
 def device_of(impl: str) -> torch.device:
     """Where an implementation runs in these tests."""
-    return torch.device("cuda" if impl == "triton" and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if impl.startswith("triton") and torch.cuda.is_available() else "cpu")
+
+
+# No divisor of the tests' vocabularies: the last slice is narrower.
+SLICE_COLUMNS = 16
+
+
+def _plan_of_slices(impl: str, shape: memory.LossShape, **_: Any) -> memory.MemoryPlan:
+    """A plan of the low-memory mode, for vocabularies too small to ask for it."""
+    plan = memory.plan_memory(impl, shape)
+    return plan._replace(slice_columns=SLICE_COLUMNS)
 
 
 @dataclass
@@ -163,7 +177,20 @@ def _position_kd(z: Tensor, case: Case, t: int) -> Tensor:
     p, p_rest = unnormalised / total, rest / total
     log_q = u - u.logsumexp(0)
 
+    def relative_entropy(first: Tensor, second: Tensor) -> Tensor:
+        some = first > 0
+        return (first[some] * (first[some].log() - second[some].log())).sum()
+
     def divergence(teacher: Tensor, log_student: Tensor) -> Tensor:
+        student, share = log_student.exp(), wanted.mixture
+        if wanted.divergence == "jensen_shannon":
+            middle = share * teacher + (1 - share) * student
+            ours, theirs = relative_entropy(student, middle), relative_entropy(teacher, middle)
+            return share * theirs + (1 - share) * ours
+        if wanted.divergence == "skewed_forward_kl":
+            return relative_entropy(teacher, share * teacher + (1 - share) * student)
+        if wanted.divergence == "skewed_reverse_kl":
+            return relative_entropy(student, (1 - share) * teacher + share * student)
         if wanted.divergence == "forward_kl":
             some = teacher > 0
             return (teacher[some] * (teacher[some].log() - log_student[some])).sum()
@@ -240,9 +267,18 @@ def dense(case: Case) -> Result:
     )
 
 
-def call(case: Case, impl: str, *, chunk: int | None = None, frozen: tuple[str, ...] = ()) -> Any:
-    """(LossOutput, leaves by name) of the package, on the implementation's device."""
+def call(
+    case: Case, impl: str, *, chunk: int | None = None, frozen: tuple[str, ...] = (), shard: Any = None
+) -> Any:
+    """(LossOutput, leaves by name) of the package, on the implementation's device.
+
+    "torch/slices" and "triton/slices" are the low-memory mode, in slices of SLICE_COLUMNS.
+    """
     device = device_of(impl)
+    impl, _, mode = impl.partition("/")
+    if mode == "slices":
+        with unittest.mock.patch.object(loss_module, "plan_memory", _plan_of_slices):
+            return call(case, impl, frozen=frozen, shard=shard)
     leaves = {"hidden": case.hidden, "weight": case.weight}
     if case.bias is not None:
         leaves["bias"] = case.bias
@@ -262,13 +298,16 @@ def call(case: Case, impl: str, *, chunk: int | None = None, frozen: tuple[str, 
         head=case.head,
         impl=impl,
         chunk_positions=chunk,
+        shard=shard,
     )
     return output, leaves
 
 
-def measured(case: Case, impl: str, *, chunk: int | None = 3, upstream: float = 1.0) -> Result:
+def measured(
+    case: Case, impl: str, *, chunk: int | None = 3, upstream: float = 1.0, shard: Any = None
+) -> Result:
     """The package's values, and its gradients divided by the upstream gradient they were made with."""
-    output, leaves = call(case, impl, chunk=chunk)
+    output, leaves = call(case, impl, chunk=chunk, shard=shard)
     assert isinstance(output, LossOutput)
     (output.loss * upstream).backward()
 

@@ -5,7 +5,7 @@ import torch
 
 from sparsekd.kernels.targets import SparseTargets
 
-IMPLEMENTATIONS = ("reference", "torch", "triton")
+IMPLEMENTATIONS = ("reference", "torch", "torch/slices", "triton", "triton/slices")
 BOUND = 1e-5
 
 

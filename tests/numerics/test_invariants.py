@@ -6,7 +6,7 @@ import torch
 from sparsekd.kernels.objective import HeadTransform
 from sparsekd.kernels.targets import SparseTargets
 
-IMPLEMENTATIONS = ("reference", "torch", "triton")
+IMPLEMENTATIONS = ("reference", "torch", "torch/slices", "triton")
 
 
 def logits_as_hidden(oracle, logits, **changes):

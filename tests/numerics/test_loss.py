@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-IMPLEMENTATIONS = ("reference", "torch", "triton")
+IMPLEMENTATIONS = ("reference", "torch", "torch/slices", "triton")
 MODES = (
     ("tail_bucket", "forward_kl"),
     ("sampled", "forward_kl"),
@@ -22,7 +22,15 @@ BOUND = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 # The interpreter is slow and the row kernels know no modes, so they see each of them at one temperature.
 @pytest.mark.parametrize(
     ("impl", "temperature"),
-    [("reference", 1.0), ("reference", 2.0), ("torch", 1.0), ("torch", 2.0), ("triton", 2.0)],
+    [
+        ("reference", 1.0),
+        ("reference", 2.0),
+        ("torch", 1.0),
+        ("torch", 2.0),
+        ("torch/slices", 2.0),
+        ("triton", 2.0),
+        ("triton/slices", 1.5),
+    ],
 )
 @pytest.mark.parametrize(("mode", "divergence"), MODES)
 def test_every_objective(oracle, impl, mode, divergence, temperature):
@@ -51,7 +59,7 @@ def test_bfloat16(oracle, impl, mode, temperature):
     oracle.check(found, oracle.dense(case), BOUND[torch.bfloat16])
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", "torch", "torch/slices"])
 @pytest.mark.parametrize(("mode", "divergence"), MODES)
 def test_float64_is_exact(oracle, impl, mode, divergence):
     case = oracle.make_case(
@@ -102,7 +110,7 @@ def test_chunks_do_not_matter(oracle, impl, monkeypatch):
         from sparsekd.kernels import memory
 
         monkeypatch.setattr(memory, "BUFFER_POSITIONS", 4)
-        assert memory.buffer_rule(11, 2, 4) == 4
+        assert memory.balanced(11, 4, 2) == 4
         oracle.check(oracle.measured(case, impl, chunk=2), expected, BOUND[torch.float32])
 
 
@@ -145,8 +153,8 @@ def test_frozen_head_makes_no_weight_gradient(oracle, impl, monkeypatch):
     from sparsekd.kernels import function
 
     seen = []
-    original = function.FusedLoss.apply
-    monkeypatch.setattr(function.FusedLoss, "apply", lambda *given: seen.append(given[3]) or original(*given))
+    original = function.SlabLoss.apply
+    monkeypatch.setattr(function.SlabLoss, "apply", lambda *given: seen.append(given[3]) or original(*given))
     oracle.call(oracle.make_case(), impl, frozen=("weight", "bias"))
     assert [(x.hidden_gradient, x.weight_gradient, x.bias_gradient) for x in seen] == [(True, False, False)]
 

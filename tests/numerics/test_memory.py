@@ -13,7 +13,7 @@ from sparsekd.kernels.loss import sparse_kd_loss
 TOLERANCE = 0.1
 
 
-def measured_peak(path, case, dtype, chunk) -> int:
+def measured_peak(path, case, dtype, **how) -> int:
     """Most bytes alive in forward and backward beyond what was there before."""
     hidden, weight = (value.to(dtype).requires_grad_() for value in (case.hidden, case.weight))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
@@ -27,7 +27,7 @@ def measured_peak(path, case, dtype, chunk) -> int:
             objective=case.objective,
             head=case.head,
             impl="torch",
-            chunk_positions=chunk,
+            **how,
         )
         output.loss.backward()
     found.export_chrome_trace(str(path))
@@ -42,19 +42,31 @@ def measured_peak(path, case, dtype, chunk) -> int:
     return peak
 
 
+def shape_of(case, dtype) -> memory.LossShape:
+    return memory.LossShape(
+        positions=case.hidden.shape[0],
+        vocabulary_size=case.weight.shape[0],
+        hidden_size=case.hidden.shape[1],
+        element_bytes=dtype.itemsize,
+        temperature=case.objective.temperature,
+        softcap=case.head.softcap is not None,
+        on_cpu=True,
+    )
+
+
 @pytest.mark.parametrize(
     ("sizes", "chunk", "temperature", "softcap", "dtype"),
     [
-        ((512, 16384, 16), None, 1.0, None, torch.float32),
-        ((512, 16384, 16), None, 2.0, None, torch.float32),
-        ((512, 16384, 16), 200, 2.0, 9.0, torch.float32),
-        ((512, 16384, 16), None, 1.0, None, torch.bfloat16),
+        ((256, 8192, 16), None, 1.0, None, torch.float32),
+        ((256, 8192, 16), None, 2.0, None, torch.float32),
+        ((256, 8192, 16), 200, 2.0, 9.0, torch.float32),
+        ((256, 8192, 16), None, 1.0, None, torch.bfloat16),
         ((128, 8192, 256), 64, 1.0, None, torch.float32),
         ((128, 8192, 256), 64, 1.0, None, torch.bfloat16),
     ],
     ids=str,
 )
-def test_torch(oracle, tmp_path, sizes, chunk, temperature, softcap, dtype):
+def test_slabs(oracle, tmp_path, sizes, chunk, temperature, softcap, dtype):
     count, vocabulary, size = sizes
     case = oracle.make_case(
         count=count,
@@ -66,29 +78,64 @@ def test_torch(oracle, tmp_path, sizes, chunk, temperature, softcap, dtype):
         softcap=softcap,
     )
     assert bool((case.weights == 0).any())
-    peak = measured_peak(tmp_path / "trace.json", case, dtype, chunk)
-    formula = memory.peak_bytes(
-        "torch",
-        positions=count,
-        vocabulary_size=vocabulary,
-        hidden_size=size,
-        element_bytes=dtype.itemsize,
-        temperature=temperature,
-        softcap=softcap is not None,
-        chunk_positions=chunk,
+    peak = measured_peak(tmp_path / "trace.json", case, dtype, chunk_positions=chunk)
+    plan = memory.plan_memory("torch", shape_of(case, dtype), chunk_positions=chunk)
+    assert plan.slice_columns == 0
+    assert abs(peak - plan.peak_bytes) < TOLERANCE * plan.peak_bytes, (peak, plan, peak / plan.peak_bytes)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "dtype"), [(1.0, torch.float32), (2.0, torch.float32), (1.0, torch.bfloat16)], ids=str
+)
+def test_slices_within_a_budget(oracle, tmp_path, temperature, dtype):
+    """A budget below what whole rows need makes slices, and is kept."""
+    case = oracle.make_case(
+        count=256, vocabulary=8192, size=96, padding=0, with_bias=False, temperature=temperature
     )
-    assert abs(peak - formula) < TOLERANCE * formula, (peak, formula, peak / formula)
+    shape = shape_of(case, dtype)
+    budget = int(0.9 * memory.plan_memory("torch", shape).peak_bytes)
+    plan = memory.plan_memory("torch", shape, memory_budget=budget)
+    assert plan.slice_columns > 0 and plan.peak_bytes <= budget
+    peak = measured_peak(tmp_path / "trace.json", case, dtype, memory_budget=budget)
+    assert abs(peak - plan.peak_bytes) < TOLERANCE * plan.peak_bytes, (peak, plan, peak / plan.peak_bytes)
 
 
-def test_an_unknown_implementation():
+GPU = memory.LossShape(
+    positions=8192,
+    vocabulary_size=128256,
+    hidden_size=4096,
+    element_bytes=2,
+    temperature=1.0,
+    softcap=False,
+    on_cpu=False,
+)
+
+
+def test_the_rule_on_a_gpu():
+    """One buffer of gradients, a slab no larger than the weight's gradient, the target's 3.1 GiB."""
+    plan = memory.plan_memory("triton", GPU)
+    assert (plan.slab_positions, plan.buffer_positions, plan.slice_columns) == (2048, 8192, 0)
+    assert plan.peak_bytes <= 3.1 * 2**30
+    long = memory.plan_memory("triton", GPU._replace(positions=20000))
+    assert long.buffer_positions % long.slab_positions == 0 and 6000 < long.buffer_positions <= 8192
+
+
+def test_a_smaller_budget_gives_smaller_pieces_until_none_fits():
+    shape = GPU._replace(positions=32768)
+    least = min(plan.peak_bytes for plan in memory._plans("triton", shape, None))
+    peaks = []
+    for budget in (8 * 2**30, 4 * 2**30, 3 * 2**30, 2 * 2**30, least):
+        plan = memory.plan_memory("triton", shape, memory_budget=budget)
+        assert plan.peak_bytes <= budget
+        peaks.append((plan.peak_bytes, plan.slice_columns > 0))
+    assert peaks == sorted(peaks, reverse=True, key=lambda peak: peak[0])
+    assert [sliced for _, sliced in peaks] == [False, False, True, True, True]
+    with pytest.raises(ValueError, match=rf"memory_budget is {least - 1} bytes, expected at least {least}"):
+        memory.plan_memory("triton", shape, memory_budget=least - 1)
+
+
+def test_bad_arguments():
     with pytest.raises(ValueError, match="'dense'"):
-        memory.peak_bytes(
-            "dense",
-            positions=1,
-            vocabulary_size=2,
-            hidden_size=1,
-            element_bytes=4,
-            temperature=1.0,
-            softcap=False,
-            chunk_positions=None,
-        )
+        memory.plan_memory("dense", GPU)
+    with pytest.raises(ValueError, match="memory_budget is 5 and chunk_positions 7, expected one of them"):
+        memory.plan_memory("triton", GPU, chunk_positions=7, memory_budget=5)

@@ -1,102 +1,125 @@
 """The comparison with the oracle must be able to fail: the code is broken on purpose, and it notices."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from sparsekd.kernels import chunked, divergence, function
+from sparsekd.kernels import function, loss
+from sparsekd.kernels.objective import MIXTURE_DIVERGENCES
 
 FUSED = ("torch", "triton")
 
 
-def _module(impl):
-    if impl == "torch":
-        return chunked
-    from sparsekd.kernels import triton_loss
+def break_assess(monkeypatch, change):
+    """Puts change(assess, reading, sums, positions, objective, **rest) in the place of every `assess`."""
+    original = loss.run_fused
 
-    return triton_loss
+    def mutated(implementation, inputs):
+        def assess(*arguments, **named):
+            return change(implementation.assess, *arguments, **named)
+
+        return original(implementation._replace(assess=assess), inputs)
+
+    monkeypatch.setattr(loss, "run_fused", mutated)
 
 
-def zero_gradient(monkeypatch, impl):
+def break_targets(monkeypatch, change):
+    """The record of every call changed."""
+    original = loss.run_fused
+    monkeypatch.setattr(
+        loss, "run_fused", lambda how, inputs: original(how, inputs._replace(targets=change(inputs.targets)))
+    )
+
+
+def zero_gradient(monkeypatch):
     original = function.scaled_gradient
     monkeypatch.setattr(function, "scaled_gradient", lambda *a: torch.zeros_like(original(*a)))
 
 
-def wrong_sign(monkeypatch, impl):
+def wrong_sign(monkeypatch):
     original = function.scaled_gradient
     monkeypatch.setattr(function, "scaled_gradient", lambda *a: -original(*a))
 
 
-def no_square_in_value_and_gradient(monkeypatch, impl):
-    original = divergence.distillation
-    monkeypatch.setattr(divergence, "distillation", lambda s, t, o: original(s, t, o) / o.temperature**2)
+def without_square(assess, reading, sums, positions, objective, **named):
+    square = objective.temperature**2
+    objective = replace(objective, kd_weight=objective.kd_weight / square)
+    found = assess(reading, sums, positions, objective, **named)
+    return found._replace(kd=found.kd / square)
 
 
-def no_square_in_gradient(monkeypatch, impl):
-    original = divergence.logit_gradient
-
-    def mutated(gradients, *rest, temperature, **named):
-        smaller = gradients._replace(
-            support=gradients.support / temperature**2, rest_t=gradients.rest_t / temperature**2
-        )
-        return original(smaller, *rest, temperature=temperature, **named)
-
-    monkeypatch.setattr(divergence, "logit_gradient", mutated)
+def no_square_in_value_and_gradient(monkeypatch):
+    break_assess(monkeypatch, without_square)
 
 
-def missing_tail(monkeypatch, impl):
-    original = divergence.teacher_outcomes
+def no_square_in_gradient(monkeypatch):
+    def change(assess, *arguments, **named):
+        gradient = without_square(assess, *arguments, **named).gradient
+        return assess(*arguments, **named)._replace(gradient=gradient)
 
-    def mutated(targets, *rest):
-        return original(targets._replace(log_rest=torch.full_like(targets.log_rest, -torch.inf)), *rest)
-
-    monkeypatch.setattr(divergence, "teacher_outcomes", mutated)
-
-
-def swapped(monkeypatch, impl):
-    original = divergence.forward_kl
-    monkeypatch.setitem(divergence.DIVERGENCE_FUNCTIONS, "forward_kl", lambda p, q: original(q, p))
+    break_assess(monkeypatch, change)
 
 
-def label_not_subtracted(monkeypatch, impl):
-    original = divergence.cross_entropy
-    monkeypatch.setattr(
-        divergence, "cross_entropy", lambda s, *a: original(s._replace(label=s.label.detach()), *a)
-    )
+def missing_tail(monkeypatch):
+    break_targets(monkeypatch, lambda t: t._replace(log_rest=torch.full_like(t.log_rest, -torch.inf)))
 
 
-def one_chunk_dropped(monkeypatch, impl):
-    module = _module(impl)
-    name = "_one_chunk" if impl == "torch" else "_one_slab"
-    original, calls = getattr(module, name), []
+def swapped(monkeypatch):
+    """The divergence with teacher and student exchanged, which has a name of its own."""
+    exchanged = {
+        "forward_kl": "reverse_kl",
+        "jensen_shannon": "jensen_shannon",
+        "skewed_forward_kl": "skewed_reverse_kl",
+        "skewed_reverse_kl": "skewed_forward_kl",
+    }
 
-    def mutated(*arguments):
+    def change(assess, reading, sums, positions, objective, **named):
+        divergence = exchanged[objective.divergence]
+        share = 1 - objective.mixture if divergence == "jensen_shannon" else objective.mixture
+        objective = replace(objective, divergence=divergence, mixture=share)
+        return assess(reading, sums, positions, objective, **named)
+
+    break_assess(monkeypatch, change)
+
+
+def another_mixture(monkeypatch):
+    def change(assess, reading, sums, positions, objective, **named):
+        objective = replace(objective, mixture=1.1 * objective.mixture)
+        return assess(reading, sums, positions, objective, **named)
+
+    break_assess(monkeypatch, change)
+
+
+def label_not_subtracted(monkeypatch):
+    def change(assess, *arguments, **named):
+        found = assess(*arguments, **named)
+        gradient = found.gradient._replace(label=torch.zeros_like(found.gradient.label))
+        return found._replace(gradient=gradient)
+
+    break_assess(monkeypatch, change)
+
+
+def one_chunk_dropped(monkeypatch):
+    calls = []
+
+    def change(assess, *arguments, **named):
         calls.append(None)
-        given = original(*arguments)
-        if len(calls) == 2:
-            target = given[-1] if impl == "torch" else arguments[-1]
-            target.zero_()
-        return given
+        found = assess(*arguments, **named)
+        if len(calls) != 2:
+            return found
+        nothing = type(found.gradient)(*(torch.zeros_like(value) for value in found.gradient))
+        return found._replace(gradient=nothing)
 
-    monkeypatch.setattr(module, name, mutated)
-
-
-def index_off_by_one(monkeypatch, impl):
-    module = _module(impl)
-    original = module.take_rows
-
-    def mutated(targets, rows):
-        taken = original(targets, rows)
-        return taken._replace(ids=torch.where(taken.ids >= 0, (taken.ids + 1) % 53, -1))
-
-    monkeypatch.setattr(module, "take_rows", mutated)
+    break_assess(monkeypatch, change)
 
 
-def record_off_by_one(monkeypatch, impl):
-    module = _module(impl)
-    original = module.take_rows
-    monkeypatch.setattr(
-        module, "take_rows", lambda t, rows: original(type(t)(*(value.roll(1, 0) for value in t)), rows)
-    )
+def index_off_by_one(monkeypatch):
+    break_targets(monkeypatch, lambda t: t._replace(ids=torch.where(t.ids >= 0, (t.ids + 1) % 53, -1)))
+
+
+def record_off_by_one(monkeypatch):
+    break_targets(monkeypatch, lambda t: type(t)(*(value.roll(1, 0) for value in t)))
 
 
 MUTATIONS = (
@@ -111,6 +134,23 @@ MUTATIONS = (
     index_off_by_one,
     record_off_by_one,
 )
+MIXTURE_MUTATIONS = (
+    no_square_in_value_and_gradient,
+    no_square_in_gradient,
+    missing_tail,
+    swapped,
+    another_mixture,
+    record_off_by_one,
+)
+
+
+def check_it_notices(oracle, monkeypatch, mutation, impl, case):
+    """The comparison passes on the code as it is and fails on the broken one, by the loosest bound in use."""
+    expected = oracle.dense(case)
+    oracle.check(oracle.measured(case, impl), expected, 1e-2)
+    mutation(monkeypatch)
+    with pytest.raises(AssertionError, match="relative errors"):
+        oracle.check(oracle.measured(case, impl), expected, 1e-2)
 
 
 @pytest.mark.parametrize(
@@ -121,13 +161,15 @@ MUTATIONS = (
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_the_comparison_notices(oracle, monkeypatch, mutation, dtype, impl):
     case = oracle.make_case(seed=11, temperature=2.0, dtype=dtype, count=5)
-    expected = oracle.dense(case)
-    # The same comparison passes on the code as it is ...
-    oracle.check(oracle.measured(case, impl), expected, 1e-2)
-    mutation(monkeypatch, impl)
-    # ... and fails on the broken one, with the loosest bound in use.
-    with pytest.raises(AssertionError, match="relative errors"):
-        oracle.check(oracle.measured(case, impl), expected, 1e-2)
+    check_it_notices(oracle, monkeypatch, mutation, impl, case)
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("divergence", MIXTURE_DIVERGENCES)
+@pytest.mark.parametrize("mutation", MIXTURE_MUTATIONS)
+def test_the_comparison_notices_with_a_mixture(oracle, monkeypatch, mutation, divergence, impl):
+    case = oracle.make_case(seed=11, temperature=2.0, divergence=divergence, mixture=0.3, count=5)
+    check_it_notices(oracle, monkeypatch, mutation, impl, case)
 
 
 @pytest.mark.parametrize("impl", FUSED)
@@ -138,7 +180,7 @@ def test_gradients_alone_notice(oracle, monkeypatch, mutation, impl):
     """Mutations that leave every value right are caught by the gradients."""
     case = oracle.make_case(seed=12, temperature=2.0, count=5)
     expected = oracle.dense(case)
-    mutation(monkeypatch, impl)
+    mutation(monkeypatch)
     found = oracle.measured(case, impl)
     assert oracle.relative(found.loss, expected.loss) < 1e-5
     assert oracle.relative(found.weight, expected.weight) > 2e-2

@@ -8,12 +8,19 @@ import pytest
 import torch
 
 from sparsekd.kernels.loss import default_impl
-from sparsekd.kernels.objective import HeadTransform, Objective, resolve_objective
+from sparsekd.kernels.objective import (
+    DIVERGENCES,
+    MIXTURE_DIVERGENCES,
+    HeadTransform,
+    Objective,
+    resolve_objective,
+)
 
 AUTO = Objective(
     kd_weight=1.0,
     ce_weight=0.0,
     divergence="forward_kl",
+    mixture=0.1,
     target_mode="auto",
     temperature=1.0,
     label_smoothing=0.0,
@@ -35,6 +42,26 @@ def test_the_record_settles_the_mode():
     assert resolve(8, 12, target_mode="tail_bucket", temperature=4.0).temperature == 4.0
     assert resolve(8, 12, temperature=2.0, draw_temperature=2.0).target_mode == "sampled"
     assert resolve(8, 0, target_mode="renormalized", divergence="reverse_kl").divergence == "reverse_kl"
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_divergence_is_defined_between_outcomes(divergence):
+    for mode in ("tail_bucket", "renormalized"):
+        resolved = resolve(8, 12, target_mode=mode, divergence=divergence, temperature=2.0)
+        assert (resolved.divergence, resolved.target_mode) == (divergence, mode)
+
+
+def test_a_mixture_is_read_by_those_that_mix_alone():
+    assert resolve(8, 0, mixture=7.0).mixture == 7.0
+    for divergence in ("skewed_forward_kl", "skewed_reverse_kl"):
+        assert resolve(8, 0, divergence=divergence, mixture=0.0).mixture == 0.0
+    assert set(MIXTURE_DIVERGENCES) < set(DIVERGENCES)
+
+
+def test_a_temperature_between_the_grid_s_is_taken():
+    for temperature in (1.01, 1.5, 3.0, 3.99):
+        assert resolve(8, 0, temperature=temperature).temperature == temperature
+    assert resolve(8, 12, target_mode="tail_bucket", temperature=3.0).target_mode == "tail_bucket"
 
 
 def test_cross_entropy_alone_takes_any_store():
@@ -60,9 +87,26 @@ def test_cross_entropy_alone_takes_any_store():
             {"k": 8, "n": 0, "target_mode": "truncated", "divergence": "reverse_kl"},
             ["divergence 'reverse_kl'", "truncated", "forward_kl"],
         ),
-        ({"k": 8, "n": 0, "temperature": 3.0}, ["temperature is 3.0", "1, 2, 4"]),
+        ({"k": 8, "n": 0, "temperature": 4.5}, ["temperature is 4.5", "1, 2, 4", "from 1 to 4"]),
+        ({"k": 8, "n": 0, "temperature": 0.9}, ["temperature is 0.9", "1, 2, 4", "from 1 to 4"]),
+        ({"k": 8, "n": 8, "temperature": 3.0}, ["temperature=1", "found 3", "tail_bucket"]),
         ({"k": 8, "n": 0, "temperature": 0.0}, ["temperature is 0.0", "> 0"]),
         ({"k": 8, "n": 0, "divergence": "jeffreys"}, ["divergence is 'jeffreys'", "forward_kl"]),
+        (
+            {"k": 8, "n": 8, "target_mode": "sampled", "divergence": "jensen_shannon"},
+            ["divergence 'jensen_shannon'", "sampled", "forward_kl", "tail_bucket"],
+        ),
+        (
+            {"k": 8, "n": 0, "target_mode": "truncated", "divergence": "skewed_forward_kl"},
+            ["divergence 'skewed_forward_kl'", "truncated", "forward_kl", "tail_bucket"],
+        ),
+        ({"k": 8, "n": 0, "divergence": "jensen_shannon", "mixture": 0.0}, ["mixture is 0.0", "(0, 1)"]),
+        ({"k": 8, "n": 0, "divergence": "jensen_shannon", "mixture": 1.0}, ["mixture is 1.0", "(0, 1)"]),
+        ({"k": 8, "n": 0, "divergence": "skewed_forward_kl", "mixture": 1.0}, ["mixture is 1.0", "[0, 1)"]),
+        (
+            {"k": 8, "n": 0, "divergence": "skewed_reverse_kl", "mixture": float("nan")},
+            ["mixture is nan", "[0, 1)", "skewed_reverse_kl"],
+        ),
         ({"k": 8, "n": 0, "target_mode": "top"}, ["target_mode is 'top'", "auto", "sampled"]),
         ({"k": 8, "n": 0, "label_smoothing": 1.0}, ["label_smoothing is 1.0", "[0, 1)"]),
         ({"k": 8, "n": 0, "z_loss": -1.0}, ["z_loss is -1.0", ">= 0"]),
@@ -97,6 +141,10 @@ def test_illegal_objectives_name_a_legal_one(given, words):
         ({"head": HeadTransform(vocabulary_size=53, scale=1.0, softcap=0.0)}, ["head.softcap", "> 0"]),
         ({"objective": AUTO}, ["target_mode is 'auto'", "tail_bucket"]),
         ({"objective": replace(AUTO, target_mode="sampled")}, ["n=0", "tail_bucket"]),
+        (
+            {"objective": replace(AUTO, target_mode="tail_bucket", divergence="jensen_shannon", mixture=1.0)},
+            ["mixture is 1.0", "(0, 1)"],
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -28,6 +28,7 @@ from sparsekd.logit_store.reader import open_store
 from sparsekd.logit_store.row import Row, TeacherRecord
 from sparsekd.trainer.config import Config
 from sparsekd.trainer.errors import ConfigError
+from sparsekd.trainer.loss_memory import cut_text, loss_memory
 
 # Decoders with gated MLPs, and the sizes without which they cannot be counted: those for which transformers
 # has a default that does not follow from the others. config.json holds them all.
@@ -297,27 +298,21 @@ def _loss_lines(config: Config, corpus: Corpus) -> list[tuple[str, str]]:
     if hidden is None:
         needed = "not counted: needs student.config.hidden_size or plan.hidden_size"
         return [*lines, ("torch, triton", needed)]
-    given = config.objective.chunk_positions
-    element_bytes = 2 if config.engine.dtype == "bfloat16" else 4
     for impl, where in (("torch", "CPU"), ("triton", "GPU")):
-        peak = memory.peak_bytes(
-            impl,
-            positions=positions,
-            vocabulary_size=vocabulary,
-            hidden_size=hidden,
-            element_bytes=element_bytes,
-            temperature=config.objective.temperature,
-            softcap=fields.get("final_logit_softcapping") is not None,
-            chunk_positions=given,
-        )
-        chunk = memory.chunk_of(
-            impl,
-            positions=positions,
-            vocabulary_size=vocabulary,
-            hidden_size=hidden,
-            chunk_positions=given,
-        )
-        lines.append((impl, f"{_size(peak)} on a {where}, logits of {chunk:,} positions at a time"))
+        try:
+            plan = loss_memory(
+                config,
+                impl,
+                sequence_length=corpus.sequence_length,
+                vocabulary_size=vocabulary,
+                hidden_size=hidden,
+                softcap=fields.get("final_logit_softcapping") is not None,
+                on_cpu=where == "CPU",
+            )
+        except ConfigError as error:
+            lines.append((impl, f"does not run on a {where}: {error}"))
+            continue
+        lines.append((impl, f"{_size(plan.peak_bytes)} on a {where}, {cut_text(plan)}"))
     lines.append(("", f"H = {hidden:,}, {config.engine.dtype}; gradients of head and hidden states included"))
     return lines
 

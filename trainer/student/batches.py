@@ -3,7 +3,6 @@
 Shapes: B rows of a micro-batch, L tokens of a row, N = B * L positions, K stored entries, k head, n draws.
 """
 
-import math
 import queue
 import threading
 import time
@@ -16,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsekd.kernels import values
 from sparsekd.kernels.objective import Objective
 from sparsekd.kernels.targets import SparseTargets
-from sparsekd.logit_store.manifest import RecordSpec
+from sparsekd.kernels.temperature import RestFormula, rest_at_temperature, rest_formula
+from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.row import Row, position_ids
 from sparsekd.trainer.errors import DataError
 
@@ -41,20 +42,24 @@ class MicroBatch:
     targets: SparseTargets | None  # None where the distillation term has weight 0
 
 
-def grid_index(objective: Objective, record: RecordSpec) -> int | None:
-    """The column of `log_rest` for the objective's temperature, or None where no teacher record is needed."""
+def rest_formula_of(objective: Objective, manifest: Manifest) -> RestFormula | None:
+    """How a store's records give log R at the objective's temperature; None where no record is needed."""
     if objective.kd_weight == 0:
         return None
-    same = [math.isclose(objective.temperature, value, rel_tol=1e-6) for value in record.temperatures]
-    return same.index(True)
+    record = manifest.record
+    return rest_formula(
+        objective.temperature,
+        temperatures=record.temperatures,
+        rest_size=manifest.tokenizer.vocabulary_size - record.k,
+    )
 
 
-def micro_batch(rows: Sequence[Row], *, temperature_column: int | None) -> MicroBatch:
+def micro_batch(rows: Sequence[Row], *, rest: RestFormula | None) -> MicroBatch:
     """Stacks rows into the tensors of a forward pass, on the CPU.
 
     Args:
         rows: B rows of equal length.
-        temperature_column: Column of the records' `log_rest`; None leaves the teacher out.
+        rest: How the records give log R at the objective's temperature; None leaves the teacher out.
     """
     token_ids = np.stack([row.token_ids for row in rows]).astype(np.int64)
     mask = np.stack([row.loss_mask for row in rows])
@@ -66,12 +71,12 @@ def micro_batch(rows: Sequence[Row], *, temperature_column: int | None) -> Micro
         position_ids=torch.from_numpy(np.stack([position_ids(row) for row in rows]).astype(np.int64)),
         labels=torch.from_numpy(labels.reshape(-1)),
         weights=torch.from_numpy(mask.reshape(-1).astype(np.float32)),
-        targets=None if temperature_column is None else sparse_targets(rows, temperature_column),
+        targets=None if rest is None else sparse_targets(rows, rest),
     )
 
 
-def sparse_targets(rows: Sequence[Row], temperature_column: int) -> SparseTargets:
-    """The teacher's records of B rows as N = B * L positions, ids = head | draws."""
+def sparse_targets(rows: Sequence[Row], rest: RestFormula) -> SparseTargets:
+    """The teacher's records of B rows as N = B * L positions, ids = head | draws, log R as `rest` says."""
     records = [row.teacher for row in rows if row.teacher is not None]
     ids = np.concatenate(
         [np.concatenate([record.head_ids, record.tail_ids], axis=1) for record in records]
@@ -82,8 +87,10 @@ def sparse_targets(rows: Sequence[Row], temperature_column: int) -> SparseTarget
         tail_counts=torch.from_numpy(
             np.concatenate([record.tail_counts for record in records]).astype(np.float32)
         ),
-        log_rest=torch.from_numpy(
-            np.concatenate([record.log_rest[:, temperature_column] for record in records])
+        log_rest=rest_at_temperature(
+            rest,
+            torch.from_numpy(np.concatenate([record.log_rest for record in records])),
+            torch.from_numpy(np.concatenate([record.rest_entropy for record in records])),
         ),
         entropy=torch.from_numpy(np.concatenate([record.entropy for record in records])),
     )
@@ -96,29 +103,41 @@ def counting_rows(batch: MicroBatch, count: int) -> MicroBatch:
     return replace(batch, weights=weights.reshape(-1))
 
 
-def check_values(batch: MicroBatch, vocabulary_size: int) -> None:
+def check_values(batch: MicroBatch, *, vocabulary_size: int, temperature: float) -> None:
     """Checks a micro-batch where it lies, after its way to the device. Waits for the device: for debugging.
+
+    Args:
+        batch: To be checked.
+        vocabulary_size: The true one.
+        temperature: The objective's, for which the records' log R was made.
 
     Raises:
         DataError: naming what is not as the store's format promises.
     """
-    checks = {"token_ids": (batch.token_ids >= 0) & (batch.token_ids < vocabulary_size)}
-    if batch.targets is not None:
-        ids, head_logprobs, tail_counts, log_rest, entropy = batch.targets
-        checks |= {
-            "ids": (ids >= -1) & (ids < vocabulary_size),
-            "head_logprobs": torch.isfinite(head_logprobs) & (head_logprobs <= 1e-6),
-            "tail_counts": tail_counts >= 0,
-            "log_rest": log_rest < math.inf,  # -inf where the rest is empty; False for NaN
-            "entropy": torch.isfinite(entropy) & (entropy >= -1e-6),
-        }
-    for name, good in checks.items():
-        if not bool(good.all()):
-            where = (~good).nonzero()[0].tolist()
-            raise DataError(
-                f"{name} at {where} of a micro-batch is not a value that a store can hold; "
-                "check the store with `sparsekd store verify` and the machine's memory."
-            )
+    try:
+        _check_token_ids(batch.token_ids, vocabulary_size)
+        values.check_values(
+            batch.targets,
+            batch.labels,
+            batch.weights,
+            vocabulary_size=vocabulary_size,
+            temperature=temperature,
+        )
+    except ValueError as error:
+        raise DataError(
+            f"In a micro-batch {error}, which no store can hold; check the store with `sparsekd store "
+            "verify` and the machine's memory."
+        ) from error
+
+
+def _check_token_ids(token_ids: Tensor, vocabulary_size: int) -> None:
+    good = (token_ids >= 0) & (token_ids < vocabulary_size)
+    if not bool(good.all()):
+        row, position = (~good).nonzero()[0].tolist()
+        raise ValueError(
+            f"token_ids at row {row}, position {position} is {token_ids[row, position].item()}, expected an "
+            f"id from 0 to {vocabulary_size - 1}"
+        )
 
 
 def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:

@@ -1,6 +1,6 @@
 """What can be wrong with a training run's settings, found before torch is imported."""
 
-from dataclasses import asdict
+from dataclasses import fields
 
 from sparsekd.kernels.objective import Objective, resolve_objective
 from sparsekd.logit_store.manifest import RecordSpec
@@ -35,17 +35,20 @@ def check_train(config: Config) -> None:
         )
 
 
+def objective_of(config: ObjectiveConfig) -> Objective:
+    """What a configuration asks for, its target mode perhaps "auto"; not how it is computed."""
+    return Objective(**{item.name: getattr(config, item.name) for item in fields(Objective)})
+
+
 def resolved_objective(config: ObjectiveConfig, record: RecordSpec) -> Objective:
     """The objective of a configuration on a store's records, its target mode settled.
 
     Raises:
         ConfigError: It is no legal objective, or none for these records.
     """
-    fields = asdict(config)
-    del fields["impl"], fields["chunk_positions"]
     try:
         return resolve_objective(
-            Objective(**fields),
+            objective_of(config),
             k=record.k,
             n=record.n,
             temperatures=record.temperatures,

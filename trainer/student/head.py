@@ -29,6 +29,7 @@ class LossSettings:
     transform: HeadTransform
     impl: str
     chunk_positions: int | None
+    memory_budget: int | None  # bytes, instead of chunk_positions
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class DistillationHead(nn.Linear):
             head=self.settings.transform,
             impl=self.settings.impl,
             chunk_positions=self.settings.chunk_positions,
+            memory_budget=self.settings.memory_budget,
         )
         parts = torch.stack([output.kd, output.ce, output.agreement]).double() @ request.weights.double()
         return WeightedLoss(loss=output.loss, parts=parts)

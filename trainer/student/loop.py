@@ -158,7 +158,11 @@ def _step(
     batches = [on_device(batch, here.device) for batch in batches]
     if plan.checks_values:
         for batch in batches:
-            check_values(batch, plan.store.manifest.tokenizer.vocabulary_size)
+            check_values(
+                batch,
+                vocabulary_size=plan.loss.transform.vocabulary_size,
+                temperature=plan.loss.objective.temperature,
+            )
     weight = torch.stack([batch.weights.sum() for batch in batches]).sum()
     dist.all_reduce(weight)
     weight = torch.where(weight == 0, 1.0, weight)
@@ -271,9 +275,7 @@ def _steps_ahead(plan: Plan, config: Config, begin: Commit, here: Ranks) -> Iter
 
 
 def _read(plan: Plan, split: str, here: Ranks, rows: Sequence[int]) -> MicroBatch:
-    batch = micro_batch(
-        [plan.store.read_row(split, row) for row in rows], temperature_column=plan.temperature_column
-    )
+    batch = micro_batch([plan.store.read_row(split, row) for row in rows], rest=plan.rest)
     return pinned(batch) if here.device.type == "cuda" else batch
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsekd.kernels.objective import Objective
+from sparsekd.kernels.objective import MIXTURE_DIVERGENCES, Objective
 from sparsekd.trainer.config import Config, ScheduleConfig
 from sparsekd.trainer.distributed import Ranks, broadcast_object
 from sparsekd.trainer.errors import CheckpointError
@@ -37,15 +37,23 @@ def settings_of(config: Config, objective: Objective, *, impl: str) -> dict[str,
     """
     student, engine, optimizer = config.student, config.engine, asdict(config.optimizer)
     rate = optimizer.pop("learning_rate")
+    wanted = asdict(objective)
+    if objective.divergence not in MIXTURE_DIVERGENCES:
+        # Not read, so it may change; and checkpoints from before there was one stay good.
+        del wanted["mixture"]
     numbers: dict[str, Any] = {
-        "objective": asdict(objective),
+        "objective": wanted,
         "optimizer": optimizer,
         "student": {"path": student.path, "revision": student.revision, "config": student.config},
         "train": {"seed": config.train.seed, "global_batch_rows": config.train.global_batch_rows},
         "engine": {"dtype": engine.dtype, "zero_stage": engine.zero_stage, "deepspeed": engine.deepspeed},
     }
     bits = {
-        "objective": {"impl": impl, "chunk_positions": config.objective.chunk_positions},
+        "objective": {
+            "impl": impl,
+            "chunk_positions": config.objective.chunk_positions,
+            "memory_gib": config.objective.memory_gib,
+        },
         "student": {
             "attention": student.attention,
             "activation_checkpointing": student.activation_checkpointing,

@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from sparsekd.kernels.loss import default_impl
+from sparsekd.kernels.memory import MemoryPlan
+from sparsekd.kernels.objective import MIXTURE_DIVERGENCES, Objective
+from sparsekd.kernels.temperature import RestFormula
 from sparsekd.logit_store.reader import LogitStore, open_store
 from sparsekd.trainer.causal_lm import DTYPES, head_transform, load_config
 from sparsekd.trainer.config import Config, require
 from sparsekd.trainer.distributed import Ranks, agree, broadcast_object, leave_together, together
 from sparsekd.trainer.errors import ConfigError, DataError
+from sparsekd.trainer.loss_memory import cut_text, loss_memory, memory_budget
 from sparsekd.trainer.probe import check_probe, probe_rows
 from sparsekd.trainer.student import checkpoint
-from sparsekd.trainer.student.batches import grid_index
+from sparsekd.trainer.student.batches import rest_formula_of
 from sparsekd.trainer.student.checkpoint import Commit
 from sparsekd.trainer.student.checks import resolved_objective
 from sparsekd.trainer.student.data_plan import BatchShape, batch_shape, heldout_rows
@@ -42,7 +46,8 @@ class Plan:
     store: LogitStore
     shape: BatchShape
     loss: LossSettings
-    temperature_column: int | None
+    memory: MemoryPlan | None  # of the loss; None for impl reference, which is dense
+    rest: RestFormula | None  # log R at the objective's temperature; None where no teacher is needed
     seed: int
     checks_values: bool
     fresh_commit: Commit  # what a checkpoint at step 0 would record
@@ -57,8 +62,7 @@ class Plan:
 
     def means(self, sums: Tensor) -> dict[str, float | None]:
         """Means over counted positions of reduced sums, named as in metrics.jsonl."""
-        has_teacher = self.temperature_column is not None
-        return means(sums, has_teacher=has_teacher, has_head=self.store.manifest.record.k > 0)
+        return means(sums, has_teacher=self.rest is not None, has_head=self.store.manifest.record.k > 0)
 
 
 def make_plan(config: Config, here: Ranks) -> Plan:
@@ -92,16 +96,30 @@ def _plan(config: Config, store: LogitStore, here: Ranks) -> Plan:
     model_config = load_config(source, "student")
     check_student(model_config, source, manifest=manifest, tokenizer_path=store.tokenizer_path)
     settings = settings_of(config, objective, impl=impl)
+    transform = head_transform(model_config, manifest.tokenizer.vocabulary_size)
+    memory = None
+    if impl != "reference":
+        memory = loss_memory(
+            config,
+            impl,
+            sequence_length=manifest.sequence_length,
+            vocabulary_size=transform.vocabulary_size,
+            hidden_size=model_config.get_text_config().hidden_size,
+            softcap=transform.softcap is not None,
+            on_cpu=here.device.type == "cpu",
+        )
     return Plan(
         store=store,
         shape=shape,
         loss=LossSettings(
             objective=objective,
-            transform=head_transform(model_config, manifest.tokenizer.vocabulary_size),
+            transform=transform,
             impl=impl,
             chunk_positions=config.objective.chunk_positions,
+            memory_budget=memory_budget(config.objective),
         ),
-        temperature_column=grid_index(objective, manifest.record),
+        memory=memory,
+        rest=rest_formula_of(objective, manifest),
         seed=train.seed,
         checks_values=config.debug.check_values,
         fresh_commit=Commit(
@@ -172,7 +190,7 @@ def announce(
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in student.parameters())
     record, objective = store.manifest.record, loss.objective
     kd = (
-        f"{objective.divergence} {objective.target_mode} at T={objective.temperature:g} "
+        f"{_divergence_text(objective)} {objective.target_mode} at T={objective.temperature:g} "
         f"x {objective.kd_weight:g} + "
         if objective.kd_weight
         else ""
@@ -185,10 +203,22 @@ def announce(
         f"{config.engine.dtype}; optimizer state, gradient accumulation and reduction float32",
         f"loss: {kd}cross-entropy x {objective.ce_weight:g}, impl {loss.impl}; "
         f"store k={record.k} n={record.n}",
+        "memory of the loss: "
+        + (
+            "dense"
+            if plan.memory is None
+            else f"{cut_text(plan.memory)}, {plan.memory.peak_bytes / 2**30:.2f} GiB at its peak"
+        ),
         f"data: {shape.global_rows} rows x {store.manifest.sequence_length} = {plan.step_tokens:,} tokens "
         f"a step ({shape.accumulation} x {shape.micro_rows} rows a rank), {config.train.steps:,} steps "
         f"= {epochs:.2f} epochs of {plan.train_rows:,} rows",
     ]
+    if plan.rest is not None and plan.rest.column is None:
+        grid = ", ".join(f"{value:g}" for value in record.temperatures)
+        lines.append(
+            f"temperature: {objective.temperature:g} is not on the store's grid ({grid}): the mass of the "
+            "rest is interpolated (docs/losses.md, 7)"
+        )
     if further_keys(config.engine):
         lines.append(f"DeepSpeed keys of your own: {', '.join(further_keys(config.engine))}")
     if objective.kd_weight and record.n == 0:
@@ -203,6 +233,12 @@ def announce(
         f"start: from {start.checkpoint}, step {start.step}" if start.checkpoint else "start: from step 0"
     )
     return lines
+
+
+def _divergence_text(objective: Objective) -> str:
+    if objective.divergence in MIXTURE_DIVERGENCES:
+        return f"{objective.divergence}({objective.mixture:g})"
+    return objective.divergence
 
 
 def _open_same_store(path: Path, here: Ranks) -> LogitStore:

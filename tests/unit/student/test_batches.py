@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ from sparsekd.trainer.student.batches import (
     ReadAhead,
     check_values,
     counting_rows,
-    grid_index,
     micro_batch,
+    rest_formula_of,
 )
 
 MANIFEST = synthetic_manifest(vocabulary_size=50, sequence_length=12, k=3, n=5)
@@ -29,9 +30,23 @@ def rows(count: int = 6) -> list[Row]:
     return synthetic_rows(MANIFEST, count, seed=1)
 
 
+def objective(**changes: float) -> Objective:
+    fields: dict[str, Any] = {
+        "kd_weight": 1.0,
+        "ce_weight": 0.0,
+        "divergence": "forward_kl",
+        "mixture": 0.1,
+        "target_mode": "tail_bucket",
+        "temperature": 1.0,
+        "label_smoothing": 0.0,
+        "z_loss": 0.0,
+    }
+    return Objective(**{**fields, **changes})
+
+
 def test_labels_are_the_next_tokens_of_the_same_document() -> None:
     for row in rows(30):
-        batch = micro_batch([row], temperature_column=None)
+        batch = micro_batch([row], rest=None)
         starts = set(row.segment_starts.tolist())
         for position, label in enumerate(batch.labels.tolist()):
             if row.loss_mask[position]:
@@ -46,7 +61,7 @@ def test_labels_are_the_next_tokens_of_the_same_document() -> None:
 
 def test_targets_are_head_then_draws_at_the_chosen_temperature() -> None:
     some = rows(2)
-    batch = micro_batch(some, temperature_column=1)
+    batch = micro_batch(some, rest=rest_formula_of(objective(temperature=2.0), MANIFEST))
     assert batch.token_ids.shape == (2, 12) and batch.targets is not None
     ids, head_logprobs, counts, log_rest, entropy = batch.targets
     assert ids.shape == (24, 8) and ids.dtype == torch.int64
@@ -62,34 +77,40 @@ def test_targets_are_head_then_draws_at_the_chosen_temperature() -> None:
         assert entropy[there].item() == teacher.entropy[position]
 
 
-def test_temperature_column() -> None:
-    objective = Objective(
-        kd_weight=1.0,
-        ce_weight=0.0,
-        divergence="forward_kl",
-        target_mode="tail_bucket",
-        temperature=2.0,
-        label_smoothing=0.0,
-        z_loss=0.0,
-    )
-    assert grid_index(objective, MANIFEST.record) == 1
-    without = Objective(**{**objective.__dict__, "kd_weight": 0.0, "ce_weight": 1.0, "temperature": 3.0})
-    assert grid_index(without, MANIFEST.record) is None
+def test_targets_between_the_grid_s_temperatures() -> None:
+    """log R of each position is what the formula makes of its stored values and the rest's entropy."""
+    some, rest = rows(2), rest_formula_of(objective(temperature=3.0), MANIFEST)
+    assert rest is not None and rest.column is None
+    targets = micro_batch(some, rest=rest).targets
+    assert targets is not None
+    teacher = some[1].teacher
+    assert teacher is not None
+    for position in range(12):
+        stored, found = teacher.log_rest[position], targets.log_rest[12 + position].item()
+        expected = rest.constant + rest.entropy * teacher.rest_entropy[position] + stored @ rest.columns
+        assert found == pytest.approx(expected, rel=1e-6)
+        # R grows with the temperature.
+        assert stored[1] < found < stored[2]
+
+
+def test_no_record_is_read_without_distillation() -> None:
+    assert rest_formula_of(objective(kd_weight=0.0, ce_weight=1.0, temperature=9.0), MANIFEST) is None
 
 
 def test_values_are_checked_where_asked() -> None:
-    batch = micro_batch(rows(2), temperature_column=0)
-    check_values(batch, 50)
-    with pytest.raises(DataError, match="token_ids at"):
-        check_values(batch, int(batch.token_ids.max()))
+    batch = micro_batch(rows(2), rest=rest_formula_of(objective(), MANIFEST))
+    check_values(batch, vocabulary_size=50, temperature=1.0)
+    with pytest.raises(DataError, match=r"token_ids at row \d, position \d+ is \d+, expected .*store verify"):
+        check_values(batch, vocabulary_size=int(batch.token_ids.max()), temperature=1.0)
     assert batch.targets is not None
-    batch.targets.log_rest[3] = float("nan")
-    with pytest.raises(DataError, match=r"log_rest at \[3\]"):
-        check_values(batch, 50)
+    counted = int(batch.weights.nonzero()[3])
+    batch.targets.log_rest[counted] = float("nan")
+    with pytest.raises(DataError, match=rf"targets.log_rest at position {counted} is nan.*store verify"):
+        check_values(batch, vocabulary_size=50, temperature=1.0)
 
 
 def test_rows_that_fill_a_pass_do_not_count() -> None:
-    batch = micro_batch(rows(3), temperature_column=None)
+    batch = micro_batch(rows(3), rest=None)
     only = counting_rows(batch, 1)
     assert torch.equal(only.weights[:12], batch.weights[:12]) and only.weights[12:].sum() == 0
     assert batch.weights[12:].sum() > 0

@@ -3,13 +3,12 @@
 import resource
 import signal
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sparsekd.kernels.objective import Objective
 from sparsekd.trainer.config import Config, LaunchConfig, ScheduleConfig
 from sparsekd.trainer.distributed import Ranks, ranks
 from sparsekd.trainer.errors import CheckpointError, UserError
@@ -23,6 +22,7 @@ from sparsekd.trainer.student.checkpoint import (
     read_commit,
     save,
 )
+from sparsekd.trainer.student.checks import objective_of
 from sparsekd.trainer.student.resume import check_fits, choose_start, first_other_rate, settings_of
 
 
@@ -212,14 +212,27 @@ def test_the_schedule_may_change_ahead_only() -> None:
     assert first_other_rate(course(), course(learning_rate=0.2), 10) == 1
 
 
+def test_a_mixture_that_is_not_read_may_change() -> None:
+    def settings(**changes: Any) -> dict[str, Any]:
+        objective = replace(objective_of(Config().objective), **changes)
+        return settings_of(Config(), objective, impl="torch")
+
+    place = Path("step-00000005")
+    check_fits(commit(5, settings=settings()), commit(0, settings=settings(mixture=0.5)), place)
+    # As a checkpoint from before there was a mixture has it.
+    assert "mixture" not in settings()["numbers"]["objective"]
+    skewed = settings(divergence="skewed_forward_kl")
+    other = settings(divergence="skewed_forward_kl", mixture=0.2)
+    with pytest.raises(CheckpointError, match=r"objective\.mixture 0\.1 -> 0\.2"):
+        check_fits(commit(5, settings=skewed), commit(0, settings=other), place)
+
+
 def test_further_keys_of_deepspeed_change_the_numbers_and_buckets_only_bits() -> None:
     def settings(**engine: Any) -> dict[str, Any]:
         config = Config()
         for key, value in engine.items():
             setattr(config.engine, key, value)
-        fields = asdict(config.objective)
-        del fields["impl"], fields["chunk_positions"]
-        return settings_of(config, Objective(**fields), impl="torch")
+        return settings_of(config, objective_of(config.objective), impl="torch")
 
     plain = settings()
     place = Path("step-00000005")

@@ -13,7 +13,7 @@ from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
 from sparsekd.trainer.causal_lm import decoder_and_head, hidden_states
 from sparsekd.trainer.errors import ModelError
-from sparsekd.trainer.student.batches import MicroBatch, micro_batch
+from sparsekd.trainer.student.batches import MicroBatch, micro_batch, rest_formula_of
 from sparsekd.trainer.student.head import (
     DistillationHead,
     LossSettings,
@@ -45,17 +45,21 @@ def settings(kd_weight: float = 0.5, softcap: float | None = None) -> LossSettin
         kd_weight=kd_weight,
         ce_weight=0.5,
         divergence="forward_kl",
+        mixture=0.1,
         target_mode="tail_bucket",
         temperature=1.0,
         label_smoothing=0.0,
         z_loss=0.0,
     )
     transform = HeadTransform(vocabulary_size=VOCABULARY, scale=1.0, softcap=softcap)
-    return LossSettings(objective=objective, transform=transform, impl="reference", chunk_positions=None)
+    return LossSettings(
+        objective=objective, transform=transform, impl="reference", chunk_positions=None, memory_budget=None
+    )
 
 
 def batch(count: int = 2) -> MicroBatch:
-    return micro_batch(synthetic_rows(MANIFEST, count, seed=5), temperature_column=0)
+    rest = rest_formula_of(settings().objective, MANIFEST)
+    return micro_batch(synthetic_rows(MANIFEST, count, seed=5), rest=rest)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -124,7 +128,7 @@ def test_documents_in_a_row_do_not_see_one_another() -> None:
     """And either of the two mistakes that would let them is seen: a mask of ones, or the default cache."""
     model = llama(initializer_range=0.5).eval()
     row = packed_row()
-    one = micro_batch([row], temperature_column=None)
+    one = micro_batch([row], rest=None)
     decoder, _ = decoder_and_head(model)
     packed = segment_logits(model, row, hidden_states(decoder, one.token_ids, one.position_ids))
     assert largest_difference(packed, alone(model, row)) < 1e-4

@@ -1,0 +1,105 @@
+"""The loss in slabs of positions, gradients made in the forward pass: three products, the default.
+
+Two chunk sizes, because the logits and the weight gradient want different ones: C positions of logits in a
+slab (a staging area; any few hundred keep a GPU's product busy), and up to B positions of gradient in a
+buffer of the operands' dtype, because each addition to the weight gradient passes over all of it.
+
+N positions, C positions of the slab, B positions of the buffer, V vocabulary (true, of this rank), H hidden.
+"""
+
+import torch
+from torch import Tensor
+
+from sparsekd.kernels.blocks import Assessment, Block, Implementation
+from sparsekd.kernels.gemm import add_product, plain_precision, product_into, wide_dtype, wide_product
+from sparsekd.kernels.inputs import LossInputs, LossParts, Positions, positions_of
+from sparsekd.kernels.shard import sum_over_ranks, whole_vocabulary
+
+
+def loss_in_slabs(inputs: LossInputs, implementation: Implementation) -> LossParts:
+    """Loss and gradients for an upstream gradient of 1, which the backward pass scales."""
+    plan, hidden = inputs.plan, inputs.hidden.contiguous()
+    count, size, device = hidden.shape[0], len(inputs.columns), hidden.device
+    wide = wide_dtype(hidden.dtype)
+    positions = positions_of(inputs)
+    ids, labels = positions.within(inputs.columns)
+    bias = None if inputs.bias is None else inputs.bias[:size].to(wide)
+
+    with plain_precision(device, hidden.dtype):
+        matrix = implementation.prepare(inputs.weight[:size])
+        # One buffer of low precision: its product is the weight's gradient, rounded once by the product
+        # itself. Else a wide sum, which the backward pass rounds.
+        at_once = count <= plan.buffer_positions and matrix.dtype != wide
+        loss = torch.zeros((), dtype=wide, device=device)
+        values = torch.zeros(3, count, dtype=wide, device=device)
+        hidden_gradient = weight_gradient = bias_gradient = None
+        if inputs.hidden_gradient:
+            rounded = matrix.dtype if inputs.shard is None else wide
+            hidden_gradient = torch.empty_like(hidden, dtype=rounded)
+        if inputs.weight_gradient and not at_once:
+            weight_gradient = torch.zeros_like(inputs.weight, dtype=wide)
+        if inputs.bias_gradient:
+            bias_gradient = torch.zeros(inputs.weight.shape[0], dtype=wide, device=device)
+        slab = torch.empty(min(plan.slab_positions, count), plan.row_stride, dtype=wide, device=device)
+        # Without a buffer of its own the gradient stays where the logits were.
+        buffer = slab
+        if plan.separate_buffer and inputs.needs_gradient:
+            rows_held = min(plan.buffer_positions, count)
+            buffer = torch.empty(rows_held, plan.row_stride, dtype=matrix.dtype, device=device)
+
+        for start in range(0, count, plan.buffer_positions):
+            stop = min(start + plan.buffer_positions, count)
+            for first in range(start, stop, plan.slab_positions):
+                rows = slice(first, min(first + plan.slab_positions, stop))
+                products = slab[: rows.stop - first, :size]
+                wide_product(implementation.prepare(hidden[rows]), matrix.T, out=products)
+                target = None if buffer is slab else buffer[first - start : rows.stop - start, :size]
+                block = implementation.block(
+                    products, bias, ids[rows], labels[rows], inputs.objective, inputs.head
+                )
+                found = _assess_block(inputs, implementation, positions.take(rows), block, target)
+                del block
+                loss += found.loss
+                values[:, rows] = torch.stack([found.kd, found.ce, found.agreement])
+            if not inputs.needs_gradient:
+                continue
+            gradient = buffer[: stop - start, :size]
+            if bias_gradient is not None:
+                bias_gradient[:size] += gradient.sum(0, dtype=wide)
+            if hidden_gradient is not None:
+                product_into(hidden_gradient[start:stop], gradient, matrix)
+            if weight_gradient is not None:
+                add_product(weight_gradient[:size], gradient.T, implementation.prepare(hidden[start:stop]))
+
+        if inputs.weight_gradient and at_once:
+            # The slab's memory is taken for the weight's gradient.
+            del slab, products
+            weight_gradient = torch.empty_like(inputs.weight)
+            weight_gradient[size:] = 0.0
+            product_into(weight_gradient[:size], buffer[:count, :size].T, hidden)
+    if hidden_gradient is not None:
+        sum_over_ranks(hidden_gradient, inputs.shard)
+    kd, ce, agreement = values
+    return LossParts(loss, kd, ce, agreement, hidden_gradient, weight_gradient, bias_gradient)
+
+
+def _assess_block(
+    inputs: LossInputs,
+    implementation: Implementation,
+    positions: Positions,
+    block: Block,
+    target: Tensor | None,
+) -> Assessment:
+    """The objective at the C positions of a block; writes d loss / d product [C, V] into `target`."""
+    reading, sums = whole_vocabulary(block.reading, block.rest_sums(), inputs.objective, inputs.shard)
+    found = implementation.assess(
+        reading,
+        sums,
+        positions,
+        inputs.objective,
+        vocabulary_size=inputs.head.vocabulary_size,
+        needs_gradient=inputs.needs_gradient,
+    )
+    if found.gradient is not None:
+        block.gradient(found.rest, found.gradient, target)
+    return found
