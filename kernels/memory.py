@@ -25,7 +25,7 @@ BUFFER_BYTES = 4 * 1024 * 1024 * 1024
 ROW_ALIGNMENT = 128
 
 # Low-memory mode: columns of a slice, the widest that fits first.
-SLICE_COLUMNS = (8192, 4096, 2048, 1024, 512, 256, 128)
+SLICE_COLUMNS = (8192, 4096, 2048, 1024, 512, 256, 128, 64)
 
 # Elements widened at one time when a low-precision gradient is scaled: bounds each temporary to 64 MiB.
 SCALE_ELEMENTS = 16 * 1024 * 1024

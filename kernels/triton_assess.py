@@ -18,6 +18,7 @@ from sparsekd.kernels.inputs import Positions
 from sparsekd.kernels.objective import Objective
 from sparsekd.kernels.partial import Reading, RestSums
 from sparsekd.kernels.statistics import LogitGradient
+from sparsekd.kernels.triton_rows import warps_of_support
 
 FUSED_MODES = ("tail_bucket", "sampled")
 
@@ -203,6 +204,7 @@ def assess_fused(
     loss, kd, ce, agreement, rest_t, rest_1 = support.new_empty(6, count)
     by_rest_t, by_rest_1, uniform, by_label = support.new_empty(4, count)
     by_support = torch.empty_like(support)
+    block_k = triton.next_power_of_2(max(entries, 1))
     assess_kernel[(count,)](
         support,
         reading.label,
@@ -234,7 +236,8 @@ def assess_fused(
         HAS_TEACHER=has_teacher,
         SAMPLED=sampled,
         HAS_HEAD=head_size > 0,
-        BLOCK_K=triton.next_power_of_2(max(entries, 1)),
+        BLOCK_K=block_k,
+        num_warps=warps_of_support(block_k),
     )
     gradient = LogitGradient(by_rest_t, by_rest_1, uniform, by_support, by_label)
     rest = Rest(rest_t, rest_1, sums.maximum)

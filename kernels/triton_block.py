@@ -13,7 +13,7 @@ from sparsekd.kernels.objective import HeadTransform, Objective
 from sparsekd.kernels.partial import Reading, RestSums
 from sparsekd.kernels.statistics import LogitGradient
 from sparsekd.kernels.triton_assess import assess_fused
-from sparsekd.kernels.triton_rows import fix_kernel, grad_kernel, prep_kernel, stats_kernel
+from sparsekd.kernels.triton_rows import fix_kernel, grad_kernel, prep_kernel, stats_kernel, warps_of_support
 
 BLOCK_V = 2048
 WARPS = 8
@@ -59,6 +59,7 @@ class TritonBlock:
             entries,
             *self._transform,
             BLOCK_K=self._block_k,
+            num_warps=warps_of_support(self._block_k),
             **self._flags,
         )
 
@@ -126,6 +127,7 @@ class TritonBlock:
             self._ids.shape[1],
             1.0 / temperature,
             BLOCK_K=self._block_k,
+            num_warps=warps_of_support(self._block_k),
         )
         return out
 

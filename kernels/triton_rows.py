@@ -21,6 +21,11 @@ import triton
 import triton.language as tl
 
 
+def warps_of_support(block_k: int) -> int:
+    """Warps of a kernel that works on the BLOCK_K support entries of a row: two to a thread, four spilled."""
+    return min(max(block_k // 64, 1), 32)
+
+
 @triton.jit
 def _transform(product, bias, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """(z, dz/dproduct) of raw products; -inf stays -inf with slope 0."""

@@ -34,8 +34,10 @@ def expect_equal(work: Workplace, name: str, like: str, bound: float) -> None:
                 assert line[key] == pytest.approx(value, rel=bound, abs=1e-9), (name, line["step"], key)
 
 
-@pytest.mark.parametrize("name", ["tied", "untied", "tokens"])
+@pytest.mark.parametrize("name", ["tied", "untied", "slices", "slices_untied", "tokens"])
 def test_zero_3_equals_plain_training(trained: Workplace, name: str) -> None:
+    if name.startswith("slices"):
+        assert "columns of the vocabulary at a time" in (trained.root / "output.txt").read_text()
     expect_equal(trained, name, name, FLOAT32)
 
 
