@@ -1,6 +1,7 @@
 """The autograd Function of the default mode: gradients made in forward, scaled in backward.
 
-Reading the weight in forward alone, and handing its gradient back through autograd, is what keeps ZeRO-3,
+The weight's own is one product away: it waits for the upstream gradient, so that it is rounded once. Reading
+the weight in forward alone, and handing its gradient back through autograd, is what keeps ZeRO-3,
 tied embeddings and gradient accumulation right: nothing is gathered again, nothing writes `.grad`.
 """
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsekd.kernels.blocks import Implementation
+from sparsekd.kernels.gemm import plain_precision, wide_product
 from sparsekd.kernels.inputs import LossInputs
 from sparsekd.kernels.memory import SCALE_ELEMENTS
 from sparsekd.kernels.slabs import loss_in_slabs
@@ -32,19 +34,25 @@ class SlabLoss(torch.autograd.Function):
         """Make loss and gradients; keep the gradients, not the inputs."""
         parts = loss_in_slabs(inputs, implementation)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.save_for_backward(parts.hidden_gradient, parts.weight_gradient, parts.bias_gradient)
+        ctx.weight_rows = weight.shape[0]
+        operand = None if parts.logit_gradient is None else hidden
+        made = (parts.hidden_gradient, parts.weight_gradient, parts.bias_gradient)
+        ctx.save_for_backward(*made, parts.logit_gradient, operand)
         ctx.mark_non_differentiable(parts.kd, parts.ce, parts.agreement)
         return parts.loss, parts.kd, parts.ce, parts.agreement
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """Upstream times the saved gradients, rounded once to the parameter's dtype where they are wide."""
-        gradients = tuple(
+        """Upstream times the saved gradients, rounded to the parameter's dtype."""
+        *made, logit_gradient, hidden = ctx.saved_tensors
+        of_hidden, of_weight, of_bias = (
             None if gradient is None else scaled_gradient(gradient, upstream, dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            for gradient, dtype in zip(made, ctx.dtypes, strict=True)
         )
-        return (*gradients, None, None)
+        if logit_gradient is not None:
+            of_weight = scaled_product(logit_gradient, hidden, upstream, ctx.weight_rows)
+        return of_hidden, of_weight, of_bias, None, None
 
 
 def scaled_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
@@ -61,6 +69,27 @@ def scaled_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> T
         # A number of the loss's dtype times the gradient's is at least float32.
         scaled[rows] = gradient[rows].to(upstream.dtype) * upstream
     return scaled
+
+
+def scaled_product(logit_gradient: Tensor, hidden: Tensor, upstream: Tensor, rows: int) -> Tensor:
+    """upstream * logit_gradient.T @ hidden, rounded once: [rows, H] in the dtype of `hidden`.
+
+    Args:
+        logit_gradient: [N, V], dtype of `hidden`.
+        hidden: [N, H].
+        upstream: scalar.
+        rows: of the weight; those from V on are padding and get exactly 0.
+    """
+    size, width = logit_gradient.shape[1], hidden.shape[1]
+    gradient = hidden.new_empty(rows, width)
+    gradient[size:] = 0.0
+    step = max(1, SCALE_ELEMENTS // max(width, 1))
+    with plain_precision(hidden.device, hidden.dtype):
+        for start in range(0, size, step):
+            part = slice(start, min(start + step, size))
+            product = wide_product(logit_gradient[:, part].T, hidden)
+            torch.mul(product, upstream, out=gradient[part])
+    return gradient
 
 
 def run_fused(implementation: Implementation, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:

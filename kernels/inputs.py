@@ -45,7 +45,11 @@ class LossInputs(NamedTuple):
 
 
 class LossParts(NamedTuple):
-    """What an implementation gives back: values, and gradients for an upstream gradient of 1."""
+    """What an implementation gives back: values, and gradients for an upstream gradient of 1.
+
+    Of the weight's gradient it gives either itself or, where `MemoryPlan.weight_in_backward` says so, the
+    gradient of the products hidden @ weight.T, [N, V] in the operands' dtype.
+    """
 
     loss: Tensor
     kd: Tensor
@@ -54,6 +58,7 @@ class LossParts(NamedTuple):
     hidden_gradient: Tensor | None
     weight_gradient: Tensor | None
     bias_gradient: Tensor | None
+    logit_gradient: Tensor | None
 
 
 class Positions(NamedTuple):

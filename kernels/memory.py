@@ -27,8 +27,9 @@ ROW_ALIGNMENT = 128
 # Low-memory mode: columns of a slice, the widest that fits first.
 SLICE_COLUMNS = (8192, 4096, 2048, 1024, 512, 256, 128, 64)
 
-# Elements widened at one time when a low-precision gradient is scaled: bounds each temporary to 64 MiB.
-SCALE_ELEMENTS = 16 * 1024 * 1024
+# Elements of a gradient that are float32 at one time on their way to low precision: 16 MiB, and at H = 4096
+# still a product of 1024 rows.
+SCALE_ELEMENTS = 4 * 1024 * 1024
 
 
 class LossShape(NamedTuple):
@@ -62,6 +63,7 @@ class MemoryPlan(NamedTuple):
         slab_positions: C, positions whose logits exist at one time; all of them where there are slices.
         buffer_positions: B, positions whose gradient goes into one product.
         separate_buffer: whether the gradient has memory of its own, or takes that of the logits.
+        weight_in_backward: whether the weight's gradient is made from the one buffer in the backward pass.
         row_stride: elements from one row of slab and buffer to the next.
         slice_columns: W of the low-memory mode, in which logits are made twice; 0 for whole rows.
         peak_bytes: most bytes alive at one time in forward and backward, beyond the arguments. The gradients
@@ -71,6 +73,7 @@ class MemoryPlan(NamedTuple):
     slab_positions: int
     buffer_positions: int
     separate_buffer: bool
+    weight_in_backward: bool
     row_stride: int
     slice_columns: int
     peak_bytes: int
@@ -174,21 +177,20 @@ def _slabs(impl: str, shape: LossShape, slab: int, buffer: int, *, separate: boo
     stride = row_stride(shape.vocabulary_size) if separate else shape.vocabulary_size
     held = max(min(slab, shape.positions), 1)
     buffered = max(min(buffer, shape.positions), 1) * stride * widths.operand if separate else 0
-    # One buffer of low precision makes the weight's gradient at once; else a wide sum, rounded in backward.
-    at_once = shape.positions <= buffer and widths.operand < widths.wide
-    weight_sum = of_weight * (element if at_once else widths.wide)
+    # The product of several buffers, or of wide operands, is a wide sum made in forward.
+    in_backward = shape.positions <= buffer and widths.operand < widths.wide
+    kept = buffered if in_backward else widths.wide * of_weight
     hidden_gradient = of_hidden * (widths.wide if shape.sharded else widths.operand)
 
     # `torch` takes the positions that count out first: a copy of the hidden states.
     arguments = widths.widened * of_weight + (element * of_hidden if impl == "torch" else 0)
-    logits = widths.logits * held * stride
-    forward = arguments + buffered + hidden_gradient
-    forward += max(logits, weight_sum) if at_once else logits + weight_sum
+    forward = arguments + widths.logits * held * stride + buffered + hidden_gradient
+    forward += 0 if in_backward else kept
     scaled = element * (of_weight + of_hidden)
-    if element < widths.wide:  # a part of a gradient, widened where it is not wide, and its multiple
-        scaled += (1 + at_once) * widths.wide * min(SCALE_ELEMENTS, max(of_weight, of_hidden))
-    backward = hidden_gradient + weight_sum + scaled
-    return MemoryPlan(slab, buffer, separate, stride, 0, max(forward, backward))
+    if element < widths.wide:  # a part of a gradient before its rounding
+        scaled += widths.wide * min(SCALE_ELEMENTS, max(of_weight, of_hidden))
+    backward = hidden_gradient + kept + scaled
+    return MemoryPlan(slab, buffer, separate, in_backward, stride, 0, max(forward, backward))
 
 
 def _slices(impl: str, shape: LossShape, columns: int) -> MemoryPlan:
@@ -205,4 +207,4 @@ def _slices(impl: str, shape: LossShape, columns: int) -> MemoryPlan:
     gradients += element * of_hidden if element < widths.wide else 0
     peak = arguments + logits + widened + gradients
     positions = max(shape.positions, 1)
-    return MemoryPlan(positions, positions, separate, held, columns, peak)
+    return MemoryPlan(positions, positions, separate, True, held, columns, peak)

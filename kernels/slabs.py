@@ -1,4 +1,4 @@
-"""The loss in slabs of positions, gradients made in the forward pass: three products, the default.
+"""The loss in slabs of positions, the logits' gradient made in the forward pass: three products, the default.
 
 Two chunk sizes, because the logits and the weight gradient want different ones: C positions of logits in a
 slab (a staging area; any few hundred keep a GPU's product busy), and up to B positions of gradient in a
@@ -17,7 +17,7 @@ from sparsekd.kernels.shard import sum_over_ranks, whole_vocabulary
 
 
 def loss_in_slabs(inputs: LossInputs, implementation: Implementation) -> LossParts:
-    """Loss and gradients for an upstream gradient of 1, which the backward pass scales."""
+    """Loss and gradients for an upstream gradient of 1; of the weight's perhaps only what it is made from."""
     plan, hidden = inputs.plan, inputs.hidden.contiguous()
     count, size, device = hidden.shape[0], len(inputs.columns), hidden.device
     wide = wide_dtype(hidden.dtype)
@@ -27,16 +27,15 @@ def loss_in_slabs(inputs: LossInputs, implementation: Implementation) -> LossPar
 
     with plain_precision(device, hidden.dtype):
         matrix = implementation.prepare(inputs.weight[:size])
-        # One buffer of low precision: its product is the weight's gradient, rounded once by the product
-        # itself. Else a wide sum, which the backward pass rounds.
-        at_once = count <= plan.buffer_positions and matrix.dtype != wide
         loss = torch.zeros((), dtype=wide, device=device)
         values = torch.zeros(3, count, dtype=wide, device=device)
         hidden_gradient = weight_gradient = bias_gradient = None
         if inputs.hidden_gradient:
             rounded = matrix.dtype if inputs.shard is None else wide
             hidden_gradient = torch.empty_like(hidden, dtype=rounded)
-        if inputs.weight_gradient and not at_once:
+        # One buffer of low precision is left to the backward pass, whose product is scaled before it is
+        # rounded, once. Several add up to a wide sum.
+        if inputs.weight_gradient and not plan.weight_in_backward:
             weight_gradient = torch.zeros_like(inputs.weight, dtype=wide)
         if inputs.bias_gradient:
             bias_gradient = torch.zeros(inputs.weight.shape[0], dtype=wide, device=device)
@@ -71,16 +70,12 @@ def loss_in_slabs(inputs: LossInputs, implementation: Implementation) -> LossPar
             if weight_gradient is not None:
                 add_product(weight_gradient[:size], gradient.T, implementation.prepare(hidden[start:stop]))
 
-        if inputs.weight_gradient and at_once:
-            # The slab's memory is taken for the weight's gradient.
-            del slab, products
-            weight_gradient = torch.empty_like(inputs.weight)
-            weight_gradient[size:] = 0.0
-            product_into(weight_gradient[:size], buffer[:count, :size].T, hidden)
     if hidden_gradient is not None:
         sum_over_ranks(hidden_gradient, inputs.shard)
     kd, ce, agreement = values
-    return LossParts(loss, kd, ce, agreement, hidden_gradient, weight_gradient, bias_gradient)
+    left = inputs.weight_gradient and plan.weight_in_backward
+    logit_gradient = buffer[:count, :size] if left else None
+    return LossParts(loss, kd, ce, agreement, hidden_gradient, weight_gradient, bias_gradient, logit_gradient)
 
 
 def _assess_block(

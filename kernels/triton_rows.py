@@ -27,7 +27,7 @@ def warps_of_support(block_k: int) -> int:
 
 
 @triton.jit
-def _transform(product, bias, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def transform_product(product, bias, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """(z, dz/dproduct) of raw products; -inf stays -inf with slope 0."""
     raw = scale * (product + bias)
     slope = tl.full(raw.shape, 1.0, tl.float32) * scale
@@ -79,7 +79,7 @@ def prep_kernel(
     bias = tl.zeros([BLOCK_K], tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + ids, mask=present, other=0.0)
-    logits, slope = _transform(products, bias, scale, softcap, HAS_SOFTCAP)
+    logits, slope = transform_product(products, bias, scale, softcap, HAS_SOFTCAP)
     out = row * entries + column
     tl.store(support_ptr + out, tl.where(present, logits, float("-inf")), mask=column < entries)
     tl.store(support_slope_ptr + out, tl.where(present, slope, 0.0), mask=column < entries)
@@ -95,7 +95,7 @@ def prep_kernel(
     label_bias = tl.zeros([1], tl.float32)
     if HAS_BIAS:
         label_bias = tl.load(bias_ptr + label, mask=outside, other=0.0)
-    lone, lone_slope = _transform(product, label_bias, scale, softcap, HAS_SOFTCAP)
+    lone, lone_slope = transform_product(product, label_bias, scale, softcap, HAS_SOFTCAP)
     from_support = tl.sum(tl.where(hit, logits, 0.0), 0)
     from_support_slope = tl.sum(tl.where(hit, slope, 0.0), 0)
     value = tl.where(inside, from_support, tl.where(outside, lone, float("-inf")))
@@ -135,26 +135,25 @@ def stats_kernel(
     for start in range(0, columns, BLOCK_V):
         column = start + lane
         inside = column < columns
-        products = tl.load(slab_row + column, mask=inside, other=float("-inf"))
+        # Read to the end of the padded row, which is aligned, so that an odd vocabulary is read as fast.
+        products = tl.load(slab_row + column, mask=column < slab_stride, other=float("-inf"))
+        products = tl.where(inside, products, float("-inf"))
         bias = tl.zeros([BLOCK_V], tl.float32)
         if HAS_BIAS:
             bias = tl.load(bias_ptr + column, mask=inside, other=0.0)
-        logits, _ = _transform(products, bias, scale, softcap, HAS_SOFTCAP)
+        logits, _ = transform_product(products, bias, scale, softcap, HAS_SOFTCAP)
         if NEEDS_TOTAL:
             total += tl.where(logits > float("-inf"), logits, 0.0)
-        higher = tl.maximum(maximum, logits)
+        # One exponential serves a lane, that of the lower less the higher of old maximum and new logit.
         # -inf - -inf is NaN: a lane that has seen nothing yet subtracts 0.
-        shift = tl.where(higher > float("-inf"), higher, 0.0)
-        if SQUARINGS < 0:
-            fading = tl.exp((maximum - shift) * inverse_temperature)
-            sum_t = sum_t * fading + tl.exp((logits - shift) * inverse_temperature)
-            sum_1 = sum_1 * tl.exp(maximum - shift) + tl.exp(logits - shift)
-        else:
-            fading = tl.exp((maximum - shift) * inverse_temperature)
-            power = tl.exp((logits - shift) * inverse_temperature)
-            if SQUARINGS > 0:
-                sum_t = sum_t * fading + power
-            sum_1 = sum_1 * _squared(fading, SQUARINGS) + _squared(power, SQUARINGS)
+        higher = tl.maximum(maximum, logits)
+        lower = tl.minimum(maximum, logits) - tl.where(higher > float("-inf"), higher, 0.0)
+        rises = logits > maximum
+        power = tl.exp(lower * inverse_temperature)
+        if SQUARINGS != 0:
+            sum_t = tl.where(rises, sum_t * power + 1.0, sum_t + power)
+        power = _squared(power, SQUARINGS) if SQUARINGS >= 0 else tl.exp(lower)
+        sum_1 = tl.where(rises, sum_1 * power + 1.0, sum_1 + power)
         maximum = higher
     highest = tl.max(maximum, 0)
     shift = tl.where(highest > float("-inf"), highest, 0.0)
@@ -193,11 +192,12 @@ def grad_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = column < columns
-    products = tl.load(slab_ptr + row * slab_stride + column, mask=inside, other=float("-inf"))
+    products = tl.load(slab_ptr + row * slab_stride + column, mask=column < slab_stride, other=float("-inf"))
+    products = tl.where(inside, products, float("-inf"))
     bias = tl.zeros([BLOCK_V], tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + column, mask=inside, other=0.0)
-    logits, slope = _transform(products, bias, scale, softcap, HAS_SOFTCAP)
+    logits, slope = transform_product(products, bias, scale, softcap, HAS_SOFTCAP)
     rest_1 = tl.load(rest_1_ptr + row)
     rest_1 = tl.where(rest_1 > float("-inf"), rest_1, 0.0)
     by_rest_1 = tl.load(by_rest_1_ptr + row)
@@ -219,7 +219,8 @@ def grad_kernel(
             power_1 = _squared(power, SQUARINGS) * tl.exp(temperature * rest_t - rest_1)
         value += tl.where(by_rest_1 == 0, 0.0, by_rest_1 * power_1)
     gradient = gradient_ptr + row * gradient_stride + column
-    tl.store(gradient, (value * slope).to(gradient_ptr.dtype.element_ty), mask=inside)
+    # Beyond the true columns the buffer holds what nobody reads.
+    tl.store(gradient, (value * slope).to(gradient_ptr.dtype.element_ty), mask=column < gradient_stride)
 
 
 @triton.jit

@@ -93,8 +93,17 @@ class TeacherConfig:
     attention: str = option("sdpa", "attn_implementation of transformers.")
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
     micro_batch_rows: int = option(8, "Rows in one forward pass; a part of the records' identity.", minimum=1)
-    chunk_positions: int = option(
-        1024, "Positions whose logits exist at one time; a part of the records' identity.", minimum=1
+    impl: str = option(
+        "auto",
+        "Implementation of the head's statistics; auto is triton on a GPU and torch elsewhere, and is "
+        "announced; a part of the records' identity.",
+        choices=("auto", "torch", "triton"),
+    )
+    chunk_positions: int | None = option(
+        None,
+        "Positions whose logits exist at one time; null takes as many as fit into about 1 GB; a part of the "
+        "records' identity.",
+        minimum=1,
     )
 
 

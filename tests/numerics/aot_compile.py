@@ -1,8 +1,8 @@
 """Compiles Triton kernels for GPUs that are not here; run by test_ahead_of_time.py in a process of its own.
 
-`aot_compile.py PART PARTS ARCHITECTURE...` compiles its share of all variants for each architecture and prints
-a JSON line for each: registers, spills and shared memory. TRITON_INTERPRET must not be set: the interpreter
-has no compiler.
+`aot_compile.py PART PARTS ARCHITECTURE...` compiles its share of all variants for these architectures, and
+prints a JSON line for each: registers, spills and shared memory. TRITON_INTERPRET must not be set: the
+interpreter has no compiler.
 """
 
 import itertools

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from teacher_variants import teacher_variants
+
 from sparsekd.kernels import triton_assess, triton_block, triton_rows
 
 INTEGERS = {
@@ -101,3 +103,5 @@ def all_variants() -> Iterator[Variant]:
         for block_k in BLOCKS_K:
             warps = triton_rows.warps_of_support(block_k)
             yield _variant(triton_assess.assess_kernel, {**constants, "BLOCK_K": block_k}, warps=warps)
+    for teacher in teacher_variants():
+        yield Variant(teacher.kernel, teacher.constants, teacher.signature, teacher.warps)

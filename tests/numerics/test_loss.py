@@ -114,18 +114,106 @@ def test_chunks_do_not_matter(oracle, impl, monkeypatch):
         oracle.check(oracle.measured(case, impl, chunk=2), expected, BOUND[torch.float32])
 
 
-@pytest.mark.parametrize("distance", [0.5, 0.15, 0.05])
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_a_student_near_its_teacher(oracle, impl, distance):
-    """Late in training the gradient is a small difference; bfloat16 logits would lose 12 % to 36 % of it."""
+def near_its_teacher(oracle, kl, **changes):
+    """A bfloat16 student of mean forward KL `kl` to its teacher."""
     generator = torch.Generator().manual_seed(6)
-    case = oracle.make_case(seed=6, dtype=torch.bfloat16, ce_weight=0.0, size=32, spread=3.0, padding=0)
+    case = oracle.make_case(
+        seed=6, dtype=torch.bfloat16, ce_weight=0.0, size=32, spread=3.0, padding=0, count=24, **changes
+    )
     logits = case.hidden.double() @ case.weight.double().T + case.bias.double()
-    teacher = logits + distance * torch.randn(logits.shape, generator=generator, dtype=torch.float64)
-    case = case.change(targets=oracle.record(teacher, k=20, n=0, temperature=1.0, generator=generator))
-    found = oracle.measured(case, impl)
-    # At a KL of 5e-4 nats, 1e-7 of float32 rounding in log q is 2e-4 of the value.
-    oracle.check(found, oracle.dense(case), BOUND[torch.bfloat16], value_bound=1e-3)
+    noise = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
+
+    def distance(step):
+        log_p, log_q = (logits + step * noise).log_softmax(1), logits.log_softmax(1)
+        return float((log_p.exp() * (log_p - log_q)).sum(1).mean())
+
+    # KL grows with the square of a small step.
+    step = 0.1
+    for _ in range(20):
+        step *= (kl / distance(step)) ** 0.5
+    assert distance(step) == pytest.approx(kl, rel=1e-3)
+    teacher = logits + step * noise
+    return case.change(targets=oracle.record(teacher, k=20, n=0, temperature=1.0, generator=generator))
+
+
+def eager_gradients(case, rounded):
+    """(d hidden, d weight) of a dense float32 loss on logits that `rounded` has passed on.
+
+    The usual eager computation rounds logits to bfloat16; an exact one rounds nothing but its gradient.
+    """
+    k = case.targets.head_size
+    hidden, weight = case.hidden.double(), case.weight.double()
+    logits = rounded(hidden @ weight.T + case.bias.double()).requires_grad_()
+    log_q = logits.log_softmax(1)
+    head = case.targets.ids[:, :k]
+    outside = torch.ones_like(logits, dtype=torch.bool).scatter(1, head, False)
+    log_q_rest = log_q.masked_fill(~outside, -torch.inf).logsumexp(1, keepdim=True)
+    log_p = torch.cat([case.targets.head_logprobs, case.targets.log_rest[:, None]], 1).double()
+    log_p = log_p.log_softmax(1)
+    kd = (log_p.exp() * (log_p - torch.cat([log_q.gather(1, head), log_q_rest], 1))).sum(1)
+    loss = (case.weights.double() * case.objective.kd_weight * kd).sum()
+    # The gradient of the logits enters the products in bfloat16, and what they give is rounded again.
+    gradient = torch.autograd.grad(loss, logits)[0].bfloat16().double()
+    return [value.bfloat16().double() for value in (gradient @ weight, gradient.T @ hidden)]
+
+
+@pytest.mark.parametrize("kl", [0.3, 0.03, 0.003])
+@pytest.mark.parametrize("impl", ["torch", "torch/slices", "triton"])
+def test_a_student_near_its_teacher(oracle, impl, kl):
+    """Late in training the gradient is a small difference, which bfloat16 logits lose.
+
+    No more than 1.2 times the error of an exact loss whose gradient is rounded once, and less than twice that
+    of the usual eager computation: the bounds of the issue, by relative norm.
+    """
+    case = near_its_teacher(oracle, kl)
+    expected, found = oracle.dense(case), oracle.measured(case, impl)
+    # At a KL of 3e-3 nats, 1e-7 of float32 rounding in log q is 3e-5 of the value.
+    oracle.check(found, expected, BOUND[torch.bfloat16], value_bound=1e-3)
+    exact = eager_gradients(case, lambda logits: logits.detach())
+    eager = eager_gradients(case, lambda logits: logits.bfloat16().double())
+    # Triton's interpreter cuts off where a GPU rounds to bfloat16: twice the error, 3.4e-3 against 1.7e-3.
+    interpreted = impl == "triton" and not torch.cuda.is_available()
+    limit = 1.2 * (2.1 if interpreted else 1.0)
+    for name, best, usual in zip(("hidden", "weight"), exact, eager, strict=True):
+        wanted = getattr(expected, name)
+        error = oracle.relative(getattr(found, name), wanted)
+        assert error < limit * oracle.relative(best, wanted), name
+        assert error < 2 * oracle.relative(usual, wanted), name
+        # The bound has power: rounded logits alone are beyond it, the more the nearer the student is.
+        assert oracle.relative(usual, wanted) > 2 * oracle.relative(best, wanted), name
+
+
+@pytest.mark.parametrize("impl", ["torch", "torch/slices", "triton"])
+@pytest.mark.parametrize(("vocabulary", "k"), [(262144, 256), (50257, 64), (151937, 1)])
+def test_large_and_odd_vocabularies(oracle, impl, vocabulary, k):
+    generator = torch.Generator().manual_seed(13)
+    hidden = torch.randn(2, 4, generator=generator)
+    weight = torch.randn(vocabulary, 4, generator=generator)
+    ids = torch.stack([torch.randperm(vocabulary, generator=generator)[:k] for _ in range(2)])
+    head = torch.log_softmax(torch.randn(2, k + 1, generator=generator), 1).sort(1, descending=True).values
+    targets = oracle.SparseTargets(
+        ids=ids,
+        head_logprobs=head[:, :k].contiguous(),
+        tail_counts=torch.zeros(2, 0),
+        log_rest=head[:, k].contiguous(),
+        entropy=torch.zeros(2),
+    )
+    case = oracle.make_case(count=2, temperature=2.0).change(
+        hidden=hidden,
+        weight=weight,
+        bias=None,
+        targets=targets,
+        labels=torch.tensor([vocabulary - 1, int(ids[1, 0])]),
+        weights=torch.ones(2),
+        head=oracle.HeadTransform(vocabulary_size=vocabulary, scale=1.0, softcap=None),
+    )
+    # Slices of their own width: 16 columns would take 16,384 of them.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(oracle, "SLICE_COLUMNS", 65536)
+        found = oracle.measured(case, impl)
+    oracle.check(
+        found, oracle.measured(case.change(hidden=hidden.double(), weight=weight.double()), "reference"), 1e-5
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

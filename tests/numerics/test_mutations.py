@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsekd.kernels import function, loss
+from sparsekd.kernels import function, loss, slices
 from sparsekd.kernels.objective import MIXTURE_DIVERGENCES
 
 FUSED = ("torch", "triton")
@@ -185,3 +185,29 @@ def test_gradients_alone_notice(oracle, monkeypatch, mutation, impl):
     assert oracle.relative(found.loss, expected.loss) < 1e-5
     assert oracle.relative(found.weight, expected.weight) > 2e-2
     assert oracle.relative(found.hidden, expected.hidden) > 2e-2
+
+
+def slice_dropped(monkeypatch):
+    original = slices._slices
+    monkeypatch.setattr(
+        slices, "_slices", lambda *a: (one for place, one in enumerate(original(*a)) if place != 1)
+    )
+
+
+def gradient_of_slice_misplaced(monkeypatch):
+    original = slices._slices
+
+    def mutated(*arguments):
+        for rows, matrix, block in original(*arguments):
+            yield slice(0, rows.stop - rows.start), matrix, block
+
+    monkeypatch.setattr(slices, "_slices", mutated)
+
+
+@pytest.mark.parametrize("impl", ["torch/slices", "triton/slices"])
+@pytest.mark.parametrize(
+    "mutation", [slice_dropped, gradient_of_slice_misplaced, missing_tail, swapped, label_not_subtracted]
+)
+def test_the_comparison_notices_in_slices(oracle, monkeypatch, mutation, impl):
+    case = oracle.make_case(seed=11, temperature=2.0, count=4)
+    check_it_notices(oracle, monkeypatch, mutation, impl, case)

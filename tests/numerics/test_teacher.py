@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from sparsekd.kernels.objective import HeadTransform
-from sparsekd.kernels.teacher import draw_tail, teacher_statistics, top_ids
+from sparsekd.kernels.teacher import teacher_statistics
+from sparsekd.kernels.teacher_record import TeacherStatistics
+from sparsekd.kernels.teacher_torch import draw_tail, top_ids
 
 GRID = (1.0, 2.0, 4.0)
+IMPLEMENTATIONS = ("torch", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def inputs(*, count=9, vocabulary=67, padding=5, size=16, dtype=torch.float32, seed=0, with_bias=True):
@@ -21,31 +25,47 @@ def inputs(*, count=9, vocabulary=67, padding=5, size=16, dtype=torch.float32, s
     return hidden, weight, bias, labels, generator
 
 
-def statistics(hidden, weight, bias, labels, uniforms, *, k, head, draw_temperature=1.0, chunk=4):
-    return teacher_statistics(
-        hidden,
-        weight,
-        bias=bias,
-        labels=labels,
+def statistics(
+    hidden, weight, bias, labels, uniforms, *, k, head, draw_temperature=1.0, chunk=4, impl="torch"
+):
+    # With a GPU the compiled kernels run, else Triton's interpreter.
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    found = teacher_statistics(
+        hidden.to(device),
+        weight.to(device),
+        bias=None if bias is None else bias.to(device),
+        labels=labels.to(device),
         head=head,
         k=k,
         n=uniforms.shape[1],
         temperatures=GRID,
         draw_temperature=draw_temperature,
-        uniforms=uniforms,
+        uniforms=uniforms.to(device),
         chunk_positions=chunk,
+        impl=impl,
     )
+    return TeacherStatistics(*(plane.cpu() for plane in found))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("k", [0, 1, 6, 67])
-@pytest.mark.parametrize("draw_temperature", [1.0, 2.0])
-def test_record_against_the_oracle(dtype, k, draw_temperature):
+ORACLE_CASES = [
+    *(
+        ("torch", dtype, k, temperature)
+        for dtype in DTYPES
+        for k in (0, 1, 6, 67)
+        for temperature in (1.0, 2.0)
+    ),
+    *(("triton", torch.float32, k, temperature) for k in (0, 1, 6, 67) for temperature in (1.0, 2.0)),
+    ("triton", torch.bfloat16, 6, 2.0),
+]
+
+
+@pytest.mark.parametrize(("impl", "dtype", "k", "draw_temperature"), ORACLE_CASES, ids=str)
+def test_record_against_the_oracle(impl, dtype, k, draw_temperature):
     hidden, weight, bias, labels, generator = inputs(dtype=dtype)
     head = HeadTransform(vocabulary_size=67, scale=0.9, softcap=8.0)
     uniforms = torch.rand(9, 5, generator=generator, dtype=torch.float64)
     found = statistics(
-        hidden, weight, bias, labels, uniforms, k=k, head=head, draw_temperature=draw_temperature
+        hidden, weight, bias, labels, uniforms, k=k, head=head, draw_temperature=draw_temperature, impl=impl
     )
     logits = 0.9 * (hidden.double() @ weight[:67].double().T + bias[:67].double())
     logits = 8.0 * torch.tanh(logits / 8.0)
@@ -81,7 +101,8 @@ def test_record_against_the_oracle(dtype, k, draw_temperature):
             assert wanted == [v for v, c in zip(drawn, counts, strict=False) for _ in range(c)]
 
 
-def test_types_shapes_and_no_positions():
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_types_shapes_and_no_positions(impl):
     hidden, weight, bias, labels, _ = inputs(dtype=torch.bfloat16)
     head = HeadTransform(vocabulary_size=67, scale=1.0, softcap=None)
     for count in (9, 0):
@@ -93,6 +114,7 @@ def test_types_shapes_and_no_positions():
             torch.full((count, 5), 0.5, dtype=torch.float64),
             k=3,
             head=head,
+            impl=impl,
         )
         kinds = [(tuple(value.shape), value.dtype) for value in found]
         assert kinds == [
@@ -107,13 +129,15 @@ def test_types_shapes_and_no_positions():
         ]
 
 
-def test_chunks_do_not_matter():
-    hidden, weight, bias, labels, generator = inputs(count=23)
+@pytest.mark.parametrize(("impl", "chunks"), [("torch", (1, 4, 100)), ("triton", (3,))])
+def test_chunks_do_not_matter(impl, chunks):
+    count = 23 if impl == "torch" else 8
+    hidden, weight, bias, labels, generator = inputs(count=count)
     head = HeadTransform(vocabulary_size=67, scale=1.0, softcap=None)
-    uniforms = torch.rand(23, 5, generator=generator, dtype=torch.float64)
-    whole = statistics(hidden, weight, bias, labels, uniforms, k=4, head=head, chunk=23)
-    for chunk in (1, 4, 100):
-        parts = statistics(hidden, weight, bias, labels, uniforms, k=4, head=head, chunk=chunk)
+    uniforms = torch.rand(count, 5, generator=generator, dtype=torch.float64)
+    whole = statistics(hidden, weight, bias, labels, uniforms, k=4, head=head, chunk=count, impl=impl)
+    for chunk in chunks:
+        parts = statistics(hidden, weight, bias, labels, uniforms, k=4, head=head, chunk=chunk, impl=impl)
         for one, other in zip(whole, parts, strict=True):
             if one.dtype == torch.int32:
                 assert torch.equal(one, other)
@@ -131,13 +155,14 @@ def test_ties_go_to_the_smaller_id():
             assert ids == sorted(range(40), key=lambda v: (-row[v], v))[:k]
 
 
-def test_a_head_beyond_one_logsumexp_of_the_next():
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_head_beyond_one_logsumexp_of_the_next(impl):
     """A rest of mass 1e-12 is summed, not made from 1 minus the head, and can still be drawn from."""
     logits = torch.full((1, 20), -30.0)
     logits[0, 7] = 0.0
     head = HeadTransform(vocabulary_size=20, scale=1.0, softcap=None)
     uniforms = torch.rand(1, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    found = statistics(logits, torch.eye(20), None, torch.tensor([-100]), uniforms, k=1, head=head)
+    found = statistics(logits, torch.eye(20), None, torch.tensor([-100]), uniforms, k=1, head=head, impl=impl)
     assert abs(float(found.log_rest[0, 0]) - (math.log(19) - 30)) < 1e-5
     assert abs(float(found.rest_entropy[0]) - math.log(19)) < 1e-5
     assert int(found.tail_counts.sum()) == 6 and 7 not in found.tail_ids.tolist()[0]
@@ -151,9 +176,12 @@ def test_uniforms_at_the_ends():
 
 
 @pytest.mark.parametrize("draw_temperature", [1.0, 2.0])
-def test_draws_follow_the_law(draw_temperature):
-    """Chi-square over 40,000 draws, and E[target] = p; a wrong temperature is caught by the same check."""
-    size, k, count, n = 30, 4, 4000, 10
+@pytest.mark.parametrize(("impl", "count", "n"), [("torch", 4000, 10), ("triton", 8, 2000)])
+def test_draws_follow_the_law(impl, count, n, draw_temperature, monkeypatch):
+    """Chi-square over many draws, and E[target] = p; a wrong temperature is caught by the same check."""
+    if impl == "triton" and not torch.cuda.is_available():
+        monkeypatch.setattr("sparsekd.kernels.triton_teacher.BLOCK_N", 512)  # fewer programs to interpret
+    size, k = 30, 4
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(1, size, generator=generator) * 2
     uniforms = torch.rand(count, n, generator=generator, dtype=torch.float64)
@@ -167,6 +195,7 @@ def test_draws_follow_the_law(draw_temperature):
         head=HeadTransform(vocabulary_size=size, scale=1.0, softcap=None),
         draw_temperature=draw_temperature,
         chunk=1000,
+        impl=impl,
     )
     times = torch.zeros(size + 1, dtype=torch.float64)
     times.index_add_(0, found.tail_ids.flatten().long() % (size + 1), found.tail_counts.flatten().double())
@@ -204,6 +233,7 @@ def test_draws_follow_the_law(draw_temperature):
         ({"labels": torch.zeros(8, dtype=torch.int64)}, "labels' shape"),
         ({"chunk": 0}, "chunk_positions is 0"),
         ({"head": HeadTransform(vocabulary_size=99, scale=1.0, softcap=None)}, "head.vocabulary_size is 99"),
+        ({"impl": "reference"}, "impl is 'reference', expected one of torch, triton"),
     ],
     ids=str,
 )

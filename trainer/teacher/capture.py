@@ -25,6 +25,7 @@ from sparsekd.trainer.distributed import Ranks, broadcast_object, ranks, togethe
 from sparsekd.trainer.errors import ConfigError
 from sparsekd.trainer.teacher.model import Teacher, check_teacher_tokenizer, load_teacher
 from sparsekd.trainer.teacher.records import records_of_rows
+from sparsekd.trainer.teacher.settings import resolved_settings
 from sparsekd.trainer.teacher.weights import teacher_identity, teacher_name
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -51,6 +52,9 @@ def run(config: Config) -> None:
         raise ConfigError(f"store.path and store.tokens are both {path}; name a new folder as store.path.")
     with ranks(config.launch, timeout_minutes=config.engine.timeout_minutes) as place:
         tokens = together(place, lambda: open_store(tokens_path))
+        vocabulary_size = tokens.manifest.tokenizer.vocabulary_size
+        settings = together(place, lambda: resolved_settings(config.teacher, place.device, vocabulary_size))
+        config = replace(config, teacher=settings)
         if not (place.is_first and sys.stderr.isatty()):
             disable_progress_bar()  # of transformers: one bar for each rank, and none of use in a log
         if place.is_first:
@@ -69,7 +73,7 @@ def _announce(config: Config, teacher_path: str, tokens: LogitStore, place: Rank
     print(
         f"capture: teacher {teacher_name(teacher_path)} in {config.teacher.dtype} on {place.world_size} x "
         f"{place.device.type}; {positions:,} positions in {shards:,} units; k={config.store.k}, "
-        f"n={config.store.n}",
+        f"n={config.store.n}, impl {config.teacher.impl}",
         flush=True,
     )
 
@@ -162,6 +166,7 @@ def _capture_unit(
         manifest.record,
         micro_batch_rows=config.teacher.micro_batch_rows,
         chunk_positions=config.teacher.chunk_positions,
+        impl=config.teacher.impl,
     )
     full = [replace(row, teacher=record) for row, record in zip(rows, records, strict=True)]
     write_shard(path, manifest, split, shard, full)

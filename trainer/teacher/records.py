@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sparsekd.kernels.teacher import TeacherStatistics, teacher_statistics
+from sparsekd.kernels.teacher import teacher_statistics
+from sparsekd.kernels.teacher_record import TeacherStatistics
 from sparsekd.logit_store.manifest import RecordSpec
 from sparsekd.logit_store.row import (
     PADDING_DOCUMENT,
@@ -43,7 +44,8 @@ def records_of_rows(
     record: RecordSpec,
     *,
     micro_batch_rows: int,
-    chunk_positions: int,
+    chunk_positions: int | None,
+    impl: str,
 ) -> Iterator[TeacherRecord]:
     """Yields the teacher's record of each row.
 
@@ -56,14 +58,16 @@ def records_of_rows(
         record: What is kept of each position.
         micro_batch_rows: Rows in one forward pass.
         chunk_positions: Positions whose logits exist at one time.
+        impl: Implementation of the head's statistics.
     """
     for start in range(0, len(rows), micro_batch_rows):
-        yield from _records_of_batch(teacher, rows[start : start + micro_batch_rows], record, chunk_positions)
+        batch = rows[start : start + micro_batch_rows]
+        yield from _records_of_batch(teacher, batch, record, chunk_positions, impl)
 
 
 @torch.inference_mode()
 def _records_of_batch(
-    teacher: Teacher, rows: Sequence[Row], record: RecordSpec, chunk_positions: int
+    teacher: Teacher, rows: Sequence[Row], record: RecordSpec, chunk_positions: int | None, impl: str
 ) -> list[TeacherRecord]:
     """The records of B rows that go through the decoder together."""
 
@@ -87,6 +91,7 @@ def _records_of_batch(
         draw_temperature=record.draw_temperature,
         uniforms=uniforms.flatten(0, 1),
         chunk_positions=chunk_positions,
+        impl=impl,
     )
     batch, length = token_ids.shape
     planes = TeacherStatistics(*(plane.unflatten(0, (batch, length)).cpu().numpy() for plane in statistics))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.manifest import TeacherIdentity
@@ -15,9 +16,10 @@ from sparsekd.logit_store.reader import LogitStore, open_store
 from sparsekd.logit_store.row import Row, TeacherRecord
 from sparsekd.trainer.config import Config, LaunchConfig, TeacherConfig, require
 from sparsekd.trainer.distributed import ranks
-from sparsekd.trainer.errors import DataError
+from sparsekd.trainer.errors import ConfigError, DataError
 from sparsekd.trainer.teacher.model import check_teacher_tokenizer, load_teacher
 from sparsekd.trainer.teacher.records import records_of_rows
+from sparsekd.trainer.teacher.settings import resolved_settings
 from sparsekd.trainer.teacher.weights import engine_settings, model_folder, weights_digest
 
 # Rows that are run again in each split.
@@ -81,6 +83,7 @@ def run(config: Config, store_path: str | Path, *, seed: int | None = None) -> N
         seed = secrets.randbits(32)
     settings, launch = _as_captured(config, identity)
     with ranks(launch, timeout_minutes=config.engine.timeout_minutes) as place:
+        settings = _runnable(settings, place.device, store.manifest.tokenizer.vocabulary_size)
         check_teacher_tokenizer(settings, path, store)
         same_files = weights_digest(model_folder(path, settings.revision)) == identity.weights_digest
         if not same_files:
@@ -97,6 +100,7 @@ def run(config: Config, store_path: str | Path, *, seed: int | None = None) -> N
                         store.manifest.record,
                         micro_batch_rows=settings.micro_batch_rows,
                         chunk_positions=settings.chunk_positions,
+                        impl=settings.impl,
                     )
                 )
                 stored.append((split, index, group[offset], again[offset]))
@@ -140,10 +144,24 @@ def _as_captured(config: Config, identity: TeacherIdentity) -> tuple[TeacherConf
         settings = replace(settings, micro_batch_rows=int(found["micro_batch_rows"]))
     if "chunk_positions" in found:
         settings = replace(settings, chunk_positions=int(found["chunk_positions"]))
+    # Stores of versions that had no other implementation do not name it.
+    settings = replace(settings, impl=found.get("impl", "torch"))
     launch = config.launch
     if "threads" in found:
         launch = replace(launch, threads_per_rank=int(found["threads"]))
     return settings, launch
+
+
+def _runnable(settings: TeacherConfig, device: torch.device, vocabulary_size: int) -> TeacherConfig:
+    """The settings, with the implementation of the capture where it runs here, else with `torch`."""
+    try:
+        return resolved_settings(settings, device, vocabulary_size)
+    except ConfigError:
+        print(
+            f"verify: captured with impl {settings.impl}, verified with impl torch on {device.type}",
+            flush=True,
+        )
+        return resolved_settings(replace(settings, impl="torch"), device, vocabulary_size)
 
 
 def _random_rows(store: LogitStore, split: str, seed: int) -> list[int]:

@@ -65,7 +65,7 @@ def teacher_identity(
     """What the manifest says of the teacher, its engine and the settings that decide bits.
 
     Args:
-        config: The teacher's settings.
+        config: The teacher's settings, resolved.
         path: Its folder or hub name.
         device_type: "cpu" or "cuda".
         threads: CPU threads of a rank: they change the order of sums on the CPU.
@@ -80,7 +80,9 @@ def teacher_identity(
         **({"threads": threads} if device_type == "cpu" else {}),
         "micro_batch_rows": config.micro_batch_rows,
         "chunk_positions": config.chunk_positions,
+        "impl": config.impl,
     }
+    packages = (*PACKAGES, "triton") if config.impl == "triton" else PACKAGES
     return TeacherIdentity(
         name=teacher_name(path),
         revision=revision,
@@ -88,7 +90,7 @@ def teacher_identity(
         dtype=config.dtype,
         logits_dtype="float32",
         engine="transformers " + " ".join(f"{name}={value}" for name, value in settings.items()),
-        versions={name: metadata.version(name) for name in PACKAGES},
+        versions={name: metadata.version(name) for name in packages},
     )
 
 

@@ -69,6 +69,8 @@ def test_identity_holds_what_decides_bits_and_no_place(tmp_path: Path) -> None:
         identity(device_type="cuda"),
         identity(micro_batch_rows=3),
         identity(chunk_positions=3),
+        identity(impl="torch"),
+        identity(impl="triton"),
         identity(attention="eager"),
         identity(dtype="float32"),
     ]

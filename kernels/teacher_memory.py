@@ -1,0 +1,77 @@
+"""How many positions of the teacher are taken at a time, and the memory that follows: no torch.
+
+N positions, C positions of a chunk, V vocabulary, k head, n draws, S sums of a row (triton_teacher_rows.py).
+"""
+
+import math
+
+from sparsekd.kernels.memory import row_stride
+
+# `torch`: float32 logits of a chunk, of which four to six copies exist; and positions at most.
+TORCH_BYTES = 256 * 1024 * 1024
+TORCH_POSITIONS = (128, 1024)
+# `triton`: the float32 logits of a chunk exist once; 1024 to 2048 positions keep a GPU busy.
+TRITON_BYTES = 1024 * 1024 * 1024
+TRITON_POSITIONS = (256, 2048)
+
+# `triton`: neighbouring columns of a row whose mass is summed for the draws.
+PART = 128
+# The largest head that `triton` makes: k entries want 2 k lanes of its first kernel.
+MOST_ENTRIES = 2048
+
+
+def positions_rule(impl: str, vocabulary_size: int) -> int:
+    """C where the caller does not say: a multiple of 128, the rows of a matrix product's tile."""
+    budget, (least, most) = (
+        (TORCH_BYTES, TORCH_POSITIONS) if impl == "torch" else (TRITON_BYTES, TRITON_POSITIONS)
+    )
+    fitting = budget // (4 * row_stride(vocabulary_size))
+    return min(max(fitting // 128 * 128, least), most)
+
+
+def list_room(k: int) -> int:
+    """Entries that `triton` can list for a row before it takes the k largest of them.
+
+    About k ln 2 * 2 lie above its bound where the k largest fall on lanes at random, at most; far fewer for
+    k below 500. The rest of the room is for rows where they do not.
+    """
+    return 1 << (k + k // 2 + 63).bit_length()
+
+
+def peak_bytes(
+    impl: str,
+    *,
+    positions: int,
+    vocabulary_size: int,
+    k: int,
+    n: int,
+    grid: int,
+    draw_temperature: float,
+    chunk_positions: int | None,
+) -> int:
+    """Most bytes alive at one time in `teacher_statistics`, beyond its arguments; its result is counted.
+
+    For inputs of bfloat16 on CUDA, or of float32; other bfloat16 inputs are widened once beside it. Chunks
+    that `triton` does again with `torch` are an eighth as long and stay below it.
+
+    Args:
+        impl: "torch" or "triton".
+        positions: N.
+        vocabulary_size: V.
+        k: entries of the head.
+        n: draws.
+        grid: temperatures of the grid, 1 and the draw temperature among them.
+        draw_temperature: T_d.
+        chunk_positions: C; None takes `positions_rule`.
+    """
+    chunk = min(chunk_positions or positions_rule(impl, vocabulary_size), max(positions, 1))
+    result = positions * (8 * k + 8 * n + 4 * (grid + 3))
+    if impl == "torch":
+        # Logits, powers, those over T, and the cumulative sums in float64.
+        slabs = 2 + (draw_temperature != 1.0) + (2 if n else 1)
+        return 4 * slabs * chunk * vocabulary_size + result
+    stride, parts = row_stride(vocabulary_size), math.ceil(vocabulary_size / PART)
+    # The logits, the list of keys before and after its sorting (values and places), masses and their sums.
+    of_chunk = chunk * (4 * stride + 24 * list_room(k) + 12 * parts)
+    # Draws one by one while they are coalesced: sorted ids, places, flags and counts.
+    return max(of_chunk + result, positions * 40 * n + result)
