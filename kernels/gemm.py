@@ -29,8 +29,9 @@ def plain_precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Shield the products inside from autocast; let the CPU use its bfloat16 units for bfloat16 inputs.
 
     The CPU has no product of bfloat16 inputs with a float32 result. But its float32 product may read its
-    inputs as bfloat16 (oneDNN), which is exact for inputs that were bfloat16, still sums in float32 and is
-    several times faster where the processor has such units. float32 inputs keep full precision.
+    inputs as bfloat16 (oneDNN), still sums in float32, and is faster where the processor has such units. That
+    is exact for inputs that were bfloat16; the gradient of the logits is rounded so, as on a GPU. A float32
+    model keeps full precision.
     """
     # Settable since torch 2.9; without it the same product runs in full float32, to the same accuracy.
     matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)

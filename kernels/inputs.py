@@ -41,7 +41,14 @@ class LossInputs(NamedTuple):
     @property
     def columns(self) -> range:
         """The ids of the true vocabulary whose rows `weight` holds."""
-        return held_columns(self.weight.shape[0], self.head, self.shard)
+        start = 0 if self.shard is None else self.shard.start
+        return range(start, min(start + self.weight.shape[0], self.head.vocabulary_size))
+
+    def wide_bias(self, rows: slice) -> Tensor | None:
+        """The bias of some rows of `weight`, wide and contiguous."""
+        if self.bias is None:
+            return None
+        return self.bias[rows].to(wide_dtype(self.hidden.dtype)).contiguous()
 
 
 class LossParts(NamedTuple):
@@ -90,12 +97,6 @@ class Positions(NamedTuple):
         return inside(self.ids), inside(self.labels)
 
 
-def held_columns(rows: int, head: HeadTransform, shard: VocabularyShard | None) -> range:
-    """The ids of the true vocabulary among a weight's rows: all of them, or those of this rank's shard."""
-    start = 0 if shard is None else min(shard.start, head.vocabulary_size)
-    return range(start, min(start + rows, head.vocabulary_size))
-
-
 def positions_of(inputs: LossInputs) -> Positions:
     """The positions as the implementations read them: where one is dropped, nothing that could spread.
 
@@ -108,7 +109,10 @@ def positions_of(inputs: LossInputs) -> Positions:
         ids = targets.ids[:, : support_columns(targets, inputs.objective)].contiguous()
         targets = targets._replace(
             head_logprobs=torch.where(kept[:, None], targets.head_logprobs, 0.0),
+            tail_counts=torch.where(kept[:, None], targets.tail_counts, 0.0),
             log_rest=torch.where(kept, targets.log_rest, 0.0),
             entropy=torch.where(kept, targets.entropy, 0.0),
         )
-    return Positions(ids, targets, labels, inputs.weights.to(wide_dtype(inputs.hidden.dtype)))
+    # Contiguous, as the row kernels read it; torch.where made the others so.
+    weights = inputs.weights.to(wide_dtype(inputs.hidden.dtype)).contiguous()
+    return Positions(ids, targets, labels, weights)

@@ -7,12 +7,13 @@ import os
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sparsekd.kernels.blocks import Implementation
 from sparsekd.kernels.function import run_fused
-from sparsekd.kernels.inputs import LossInputs, held_columns
-from sparsekd.kernels.memory import LossShape, MemoryPlan, plan_memory
+from sparsekd.kernels.inputs import LossInputs
+from sparsekd.kernels.memory import DENSE, LossShape, MemoryPlan, plan_memory
 from sparsekd.kernels.objective import HeadTransform, Objective, check_combination
 from sparsekd.kernels.reference import reference_loss
 from sparsekd.kernels.shard import VocabularyShard
@@ -75,7 +76,8 @@ def sparse_kd_loss(
         impl: "reference" (dense, for checking), "torch" (any device) or "triton" (CUDA).
         chunk_positions: positions whose logits exist at one time; None takes the implementation's rule.
         memory_budget: bytes that the loss may take beyond its arguments, its gradients included; the fastest
-            way that keeps it is chosen (`plan_memory`). None takes the rule, whatever it needs.
+            way that keeps it is chosen (`plan_memory`, which says what comes on top). None takes the rule,
+            whatever it needs.
         shard: which rows of the vocabulary this rank holds, where the head is split over ranks; every rank
             gets the whole loss, the whole gradient of `hidden`, and the gradient of its own rows.
         debug: check also the values of record, labels and weights, which waits for the device.
@@ -109,9 +111,9 @@ def sparse_kd_loss(
         head=head,
         shard=shard,
         plan=plan,
-        hidden_gradient=hidden.requires_grad,
-        weight_gradient=weight.requires_grad,
-        bias_gradient=bias is not None and bias.requires_grad,
+        hidden_gradient=hidden.requires_grad and torch.is_grad_enabled(),
+        weight_gradient=weight.requires_grad and torch.is_grad_enabled(),
+        bias_gradient=bias is not None and bias.requires_grad and torch.is_grad_enabled(),
     )
     if impl == "reference":
         return LossOutput(*reference_loss(inputs))
@@ -153,23 +155,23 @@ def _plan(
     chunk_positions: int | None,
     memory_budget: int | None,
 ) -> MemoryPlan:
-    """How the call is cut; `reference` is dense and takes no cut."""
+    """How the call is cut; `reference` is not."""
+    if impl == "reference":
+        return DENSE
+    columns = head.vocabulary_size
+    if shard is not None:
+        # A rank's fair share and not its own rows: all ranks must cut alike, to meet at every exchange.
+        columns = -(-columns // dist.get_world_size(shard.group))
     shape = LossShape(
         positions=hidden.shape[0],
-        vocabulary_size=len(held_columns(weight.shape[0], head, shard)),
+        vocabulary_size=columns,
         hidden_size=hidden.shape[1],
         element_bytes=hidden.element_size(),
         temperature=objective.temperature,
         softcap=head.softcap is not None,
         on_cpu=hidden.device.type == "cpu",
-        sharded=shard is not None,
     )
-    return plan_memory(
-        "torch" if impl == "reference" else impl,
-        shape,
-        chunk_positions=chunk_positions,
-        memory_budget=memory_budget,
-    )
+    return plan_memory(impl, shape, chunk_positions=chunk_positions, memory_budget=memory_budget)
 
 
 def default_impl(device: torch.device) -> str:
@@ -286,6 +288,7 @@ def _check_implementation(
     if impl == "reference":
         _expect(shard is None, "shard", shard, "None for impl='reference', which is dense in one process")
         _expect(memory_budget is None, "memory_budget", memory_budget, "None for impl='reference'")
+        _expect(chunk_positions is None, "chunk_positions", chunk_positions, "None for impl='reference'")
     if impl != "triton":
         return
     _expect(

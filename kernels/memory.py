@@ -43,7 +43,6 @@ class LossShape(NamedTuple):
         temperature: T of the objective.
         softcap: whether the head has one.
         on_cpu: whether it runs on the CPU.
-        sharded: whether the vocabulary is split over ranks.
     """
 
     positions: int
@@ -53,7 +52,6 @@ class LossShape(NamedTuple):
     temperature: float
     softcap: bool
     on_cpu: bool
-    sharded: bool = False
 
 
 class MemoryPlan(NamedTuple):
@@ -64,17 +62,16 @@ class MemoryPlan(NamedTuple):
         buffer_positions: B, positions whose gradient goes into one product.
         separate_buffer: whether the gradient has memory of its own, or takes that of the logits.
         weight_in_backward: whether the weight's gradient is made from the one buffer in the backward pass.
-        row_stride: elements from one row of slab and buffer to the next.
         slice_columns: W of the low-memory mode, in which logits are made twice; 0 for whole rows.
         peak_bytes: most bytes alive at one time in forward and backward, beyond the arguments. The gradients
-            that are left are counted. What is K wide, or a number per position, is not: far less.
+            that are left are counted. What is K wide, or a number per position, comes on top: far less.
+            Where the graph is retained in backward, so does the hidden states' float32 gradient.
     """
 
     slab_positions: int
     buffer_positions: int
     separate_buffer: bool
     weight_in_backward: bool
-    row_stride: int
     slice_columns: int
     peak_bytes: int
 
@@ -87,7 +84,7 @@ def plan_memory(
     Args:
         impl: "torch" or "triton".
         shape: of the call.
-        chunk_positions: C and B at most; None takes the implementation's rule. Does not go with a budget.
+        chunk_positions: C; None takes the implementation's rule. Does not go with a budget.
         memory_budget: bytes for `peak_bytes`; None takes the rule whatever it needs.
 
     Raises:
@@ -110,6 +107,10 @@ def plan_memory(
         f"impl='{impl}' needs for {shape.positions} positions, a vocabulary of {shape.vocabulary_size} and "
         f"hidden size {shape.hidden_size}: raise it, or take fewer positions in a micro-batch"
     )
+
+
+DENSE = MemoryPlan(0, 0, False, False, 0, 0)
+"""No cut: whole logits, as `reference` has them."""
 
 
 def dense_bytes(positions: int, vocabulary_size: int) -> int:
@@ -180,17 +181,16 @@ def _slabs(impl: str, shape: LossShape, slab: int, buffer: int, *, separate: boo
     # The product of several buffers, or of wide operands, is a wide sum made in forward.
     in_backward = shape.positions <= buffer and widths.operand < widths.wide
     kept = buffered if in_backward else widths.wide * of_weight
-    hidden_gradient = of_hidden * (widths.wide if shape.sharded else widths.operand)
 
     # `torch` takes the positions that count out first: a copy of the hidden states.
     arguments = widths.widened * of_weight + (element * of_hidden if impl == "torch" else 0)
-    forward = arguments + widths.logits * held * stride + buffered + hidden_gradient
+    forward = arguments + widths.logits * held * stride + buffered + widths.wide * of_hidden
     forward += 0 if in_backward else kept
-    scaled = element * (of_weight + of_hidden)
-    if element < widths.wide:  # a part of a gradient before its rounding
-        scaled += widths.wide * min(SCALE_ELEMENTS, max(of_weight, of_hidden))
-    backward = hidden_gradient + kept + scaled
-    return MemoryPlan(slab, buffer, separate, in_backward, stride, 0, max(forward, backward))
+    # The wide gradient of hidden goes once it is scaled; a part of the weight's is wide before its rounding.
+    weight_scaled = element * of_weight
+    weight_scaled += widths.wide * min(SCALE_ELEMENTS, of_weight) if element < widths.wide else 0
+    backward = kept + element * of_hidden + max(widths.wide * of_hidden, weight_scaled)
+    return MemoryPlan(slab, buffer, separate, in_backward, 0, max(forward, backward))
 
 
 def _slices(impl: str, shape: LossShape, columns: int) -> MemoryPlan:
@@ -207,4 +207,4 @@ def _slices(impl: str, shape: LossShape, columns: int) -> MemoryPlan:
     gradients += element * of_hidden if element < widths.wide else 0
     peak = arguments + logits + widened + gradients
     positions = max(shape.positions, 1)
-    return MemoryPlan(positions, positions, separate, True, held, columns, peak)
+    return MemoryPlan(positions, positions, separate, True, columns, peak)

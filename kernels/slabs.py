@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from sparsekd.kernels.blocks import Assessment, Block, Implementation
-from sparsekd.kernels.gemm import add_product, plain_precision, product_into, wide_dtype, wide_product
+from sparsekd.kernels.gemm import add_product, plain_precision, wide_dtype, wide_product
 from sparsekd.kernels.inputs import LossInputs, LossParts, Positions, positions_of
+from sparsekd.kernels.memory import row_stride
 from sparsekd.kernels.shard import sum_over_ranks, whole_vocabulary
 
 
@@ -23,7 +24,7 @@ def loss_in_slabs(inputs: LossInputs, implementation: Implementation) -> LossPar
     wide = wide_dtype(hidden.dtype)
     positions = positions_of(inputs)
     ids, labels = positions.within(inputs.columns)
-    bias = None if inputs.bias is None else inputs.bias[:size].to(wide)
+    bias = inputs.wide_bias(slice(0, size))
 
     with plain_precision(device, hidden.dtype):
         matrix = implementation.prepare(inputs.weight[:size])
@@ -31,20 +32,20 @@ def loss_in_slabs(inputs: LossInputs, implementation: Implementation) -> LossPar
         values = torch.zeros(3, count, dtype=wide, device=device)
         hidden_gradient = weight_gradient = bias_gradient = None
         if inputs.hidden_gradient:
-            rounded = matrix.dtype if inputs.shard is None else wide
-            hidden_gradient = torch.empty_like(hidden, dtype=rounded)
+            hidden_gradient = torch.empty_like(hidden, dtype=wide)
         # One buffer of low precision is left to the backward pass, whose product is scaled before it is
         # rounded, once. Several add up to a wide sum.
         if inputs.weight_gradient and not plan.weight_in_backward:
             weight_gradient = torch.zeros_like(inputs.weight, dtype=wide)
         if inputs.bias_gradient:
             bias_gradient = torch.zeros(inputs.weight.shape[0], dtype=wide, device=device)
-        slab = torch.empty(min(plan.slab_positions, count), plan.row_stride, dtype=wide, device=device)
+        stride = row_stride(size) if plan.separate_buffer else size
+        slab = torch.empty(min(plan.slab_positions, count), stride, dtype=wide, device=device)
         # Without a buffer of its own the gradient stays where the logits were.
         buffer = slab
         if plan.separate_buffer and inputs.needs_gradient:
             rows_held = min(plan.buffer_positions, count)
-            buffer = torch.empty(rows_held, plan.row_stride, dtype=matrix.dtype, device=device)
+            buffer = torch.empty(rows_held, stride, dtype=matrix.dtype, device=device)
 
         for start in range(0, count, plan.buffer_positions):
             stop = min(start + plan.buffer_positions, count)
@@ -66,7 +67,7 @@ def loss_in_slabs(inputs: LossInputs, implementation: Implementation) -> LossPar
             if bias_gradient is not None:
                 bias_gradient[:size] += gradient.sum(0, dtype=wide)
             if hidden_gradient is not None:
-                product_into(hidden_gradient[start:stop], gradient, matrix)
+                wide_product(gradient, matrix, out=hidden_gradient[start:stop])
             if weight_gradient is not None:
                 add_product(weight_gradient[:size], gradient.T, implementation.prepare(hidden[start:stop]))
 

@@ -66,20 +66,24 @@ class SliceLoss(torch.autograd.Function):
 
 
 def _slices(
-    inputs: LossInputs, implementation: Implementation, slab: Tensor
+    inputs: LossInputs, implementation: Implementation, operand: Tensor, slab: Tensor
 ) -> Iterator[tuple[slice, Tensor, Block]]:
-    """Yields (rows of the weight, those rows [W, H] as the products take them, their block [N, W])."""
-    held, wide = inputs.columns, wide_dtype(inputs.hidden.dtype)
+    """Yields (rows of the weight, those rows [W, H] as the products take them, their block [N, W]).
+
+    Whoever takes them lets go of one before the next is made.
+    """
+    held = inputs.columns
     positions = positions_of(inputs)
-    operand = implementation.prepare(inputs.hidden.contiguous())
     for first in range(0, len(held), inputs.plan.slice_columns):
         rows = slice(first, min(first + inputs.plan.slice_columns, len(held)))
         matrix = implementation.prepare(inputs.weight[rows])
         products = slab[:, : rows.stop - first]
         wide_product(operand, matrix.T, out=products)
         ids, labels = positions.within(held[rows])
-        bias = None if inputs.bias is None else inputs.bias[rows].to(wide)
-        yield rows, matrix, implementation.block(products, bias, ids, labels, inputs.objective, inputs.head)
+        bias = inputs.wide_bias(rows)
+        block = implementation.block(products, bias, ids, labels, inputs.objective, inputs.head)
+        yield rows, matrix, block
+        del matrix, block
 
 
 def _slab(inputs: LossInputs, dtype: torch.dtype) -> Tensor:
@@ -92,14 +96,17 @@ def _assess_slices(inputs: LossInputs, implementation: Implementation) -> Assess
     """The objective at N positions, its logits made a slice at a time."""
     objective, positions = inputs.objective, positions_of(inputs)
     with plain_precision(inputs.hidden.device, inputs.hidden.dtype):
+        operand = implementation.prepare(inputs.hidden.contiguous())
         slab = _slab(inputs, wide_dtype(inputs.hidden.dtype))
         together = None
-        for _, _, block in _slices(inputs, implementation, slab):
+        for _, _, block in _slices(inputs, implementation, operand, slab):
             reading, sums = block.reading, block.rest_sums()
             if together is not None:
                 reading = combine_readings(together[0], reading)
                 sums = combine_sums(together[1], sums, objective.temperature)
             together = reading, sums
+            del block
+        del operand, slab
     assert together is not None
     reading, sums = whole_vocabulary(*together, objective, inputs.shard)
 
@@ -140,7 +147,7 @@ def _gradients(
     """(hidden's, weight's, bias's gradient), None where not asked for; the logits are made once more."""
     hidden, weight = inputs.hidden, inputs.weight
     wide = wide_dtype(hidden.dtype)
-    of_hidden = torch.zeros_like(hidden, dtype=wide) if inputs.hidden_gradient else None
+    of_hidden = hidden.new_zeros(hidden.shape, dtype=wide) if inputs.hidden_gradient else None
     # Rows beyond the true vocabulary keep exactly 0.
     of_weight = torch.zeros_like(weight) if inputs.weight_gradient else None
     of_bias = weight.new_zeros(weight.shape[0]) if inputs.bias_gradient else None
@@ -148,7 +155,7 @@ def _gradients(
         operand = implementation.prepare(hidden.contiguous())
         slab = _slab(inputs, wide)
         buffer = None if operand.dtype == wide else _slab(inputs, operand.dtype)
-        for rows, matrix, block in _slices(inputs, implementation, slab):
+        for rows, matrix, block in _slices(inputs, implementation, operand, slab):
             out = None if buffer is None else buffer[:, : rows.stop - rows.start]
             dense = block.gradient(rest, gradient, out)
             if of_bias is not None:
@@ -159,6 +166,8 @@ def _gradients(
                 product_into(of_weight[rows], dense.T, operand)
             elif of_weight is not None:
                 of_weight[rows] = wide_product(dense.T, operand)
+            del matrix, block, dense
+        del operand, slab, buffer
     if of_hidden is not None:
         sum_over_ranks(of_hidden, inputs.shard)
         of_hidden = of_hidden.to(hidden.dtype)

@@ -45,6 +45,7 @@ class TorchBlock:
         self._logits = logits.scatter_reduce_(1, self._columns, punch, "amin")
         self._powers: tuple[Tensor, Tensor] | None = None  # at T and at 1, one tensor where T is 1
         self._shift = torch.zeros_like(label)  # what was subtracted from z before exp
+        self._some = torch.zeros_like(self._labelled)  # where anything is outside the support
 
     def rest_sums(self) -> RestSums:
         """One pass; the powers stay for the gradient."""
@@ -58,9 +59,10 @@ class TorchBlock:
         """The identity of docs/losses.md, 8, from powers that are there or, in a second pass, made anew."""
         powers_t, powers_1 = self._powers or self._make_powers(rest.maximum)
         gradient = gradient.scaled(self._scale)
-        some = rest.maximum > -math.inf
         by_t, by_1 = (
-            torch.where(some, factor * torch.where(some, shift - log_sum, 0.0).exp(), 0.0)[:, None]
+            torch.where(self._some, factor * torch.where(self._some, shift - log_sum, 0.0).exp(), 0.0)[
+                :, None
+            ]
             for factor, shift, log_sum in (
                 (gradient.rest_t, self._shift / self._temperature, rest.t),
                 (gradient.rest_1, self._shift, rest.one),
@@ -82,7 +84,8 @@ class TorchBlock:
 
     def _make_powers(self, maximum: Tensor) -> tuple[Tensor, Tensor]:
         """exp((z - maximum) / T) and exp(z - maximum) in the memory of z; T != 1 takes as much again."""
-        self._shift = torch.where(maximum > -math.inf, maximum, 0.0)
+        self._some = maximum > -math.inf
+        self._shift = torch.where(self._some, maximum, 0.0)
         shifted = self._logits.sub_(self._shift[:, None])
         powers_t = None if self._temperature == 1.0 else (shifted / self._temperature).exp_()
         powers_1 = shifted.exp_()

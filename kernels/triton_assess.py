@@ -136,7 +136,8 @@ def assess_kernel(
             mass = tl.sum(target, 0)
             by_rest = mass * tl.exp(rest_t - total_t)
         else:  # (5.1) with (4.1)
-            log_p = tl.where(in_head, head - total_p, 0.0)
+            # Probability 0 adds nothing, and its log is not read.
+            log_p = tl.where(head > float("-inf"), head - total_p, 0.0)
             value = tl.sum(target * (log_p - log_q), 0)
             has_rest = log_rest > float("-inf")
             log_ratio = tl.where(has_rest, log_p_rest, 0.0) - tl.where(has_rest, rest_t - total_t, 0.0)

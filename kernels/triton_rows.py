@@ -146,8 +146,10 @@ def stats_kernel(
             total += tl.where(logits > float("-inf"), logits, 0.0)
         # One exponential serves a lane, that of the lower less the higher of old maximum and new logit.
         # -inf - -inf is NaN: a lane that has seen nothing yet subtracts 0.
-        higher = tl.maximum(maximum, logits)
-        lower = tl.minimum(maximum, logits) - tl.where(higher > float("-inf"), higher, 0.0)
+        # NaN goes on into the sums, as everywhere else.
+        higher = tl.maximum(maximum, logits, propagate_nan=tl.PropagateNan.ALL)
+        lower = tl.minimum(maximum, logits, propagate_nan=tl.PropagateNan.ALL)
+        lower -= tl.where(higher > float("-inf"), higher, 0.0)
         rises = logits > maximum
         power = tl.exp(lower * inverse_temperature)
         if SQUARINGS != 0:

@@ -202,15 +202,17 @@ def shape_of(leaves: dict[str, torch.Tensor], vocabulary: int) -> memory.LossSha
     )
 
 
-@pytest.mark.parametrize(("count", "share"), [(4096, None), (12288, None), (4096, 0.6)])
+@pytest.mark.parametrize(("count", "share"), [(4096, None), (12288, None), (12288, 0.6), (4096, 0.3)])
 def test_peak_memory_is_the_formula(count, share):
-    """At 12,288 positions there are two gradient buffers; at 0.6 of what the rule takes there are slices."""
+    """One buffer of gradients, two, many small ones, and slices."""
     vocabulary, size = 65536, 512
     leaves, rest = build(count, vocabulary, size, torch.bfloat16, "tail_bucket", 1.0, None)
     shape = shape_of(leaves, vocabulary)
     budget = None if share is None else int(share * memory.plan_memory("triton", shape).peak_bytes)
     plan = memory.plan_memory("triton", shape, memory_budget=budget)
-    assert (share is not None) == (plan.slice_columns > 0 or plan.buffer_positions < count)
+    cut = (plan.slice_columns > 0, plan.buffer_positions < count)
+    expected = {(4096, None): (False, False), (4096, 0.3): (True, False)}
+    assert cut == expected.get((count, share), (False, True))
     run(leaves, rest, "triton", memory_budget=budget)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -45,7 +45,7 @@ def compile_variant(variant: Variant, architecture: str) -> Report:
     """Compiles one variant to machine code and reads what it takes."""
     is_amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if is_amd else GPUTarget("cuda", int(architecture), 32)
-    source = ASTSource(fn=variant.kernel, signature=variant.signature, constexprs=variant.constants)
+    source = ASTSource(variant.kernel, variant.signature, variant.constants, variant.attributes)
     compiled = triton.compile(source, target=target, options={"num_warps": variant.warps})
     assert compiled.asm["hsaco" if is_amd else "cubin"]
     registers, spilled = (

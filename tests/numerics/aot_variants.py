@@ -43,12 +43,21 @@ class Variant:
         constants: values of its constexpr arguments.
         signature: Triton's type of every argument.
         warps: as it is launched.
+        ones: arguments that are 1, for which Triton compiles anew.
     """
 
     kernel: Any
     constants: dict[str, Any]
     signature: dict[str, str]
     warps: int
+    ones: tuple[str, ...] = ()
+
+    @property
+    def attributes(self) -> dict[tuple[int, ...], list[list[Any]]]:
+        """What Triton learns of the arguments at a launch: pointers and row strides are multiples of 16."""
+        aligned = {name for name in self.signature if name.endswith(("_ptr", "_stride"))}
+        places = enumerate(self.kernel.arg_names)
+        return {(place,): [["tt.divisibility", 16]] for place, name in places if name in aligned}
 
     @property
     def name(self) -> str:
@@ -56,10 +65,19 @@ class Variant:
         words = [f"{key}={value}" for key, value in self.constants.items()]
         if self.signature.get("gradient_ptr"):
             words.append(self.signature["gradient_ptr"])
-        return " ".join(words)
+        return " ".join([*words, *(f"{name}=1" for name in self.ones)])
 
 
-def _variant(kernel: Any, constants: dict[str, Any], *, warps: int = 4, gradient: str = "*bf16") -> Variant:
+def _variant(
+    kernel: Any,
+    constants: dict[str, Any],
+    *,
+    warps: int = 4,
+    gradient: str = "*bf16",
+    ones: tuple[str, ...] = (),
+) -> Variant:
+    constants = {**constants, **dict.fromkeys(ones, 1)}
+
     def type_of(name: str) -> str:
         if name in constants:
             return "constexpr"
@@ -72,7 +90,8 @@ def _variant(kernel: Any, constants: dict[str, Any], *, warps: int = 4, gradient
         assert name.endswith("_ptr"), f"{kernel.__name__} has the argument {name}: say its type here"
         return gradient if name == "gradient_ptr" else "*fp32"
 
-    return Variant(kernel, constants, {name: type_of(name) for name in kernel.arg_names}, warps)
+    signature = {name: type_of(name) for name in kernel.arg_names}
+    return Variant(kernel, constants, signature, warps, ones)
 
 
 def _transforms() -> Iterator[dict[str, Any]]:
@@ -103,5 +122,11 @@ def all_variants() -> Iterator[Variant]:
         for block_k in BLOCKS_K:
             warps = triton_rows.warps_of_support(block_k)
             yield _variant(triton_assess.assess_kernel, {**constants, "BLOCK_K": block_k}, warps=warps)
+    # One entry, one draw: Triton takes an integer that is 1 for a constant.
+    plain = {"HAS_BIAS": False, "HAS_SOFTCAP": False, "BLOCK_K": 1}
+    yield _variant(triton_rows.prep_kernel, plain, warps=1, ones=("entries",))
+    yield _variant(triton_rows.fix_kernel, {"BLOCK_K": 1}, warps=1, ones=("entries",))
+    one_draw = {"HAS_TEACHER": True, "SAMPLED": True, "HAS_HEAD": True, "BLOCK_K": 2}
+    yield _variant(triton_assess.assess_kernel, one_draw, warps=1, ones=("head_size", "draws"))
     for teacher in teacher_variants():
         yield Variant(teacher.kernel, teacher.constants, teacher.signature, teacher.warps)

@@ -144,12 +144,14 @@ def test_nothing_to_do(oracle, impl, empty):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_what_is_dropped_cannot_harm(oracle, impl):
+@pytest.mark.parametrize("mode", ["tail_bucket", "sampled"])
+def test_what_is_dropped_cannot_harm(oracle, impl, mode):
     """Rubbish in the record, the label and the logits of a position of weight 0."""
-    case = oracle.make_case(seed=27)
+    case = oracle.make_case(seed=27, target_mode=mode)
     expected = oracle.dense(case)
     targets = SparseTargets(*(value.clone() for value in case.targets))
     targets.head_logprobs[3] = torch.nan
+    targets.tail_counts[3] = torch.nan
     targets.log_rest[3] = -torch.inf
     targets.entropy[3] = torch.nan
     targets.ids[3] = -1
@@ -157,3 +159,73 @@ def test_what_is_dropped_cannot_harm(oracle, impl):
     hidden[3] = 3e38
     found = oracle.measured(case.change(targets=targets, hidden=hidden), impl)
     oracle.check(found, expected, BOUND)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_logits_that_are_no_numbers_are_not_hidden(oracle, impl):
+    """A head that has diverged in one row, outside every support, shows in the loss."""
+    case = oracle.make_case(seed=28)
+    outside = next(v for v in range(53) if v not in set(case.targets.ids.flatten().tolist()))
+    case.weight[outside] = torch.nan
+    output, _ = oracle.call(case, impl)
+    assert torch.isnan(output.loss)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("mode", ["tail_bucket", "sampled", "truncated"])
+def test_a_head_entry_of_probability_zero(oracle, impl, mode):
+    """-inf is a legal log-probability of an id that is there."""
+    case = oracle.make_case(seed=29, target_mode=mode)
+    case.targets.head_logprobs[[1, 4], 4] = -torch.inf
+    oracle.check(oracle.measured(case, impl), oracle.dense(case), BOUND)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_slice_within_the_support(oracle, impl):
+    """All columns of one slice are support, and the rest is far below: nothing of it is lost or NaN."""
+    case = oracle.make_case(seed=30, count=4, size=53, padding=0, with_bias=False, k=20, n=0, temperature=2.0)
+    ids = torch.arange(20).expand(4, 20).contiguous()
+    logits = torch.randn(4, 53, generator=torch.Generator().manual_seed(30))
+    logits[:, 20:] -= 250.0
+    case = case.change(
+        weight=torch.eye(53), hidden=logits, targets=case.targets._replace(ids=ids), labels=ids[:, 3]
+    )
+    oracle.check(oracle.measured(case, impl), oracle.dense(case), BOUND)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("mode", ["tail_bucket", "sampled", "renormalized"])
+def test_arguments_with_gaps(oracle, impl, mode):
+    """Every argument a view with strides of its own."""
+    case = oracle.make_case(seed=31, target_mode=mode, temperature=2.0)
+
+    def with_gaps(value):
+        wide = value.new_zeros(*(2 * length for length in value.shape))
+        view = wide[tuple(slice(None, None, 2) for _ in value.shape)]
+        return view.copy_(value)
+
+    device = oracle.device_of(impl)
+    views = {name: with_gaps(getattr(case, name).to(device)) for name in ("hidden", "weight", "bias")}
+    leaves = {name: view.detach().requires_grad_() for name, view in views.items()}
+    assert not any(leaf.is_contiguous() for leaf in leaves.values())
+    how, _, way = impl.partition("/")
+    with pytest.MonkeyPatch.context() as patch:
+        if way:
+            patch.setattr(oracle.loss_module, "plan_memory", oracle._plan_of_slices)
+        output = oracle.sparse_kd_loss(
+            leaves["hidden"],
+            leaves["weight"],
+            bias=leaves["bias"],
+            targets=SparseTargets(*(with_gaps(value.to(device)) for value in case.targets)),
+            labels=with_gaps(case.labels.to(device)),
+            weights=with_gaps(case.weights.to(device)),
+            objective=case.objective,
+            head=case.head,
+            impl=how,
+        )
+    output.loss.backward()
+    expected = oracle.dense(case)
+    assert oracle.relative(output.loss.double().cpu(), expected.loss) < BOUND
+    for name, leaf in leaves.items():
+        assert oracle.relative(leaf.grad.double().cpu(), getattr(expected, name)) < BOUND, name

@@ -85,19 +85,40 @@ def test_slabs(oracle, tmp_path, sizes, chunk, temperature, softcap, dtype):
 
 
 @pytest.mark.parametrize(
-    ("temperature", "dtype"), [(1.0, torch.float32), (2.0, torch.float32), (1.0, torch.bfloat16)], ids=str
+    ("sizes", "share", "temperature", "softcap", "dtype"),
+    [
+        ((256, 8192, 96), 0.9, 1.0, None, torch.float32),
+        ((256, 8192, 96), 0.9, 2.0, None, torch.float32),
+        ((256, 8192, 96), 0.9, 2.0, 9.0, torch.float32),
+        ((256, 8192, 96), 0.9, 1.0, None, torch.bfloat16),
+        # Hidden states that are no less than the logits of a slice.
+        ((1024, 2048, 512), 0.9, 1.0, 9.0, torch.bfloat16),
+        ((1024, 2048, 512), None, 1.0, None, torch.float32),
+    ],
+    ids=str,
 )
-def test_slices_within_a_budget(oracle, tmp_path, temperature, dtype):
-    """A budget below what whole rows need makes slices, and is kept."""
+def test_slices_keep_their_budget(oracle, tmp_path, sizes, share, temperature, softcap, dtype):
+    """A budget below what whole rows need makes slices, and is kept but for what is K wide."""
+    count, vocabulary, size = sizes
     case = oracle.make_case(
-        count=256, vocabulary=8192, size=96, padding=0, with_bias=False, temperature=temperature
+        count=count,
+        vocabulary=vocabulary,
+        size=size,
+        padding=0,
+        with_bias=False,
+        temperature=temperature,
+        softcap=softcap,
     )
     shape = shape_of(case, dtype)
-    budget = int(0.9 * memory.plan_memory("torch", shape).peak_bytes)
+    # None is the least budget that there is.
+    least = min(plan.peak_bytes for plan in memory._plans("torch", shape, None))
+    budget = least if share is None else int(share * memory.plan_memory("torch", shape).peak_bytes)
     plan = memory.plan_memory("torch", shape, memory_budget=budget)
     assert plan.slice_columns > 0 and plan.peak_bytes <= budget
     peak = measured_peak(tmp_path / "trace.json", case, dtype, memory_budget=budget)
-    assert abs(peak - plan.peak_bytes) < TOLERANCE * plan.peak_bytes, (peak, plan, peak / plan.peak_bytes)
+    # Ids as int64, in the record and in a slice's columns, and a few tensors of values and gradients.
+    small = count * (case.targets.ids.shape[1] * 60 + 200)
+    assert 0.9 * plan.peak_bytes < peak < budget + small, (peak, plan, peak / plan.peak_bytes)
 
 
 GPU = memory.LossShape(
@@ -122,6 +143,7 @@ def test_the_rule_on_a_gpu():
 
 def test_a_smaller_budget_gives_smaller_pieces_until_none_fits():
     shape = GPU._replace(positions=32768)
+    # None is the least budget that there is.
     least = min(plan.peak_bytes for plan in memory._plans("triton", shape, None))
     peaks = []
     for budget in (8 * 2**30, 4 * 2**30, 3 * 2**30, 2 * 2**30, least):

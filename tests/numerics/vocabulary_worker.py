@@ -17,7 +17,7 @@ import torch.distributed as dist
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("torch", {}),
     ("torch", {"temperature": 2.0, "label_smoothing": 0.1, "z_loss": 0.01, "softcap": 6.0}),
-    ("torch", {"target_mode": "sampled"}),
+    ("torch", {"target_mode": "sampled", "count": 23}),
     ("torch", {"divergence": "reverse_kl", "temperature": 2.0, "dtype": torch.float64}),
     ("torch", {"kd_weight": 0.0, "label_smoothing": 0.1}),
     ("torch/slices", {"temperature": 2.0, "label_smoothing": 0.1}),
@@ -57,9 +57,12 @@ def counted(sent: list[tuple[str, int]]) -> Callable[..., Any]:
 def main() -> None:
     dist.init_process_group("gloo")
     oracle = oracle_module()
+    from sparsekd.kernels import memory
     from sparsekd.kernels.shard import VocabularyShard
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    # Small enough that the sizes of a call follow the vocabulary: ranks of unequal shards must agree on them.
+    memory.CACHED_LOGITS, memory.CACHED_POSITIONS = 120, (1, 64)
     for impl, changes in CASES:
         case = oracle.make_case(seed=40, **changes)
         held = bounds_of(rank, world_size, case.weight.shape[0])
@@ -70,7 +73,8 @@ def main() -> None:
         dist.all_reduce = counted(sent)
         try:
             shard = VocabularyShard(group=dist.group.WORLD, start=held.start)
-            found = oracle.measured(mine, impl, upstream=0.3, shard=shard)
+            chunk = None if changes.get("target_mode") == "sampled" else 3
+            found = oracle.measured(mine, impl, upstream=0.3, shard=shard, chunk=chunk)
         finally:
             dist.all_reduce = original
         expected = oracle.Result(

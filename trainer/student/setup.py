@@ -98,6 +98,12 @@ def _plan(config: Config, store: LogitStore, here: Ranks) -> Plan:
     settings = settings_of(config, objective, impl=impl)
     transform = head_transform(model_config, manifest.tokenizer.vocabulary_size)
     memory = None
+    cut = (config.objective.chunk_positions, config.objective.memory_gib)
+    if impl == "reference" and cut != (None, None):
+        raise ConfigError(
+            "objective.impl=reference is dense and cannot be cut: leave objective.chunk_positions and "
+            "objective.memory_gib out, or use objective.impl=torch."
+        )
     if impl != "reference":
         memory = loss_memory(
             config,
