@@ -6,7 +6,7 @@ BIN := $(abspath $(VENV))/bin
 # The current folder must not come first on Python's path (see docs/architecture.md, "one import name").
 export PYTHONSAFEPATH := 1
 
-.PHONY: help setup demo test check format lint types pytest clean
+.PHONY: help setup demo test check format lint types pytest soak clean
 
 help:  ## Shows the targets.
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,10 @@ types: setup  ## Types, on a non-editable copy.
 
 pytest: setup  ## All tests; those that need a GPU skip with a reason.
 	$(BIN)/python -m pytest tests
+
+# 210 kills with those of `make pytest`, each step of the protocol at least 5 times.
+soak: setup  ## Kills 160 writers of a store, at every step and anywhere: minutes.
+	SPARSEKD_SOAK_KILLS=160 $(BIN)/python -m pytest -s tests/unit/store/test_crash.py -k killed_writers
 
 clean:  ## Removes what the targets made, but not runs.
 	rm -rf $(VENV) .check build *.egg-info

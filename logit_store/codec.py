@@ -1,41 +1,42 @@
 """Codecs: how a row becomes named planes of stored bytes, and back.
 
-A codec is two pure functions and what they need to be judged by; the manifest names it. To add one, write the
-functions and enter it in `CODECS`.
+A codec is two pure functions and what they need to be judged by; the manifest names it and holds its
+parameters. To add one, write the functions and enter it in `CODECS`.
 
 Shapes: L positions of a row, S segments, k head entries, n draws, G grid temperatures.
 """
 
-import math
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import zstandard
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
+from sparsekd.logit_store import codec_exact, codec_plain, codec_tkq8
+from sparsekd.logit_store.checks import MASS_TOLERANCE
 from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.frames import ZSTD_LEVEL, PlaneError, compress_frame, decompress_frame
+from sparsekd.logit_store.frequency import check_compact, mass_of
 from sparsekd.logit_store.manifest import Manifest
-from sparsekd.logit_store.row import NO_ID, Row, TeacherRecord
+from sparsekd.logit_store.planes import TOKEN_PLANES, smallest_unsigned
+from sparsekd.logit_store.ragged import cut_to_mass
+from sparsekd.logit_store.row import Row, TeacherRecord, empty_record
 
-ZSTD_LEVEL = 1
-"""Higher levels are slower and, on these planes, not smaller: only the entropy coder finds anything."""
-
-TOKEN_PLANES = ("token_ids", "loss_mask", "segment_starts", "segment_documents")
-
-
-class PlaneError(Exception):
-    """A stored plane cannot be decoded.
-
-    Attributes:
-        plane: its name.
-    """
-
-    def __init__(self, plane: str, reason: str) -> None:
-        super().__init__(reason)
-        self.plane = plane
+__all__ = [
+    "CODECS",
+    "DEFAULT_CODEC",
+    "TOKEN_PLANES",
+    "ZSTD_LEVEL",
+    "Codec",
+    "PlaneError",
+    "codec_of",
+    "compress_frame",
+    "decompress_frame",
+    "new_record",
+    "smallest_unsigned",
+    "stored_record",
+]
 
 
 @dataclass(frozen=True)
@@ -45,24 +46,55 @@ class Codec:
     Attributes:
         planes: names of the planes of every row under a manifest, in stored order.
         encode: a row that passed `check_row` -> the stored bytes of each plane. Equal rows give equal bytes.
-        decode: the stored bytes of each plane -> the row. Raises PlaneError; never allocates more than the
-            manifest's shapes ask for.
-        check_parameters: raises StoreError for parameters that the codec does not know.
+        decode_into: the stored bytes of each plane -> the row, whose record is the arrays that are given.
+            Raises PlaneError; never allocates more than the manifest's shapes ask for.
+        check_parameters: raises StoreError for parameters that the codec does not know or cannot use here.
+        errors: a decoded record -> for each plane of values, by how much (nats, float32 of the plane's shape)
+            an entry may differ from what was written; what was written is `stored_record` of it.
         mass_tolerance: by how much decoded probabilities of a position may sum to more than 1.
     """
 
     planes: Callable[[Manifest], tuple[str, ...]]
     encode: Callable[[Row, Manifest], dict[str, bytes]]
-    decode: Callable[[Mapping[str, Any], Manifest], Row]
-    check_parameters: Callable[[Mapping[str, Any]], None]
-    mass_tolerance: float
+    decode_into: Callable[[Mapping[str, Any], Manifest, TeacherRecord], Row]
+    check_parameters: Callable[[Mapping[str, Any], Manifest], None]
+    errors: Callable[[TeacherRecord, Manifest], dict[str, NDArray[np.float32]]]
+    mass_tolerance: float = MASS_TOLERANCE
+
+    def decode(self, planes: Mapping[str, Any], manifest: Manifest, out: TeacherRecord | None = None) -> Row:
+        """Returns the row of stored planes.
+
+        Args:
+            planes: name -> buffer.
+            manifest: of the store.
+            out: arrays of the manifest's shapes, as `new_record` makes them, that the record is written to;
+                None makes new ones.
+
+        Raises:
+            PlaneError: a plane cannot be decoded.
+        """
+        return self.decode_into(planes, manifest, new_record(manifest) if out is None else out)
+
+
+def new_record(manifest: Manifest) -> TeacherRecord:
+    """Returns a record of the manifest's shapes whose arrays are not filled yet."""
+    spec = manifest.record
+    return empty_record(
+        manifest.sequence_length, spec.k, spec.n, len(spec.temperatures), tail_logprobs=spec.tail_logprobs
+    )
+
+
+def stored_record(record: TeacherRecord, manifest: Manifest) -> TeacherRecord:
+    """Returns what a store keeps of a record before it rounds: cut short where its codec has a mass."""
+    mass = mass_of(manifest)
+    return record if mass is None else cut_to_mass(record, manifest.record, mass)
 
 
 def codec_of(manifest: Manifest) -> Codec:
     """Returns the codec that a manifest names.
 
     Raises:
-        StoreError: there is none of that name, or it does not know the parameters.
+        StoreError: there is none of that name, or it cannot use the parameters.
     """
     spec = manifest.codec
     if spec.name not in CODECS:
@@ -70,148 +102,54 @@ def codec_of(manifest: Manifest) -> Codec:
             f"The store's codec is {spec.name!r}, but this sparsekd knows {', '.join(sorted(CODECS))}: name "
             "one of these when writing, or update sparsekd to read."
         )
-    CODECS[spec.name].check_parameters(spec.parameters)
+    CODECS[spec.name].check_parameters(spec.parameters, manifest)
     return CODECS[spec.name]
 
 
-_contexts = threading.local()  # zstd contexts may not be shared between threads, and are dear to make
-
-
-def compress_frame(plain: bytes) -> bytes:
-    """Returns one zstd frame with content size and content checksum."""
-    if not hasattr(_contexts, "compressor"):
-        _contexts.compressor = zstandard.ZstdCompressor(
-            level=ZSTD_LEVEL, write_checksum=True, write_content_size=True
-        )
-    return _contexts.compressor.compress(plain)
-
-
-def decompress_frame(stored: Any, plane: str, size: int | None, *, at_most: int) -> bytes:
-    """Returns the content of a zstd frame.
-
-    Args:
-        stored: buffer of the whole frame and nothing else.
-        plane: its name, for messages.
-        size: bytes that the content must have; None when the caller judges it.
-        at_most: bytes that it may have; more is refused before anything is allocated.
-
-    Raises:
-        PlaneError: it is no such frame, or its checksum differs.
-    """
-    try:
-        header = zstandard.get_frame_parameters(stored)
-        found = header.content_size
-        if not header.has_checksum:
-            raise PlaneError(plane, "its zstd frame has no checksum")
-        if found > at_most or (size is not None and found != size):
-            raise PlaneError(plane, f"its zstd frame holds {found} bytes, expected {size or at_most}")
-        if not hasattr(_contexts, "decompressor"):
-            _contexts.decompressor = zstandard.ZstdDecompressor()
-        return _contexts.decompressor.decompress(stored, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise PlaneError(plane, f"its zstd frame cannot be read ({error})") from error
-
-
-def smallest_unsigned(largest: int) -> np.dtype[Any]:
-    """Returns the narrowest of the little-endian uint8, uint16 and uint32 that holds `largest`."""
-    return next(np.dtype(name) for name in ("u1", "<u2", "<u4") if largest <= np.iinfo(name).max)
-
-
-def exact_planes(manifest: Manifest) -> tuple[str, ...]:
-    """Returns the planes of the `exact` codec; those of no width are not stored."""
-    if manifest.teacher is None:
-        return TOKEN_PLANES
-    head = ("head_ids", "head_logprobs") if manifest.record.k else ()
-    tail = ("tail_ids", "tail_counts") if manifest.record.n else ()
-    return (*TOKEN_PLANES, *head, *tail, "log_rest", "rest_entropy", "true_logprob", "entropy")
-
-
-def exact_encode(row: Row, manifest: Manifest) -> dict[str, bytes]:
-    """Stores ids and counts in the narrowest unsigned type and values in float32: lossless."""
-    ids = smallest_unsigned(manifest.tokenizer.vocabulary_size - 1)
-    counts = smallest_unsigned(manifest.record.n)
-    plain: dict[str, NDArray[Any]] = {
-        "token_ids": row.token_ids.astype(ids),
-        "loss_mask": np.packbits(row.loss_mask, bitorder="little"),
-        "segment_starts": row.segment_starts.astype("<u4"),
-        "segment_documents": row.segment_documents.astype("<i8"),
-    }
-    if row.teacher is not None:
-        teacher = row.teacher
-        plain |= {
-            "head_ids": teacher.head_ids.astype(ids),
-            "head_logprobs": teacher.head_logprobs.astype("<f4"),
-            # The count of 0 marks an unused entry, so its id need not be told from id 0.
-            "tail_ids": np.maximum(teacher.tail_ids, 0).astype(ids),
-            "tail_counts": teacher.tail_counts.astype(counts),
-            "log_rest": teacher.log_rest.astype("<f4"),
-            "rest_entropy": teacher.rest_entropy.astype("<f4"),
-            "true_logprob": teacher.true_logprob.astype("<f4"),
-            "entropy": teacher.entropy.astype("<f4"),
-        }
-    return {name: compress_frame(plain[name].tobytes()) for name in exact_planes(manifest)}
-
-
-def exact_decode(planes: Mapping[str, Any], manifest: Manifest) -> Row:
-    """Reads what `exact_encode` stored."""
-    length = manifest.sequence_length
-    spec = manifest.record
-    ids = smallest_unsigned(manifest.tokenizer.vocabulary_size - 1)
-
-    def array(name: str, stored: DTypeLike, shape: tuple[int, ...], wanted: DTypeLike) -> NDArray[Any]:
-        if 0 in shape:
-            return np.zeros(shape, wanted)
-        size = math.prod(shape) * np.dtype(stored).itemsize
-        plain = decompress_frame(planes[name], name, size, at_most=size)
-        # A copy even where the type is the same: the caller gets arrays that can be written to.
-        return np.frombuffer(plain, stored).reshape(shape).astype(wanted)
-
-    def segments(name: str, stored: DTypeLike, wanted: DTypeLike) -> NDArray[Any]:
-        width = np.dtype(stored).itemsize
-        plain = decompress_frame(planes[name], name, None, at_most=length * width)
-        if len(plain) % width:
-            raise PlaneError(name, f"it holds {len(plain)} bytes, expected a multiple of {width}")
-        return np.frombuffer(plain, stored).astype(wanted)
-
-    bits = array("loss_mask", "u1", ((length + 7) // 8,), np.uint8)
-    teacher = None
-    if manifest.teacher is not None:
-        grid = len(spec.temperatures)
-        counts = array("tail_counts", smallest_unsigned(spec.n), (length, spec.n), np.int32)
-        tail_ids = array("tail_ids", ids, (length, spec.n), np.int32)
-        tail_ids[counts == 0] = NO_ID
-        teacher = TeacherRecord(
-            head_ids=array("head_ids", ids, (length, spec.k), np.int32),
-            head_logprobs=array("head_logprobs", "<f4", (length, spec.k), np.float32),
-            tail_ids=tail_ids,
-            tail_counts=counts,
-            log_rest=array("log_rest", "<f4", (length, grid), np.float32),
-            rest_entropy=array("rest_entropy", "<f4", (length,), np.float32),
-            true_logprob=array("true_logprob", "<f4", (length,), np.float32),
-            entropy=array("entropy", "<f4", (length,), np.float32),
-        )
-    return Row(
-        token_ids=array("token_ids", ids, (length,), np.int32),
-        loss_mask=np.unpackbits(bits, count=length, bitorder="little").astype(np.bool_),
-        segment_starts=segments("segment_starts", "<u4", np.int32),
-        segment_documents=segments("segment_documents", "<i8", np.int64),
-        teacher=teacher,
-    )
-
-
-def _no_parameters(parameters: Mapping[str, Any]) -> None:
+def _no_parameters(parameters: Mapping[str, Any], manifest: Manifest) -> None:
     if parameters:
         raise StoreError(
-            f"The codec has no parameter {', '.join(sorted(parameters))}: leave its parameters empty."
+            f"The codec {manifest.codec.name} has no parameter {', '.join(sorted(parameters))}: leave its "
+            "parameters empty."
         )
 
 
+DEFAULT_CODEC = "tkq8"
+
 CODECS = {
-    "exact": Codec(
-        planes=exact_planes,
-        encode=exact_encode,
-        decode=exact_decode,
+    "tkq8": Codec(
+        planes=codec_exact.record_planes,
+        encode=codec_tkq8.encode,
+        decode_into=codec_tkq8.decode,
         check_parameters=_no_parameters,
-        mass_tolerance=1e-4,
+        errors=codec_tkq8.errors,
+    ),
+    "plain": Codec(
+        planes=codec_exact.record_planes,
+        encode=codec_plain.encode,
+        decode_into=codec_plain.decode,
+        check_parameters=_no_parameters,
+        errors=codec_tkq8.errors,
+    ),
+    "compact": Codec(
+        planes=codec_exact.record_planes,
+        encode=codec_tkq8.encode,
+        decode_into=codec_tkq8.decode,
+        check_parameters=check_compact,
+        errors=codec_tkq8.errors,
+    ),
+    "fp16": Codec(
+        planes=codec_exact.record_planes,
+        encode=codec_tkq8.encode,
+        decode_into=codec_tkq8.decode,
+        check_parameters=_no_parameters,
+        errors=codec_tkq8.errors,
+    ),
+    "exact": Codec(
+        planes=codec_exact.record_planes,
+        encode=codec_exact.encode,
+        decode_into=codec_exact.decode,
+        check_parameters=_no_parameters,
+        errors=codec_exact.errors,
     ),
 }

@@ -14,3 +14,7 @@ class DamagedStoreError(StoreError):
 
 class InvalidRowError(StoreError):
     """A row breaks the rules of the record; the message names position and value."""
+
+
+class NameTakenError(StoreError):
+    """A file of that name exists already, with other bytes: nothing was replaced."""

@@ -5,19 +5,26 @@ Shapes: L positions of a row, G grid temperatures.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.manifest import Manifest
+from sparsekd.logit_store.paths import StorePath
 from sparsekd.logit_store.reader import LogitStore, open_store
 from sparsekd.logit_store.row import NO_ID, Row, TeacherRecord
 
 CONTEXT_TOKENS = 12
 CANDIDATES_SHOWN = 6
 SOURCES_SHOWN = 4
+
+REST_NOTES = {
+    "exact": "",
+    "derived": "imported without a rest: its mass is 1 - the head's sum, entropies are lower bounds",
+    "unknown": "imported without a normaliser: the head sums to 1, for target_mode=renormalized only",
+}
+"""What people must know of records that a capture of sparsekd did not make."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ def record_means(rows: Sequence[Row], temperatures: Sequence[float]) -> RecordMe
     )
 
 
-def inspect_text(path: Path, *, positions: int = 4, sample_rows: int = 64) -> str:
+def inspect_text(path: StorePath, *, positions: int = 4, sample_rows: int = 64) -> str:
     """Returns the page.
 
     Args:
@@ -100,7 +107,7 @@ def inspect_text(path: Path, *, positions: int = 4, sample_rows: int = 64) -> st
     """
     store = open_store(path)
     samples = {split: _sample(store, split, sample_rows) for split in store.manifest.splits}
-    parts = [_title(store), _identity(store.manifest), _amounts(store), _plane_table(store)]
+    parts = [_title(store), _identity(store.manifest), _amounts(store), plane_table(store)]
     if store.manifest.teacher is not None:
         parts.append(_means_table(store, samples))
     if positions > 0:
@@ -110,9 +117,14 @@ def inspect_text(path: Path, *, positions: int = 4, sample_rows: int = 64) -> st
 
 def _sample(store: LogitStore, split: str, count: int) -> dict[int, Row]:
     """Returns {row number: row} for at most `count` rows spread over a split."""
-    rows = store.rows(split)
-    chosen = range(rows) if rows <= count else np.linspace(0, rows - 1, count).astype(int)
-    return {int(index): store.read_row(split, int(index)) for index in chosen}
+    return {index: store.read_row(split, index) for index in evenly(store.rows(split), count)}
+
+
+def evenly(rows: int, count: int | None) -> list[int]:
+    """Returns at most `count` of the numbers below `rows`, spread evenly; all of them for None."""
+    if count is None or rows <= count:
+        return list(range(rows))
+    return [int(index) for index in np.linspace(0, rows - 1, count)]
 
 
 def _title(store: LogitStore) -> str:
@@ -136,6 +148,7 @@ def _identity(manifest: Manifest) -> str:
             ("", versions),
             ("record", f"k = {record.k} exact head entries, n = {record.n}{draws}"),
             ("", f"log R at T = {grid}"),
+            ("", REST_NOTES[record.rest]),
         ]
     else:
         pairs.append(("record", "tokens, loss mask and documents only (k = 0, n = 0)"))
@@ -156,7 +169,7 @@ def _identity(manifest: Manifest) -> str:
     pairs += [
         ("dataset" if line == 0 else "", text) for line, text in enumerate(_dataset_lines(manifest.dataset))
     ]
-    return _section("What it is", [f"{name:<10} {text}".rstrip() for name, text in pairs if text])
+    return section("What it is", [f"{name:<10} {text}".rstrip() for name, text in pairs if text])
 
 
 def _dataset_lines(dataset: dict[str, Any]) -> list[str]:
@@ -192,7 +205,7 @@ def _amounts(store: LogitStore) -> str:
     if len(lines) > 1:
         lines.append(["all", *_amount_cells(totals.tolist())])
     note = "counted: the loss counts the next token; documents: whole ones and pieces cut at a row's end"
-    return _section("How much", [*_table(header, lines), note])
+    return section("How much", [*table(header, lines), note])
 
 
 def _amount_cells(amounts: Sequence[int]) -> list[str]:
@@ -201,7 +214,8 @@ def _amount_cells(amounts: Sequence[int]) -> list[str]:
     return [f"{shards:,}", f"{rows:,}", f"{tokens:,}", f"{counted:,}", share, f"{documents:,}", f"{size:,}"]
 
 
-def _plane_table(store: LogitStore) -> str:
+def plane_table(store: LogitStore) -> str:
+    """Returns the bytes per token of each plane, largest first, and of what is around them."""
     indices = [store.index(split) for split in store.manifest.splits]
     tokens = sum(index.counts.tokens for index in indices)
     size = sum(index.file_bytes for index in indices)
@@ -210,7 +224,7 @@ def _plane_table(store: LogitStore) -> str:
     planes["container"] = size - sum(planes.values())
     planes["all"] = size
     lines = [[name, f"{amount / tokens:.2f}", f"{amount / size:.1%}"] for name, amount in planes.items()]
-    return _section("Bytes per token", _table(["plane", "bytes", "share"], lines))
+    return section("Bytes per token", table(["plane", "bytes", "share"], lines))
 
 
 def _means_table(store: LogitStore, samples: dict[str, dict[int, Row]]) -> str:
@@ -222,7 +236,7 @@ def _means_table(store: LogitStore, samples: dict[str, dict[int, Row]]) -> str:
     }
     present = {split: value for split, value in means.items() if value is not None}
     if not present:
-        return _section(
+        return section(
             "What the teacher said", ["no position of the rows that were read is counted by the loss"]
         )
 
@@ -245,7 +259,7 @@ def _means_table(store: LogitStore, samples: dict[str, dict[int, Row]]) -> str:
         )
     lines.append(["rows read", *(f"{mean.rows:,}" for mean in columns)])
     lines.append(["positions counted", *(f"{mean.positions:,}" for mean in columns)])
-    return _section("What the teacher said, on average", _table(["", *present], lines))
+    return section("What the teacher said, on average", table(["", *present], lines))
 
 
 def _examples(store: LogitStore, samples: dict[str, dict[int, Row]], positions: int) -> str:
@@ -264,7 +278,7 @@ def _examples(store: LogitStore, samples: dict[str, dict[int, Row]], positions: 
         # Spread over the rows as well, at a place that is not always the same.
         place = int(places[(number + 1) * len(places) // (positions + 1)])
         lines += [*_example(store, split, index, row, place, speller), ""]
-    return _section("A few positions", lines[:-1])
+    return section("A few positions", lines[:-1])
 
 
 def _example(
@@ -313,11 +327,12 @@ def _speller(store: LogitStore) -> Callable[[Sequence[int]], str]:
     return lambda ids: repr(tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
-def _section(title: str, lines: Sequence[str]) -> str:
+def section(title: str, lines: Sequence[str]) -> str:
+    """Returns lines under an underlined title."""
     return "\n".join([title, "-" * len(title), *lines])
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     """Returns lines in which the first column is left-aligned and the others right-aligned."""
     widths = [max(len(line[column]) for line in [header, *lines]) for column in range(len(header))]
     return [

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.paths import StorePath
 
 FORMAT_VERSION = 1
 """Major version of the format. A reader refuses a newer one."""
@@ -22,6 +23,12 @@ ALIGNMENT = "record at position t describes token t+1"
 """The only alignment convention there is; stored so that nobody has to guess."""
 
 MANIFEST_NAME = "MANIFEST.json"
+
+RESTS = ("exact", "derived", "unknown")
+"""What log R is: summed by the capture, 1 - the head's sum at temperature 1, or not known at all."""
+
+_USUAL_RECORD = {"rest": "exact", "tail_logprobs": False}
+"""Fields of the record that stand in the file only where they differ from this."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,12 @@ class RecordSpec:
         temperatures: ascending grid at which log R_T is stored.
         draw_temperature: the grid temperature at which the draws were made.
         seed: of the draws.
+        rest: one of `RESTS`; only imported records are other than exact, and these have no draws and the grid
+            (1.0,). `derived`: R is 1 - the head's sum of probabilities, both entropies count what the source
+            did not list as one outcome (lower bounds), and true_logprob of a token that the source did not
+            list is the upper bound min(last head entry, log R). `unknown`: the source had no normaliser, the
+            head sums to 1, log R is -inf, and true_logprob outside the head is the last head entry.
+        tail_logprobs: whether the draws' log-probabilities are stored.
     """
 
     k: int
@@ -60,6 +73,8 @@ class RecordSpec:
     temperatures: tuple[float, ...]
     draw_temperature: float
     seed: int
+    rest: str = "exact"
+    tail_logprobs: bool = False
 
     def __post_init__(self) -> None:
         # 1 and 1.0 are equal but are written differently, and equal manifests must be equal bytes.
@@ -161,11 +176,24 @@ def check_manifest(manifest: Manifest) -> None:
         _require(record.k + record.n > 0, "record.k", record.k, "k or n above 0, because there is a teacher")
         draw = record.draw_temperature
         _require(draw in grid, "record.draw_temperature", draw, f"one of the grid {list(grid)}")
+    _require(record.rest in RESTS, "record.rest", record.rest, f"one of {', '.join(RESTS)}")
+    if record.rest != "exact":
+        shape = (record.k > 0, record.n, grid)
+        _require(
+            shape == (True, 0, (1.0,)), "record.rest", record.rest, "exact unless k > 0, n = 0, grid [1.0]"
+        )
+    draws = record.n > 0 or not record.tail_logprobs
+    _require(draws, "record.tail_logprobs", record.tail_logprobs, "false, because there are no draws")
 
 
 def manifest_to_json(manifest: Manifest) -> str:
     """Returns the canonical text: equal manifests give equal text."""
-    return canonical_json(asdict(manifest))
+    content = asdict(manifest)
+    # Written only where it says something: stores from before the field keep their bytes and digests.
+    for name, usual in _USUAL_RECORD.items():
+        if content["record"][name] == usual:
+            del content["record"][name]
+    return canonical_json(content)
 
 
 def manifest_from_json(text: str, where: str) -> Manifest:
@@ -190,7 +218,9 @@ def manifest_from_json(text: str, where: str) -> Manifest:
     values = _fields_of(Manifest, raw, where)
     values["splits"] = tuple(_typed(values["splits"], list, "splits", where))
     values["tokenizer"] = TokenizerIdentity(**_fields_of(TokenizerIdentity, values["tokenizer"], where))
-    record = _fields_of(RecordSpec, values["record"], where)
+    record = _fields_of(
+        RecordSpec, {**_USUAL_RECORD, **_typed(values["record"], dict, "record", where)}, where
+    )
     record["temperatures"] = tuple(_typed(record["temperatures"], list, "record.temperatures", where))
     values["record"] = RecordSpec(**record)
     if values["teacher"] is not None:
@@ -200,7 +230,7 @@ def manifest_from_json(text: str, where: str) -> Manifest:
     return Manifest(**values)
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: StorePath) -> Manifest:
     """Reads `MANIFEST.json` of the store at `path`, sealed or not.
 
     Raises:
@@ -232,10 +262,16 @@ def compare_manifests(found: Manifest, wanted: Manifest) -> list[str]:
     """
     left, right = _flat(asdict(found)), _flat(asdict(wanted))
     return [
-        f"{name}: found {left.get(name, 'nothing')!r}, wanted {right.get(name, 'nothing')!r}"
+        f"{name}: found {_short(left.get(name, 'nothing'))}, wanted {_short(right.get(name, 'nothing'))}"
         for name in sorted(left.keys() | right.keys())
         if name not in left or name not in right or left[name] != right[name]
     ]
+
+
+def _short(value: object) -> str:
+    """Returns a value for a message; a table of a codec may have many thousand letters."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:40]}... ({len(text):,} letters)"
 
 
 def tokenizer_digest(folder: Path) -> str:
@@ -304,6 +340,7 @@ _KINDS: dict[object, tuple[type, ...]] = {
     int: (int,),
     float: (int, float),
     str: (str,),
+    bool: (bool,),
     str | None: (str, type(None)),
     int | None: (int, type(None)),
 }
@@ -320,7 +357,8 @@ def _fields_of(kind: Any, raw: object, where: str) -> dict[str, Any]:
     for name, type_ in declared.items():
         value = values[name]
         allowed = _KINDS.get(type_)
-        if allowed and (not isinstance(value, allowed) or isinstance(value, bool)):
+        is_number_like = isinstance(value, bool) and type_ is not bool
+        if allowed and (not isinstance(value, allowed) or is_number_like):
             raise StoreError(
                 f"{where} has {value!r} as {name}, expected {getattr(type_, '__name__', type_)}."
             )

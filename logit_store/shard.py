@@ -5,32 +5,33 @@ all of them are ours: crc32 of each row's batch (in the commit record) and of ea
 sha256 of the file.
 """
 
+import io
+import json
 import zlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.checks import check_row
-from sparsekd.logit_store.codec import PlaneError, codec_of
+from sparsekd.logit_store.codec import PlaneError, codec_of, new_record
 from sparsekd.logit_store.errors import DamagedStoreError
 from sparsekd.logit_store.files import HashingFile, read_signed_json
 from sparsekd.logit_store.manifest import FORMAT_VERSION, Manifest, manifest_digest
-from sparsekd.logit_store.row import PADDING_DOCUMENT, Row, segment_lengths
+from sparsekd.logit_store.paths import StorePath
+from sparsekd.logit_store.row import PADDING_DOCUMENT, Row, TeacherRecord, segment_lengths
+
+AnyPath = TypeVar("AnyPath", bound=StorePath)
 
 _MAGIC = b"ARROW1\0\0"
 """First bytes of every Arrow IPC file, padded to 8."""
 
 
-REMEDY = (
-    "restore it from a copy, or remove this shard's two files and INDEX.json and run the command that wrote "
-    "the store again"
-)
-"""What to do about a damaged shard: the writing command makes a missing one anew, equal to the byte."""
+REMEDY = "restore it from a copy, or have it made again with `sparsekd store verify STORE --repair`"
+"""What to do about a damaged shard."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,14 @@ class CommitRecord:
         return len(self.offsets)
 
 
-def shard_file(path: Path, split: str, shard: int) -> Path:
+def shard_file(path: AnyPath, split: str, shard: int) -> AnyPath:
     """Returns the path of a shard's Arrow file."""
-    return path / "shards" / split / f"{shard:06d}.arrow"
+    return cast(AnyPath, path / "shards" / split / f"{shard:06d}.arrow")
 
 
-def commit_file(path: Path, split: str, shard: int) -> Path:
+def commit_file(path: AnyPath, split: str, shard: int) -> AnyPath:
     """Returns the path of a shard's commit record."""
-    return path / "shards" / split / f"{shard:06d}.json"
+    return cast(AnyPath, path / "shards" / split / f"{shard:06d}.json")
 
 
 def row_schema(manifest: Manifest) -> pa.Schema:
@@ -113,6 +114,9 @@ def shard_schema(manifest: Manifest, split: str, shard: int) -> pa.Schema:
             "sparsekd.format_version": str(FORMAT_VERSION),
             "sparsekd.manifest_sha256": manifest_digest(manifest),
             "sparsekd.codec": manifest.codec.name,
+            "sparsekd.codec_parameters": json.dumps(
+                manifest.codec.parameters, sort_keys=True, separators=(",", ":")
+            ),
             "sparsekd.split": split,
             "sparsekd.shard": str(shard),
         }
@@ -124,17 +128,50 @@ def shard_header(manifest: Manifest, split: str, shard: int) -> bytes:
     return _MAGIC + shard_schema(manifest, split, shard).serialize().to_pybytes()
 
 
-def row_place(store: Path, split: str, index: int, rows_per_shard: int) -> str:
+def row_place(store: StorePath, split: str, index: int, rows_per_shard: int) -> str:
     """Returns a row's place in words, for messages."""
     return f"{store}, split {split}, shard {index // rows_per_shard:06d}, row {index}"
 
 
+class _ChecksummingFile(io.RawIOBase):
+    """Passes on what is written to a file, and knows the crc32 of what was written from some offset on."""
+
+    def __init__(self, file: HashingFile) -> None:
+        super().__init__()
+        self._file = file
+        self.begin(0)
+
+    def begin(self, offset: int) -> None:
+        """Starts a new checksum at an offset that is reached already or will be."""
+        self._offset = offset
+        self.crc32 = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._file.size
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.crc32 = zlib.crc32(view[max(0, self._offset - self._file.size) :], self.crc32)
+        return self._file.write(view)
+
+
+def _one_value(stored: bytes) -> pa.Array:
+    """Returns a binary column of one value, without copying it."""
+    offsets = pa.py_buffer(np.array([0, len(stored)], np.int32))
+    return pa.Array.from_buffers(pa.binary(), 1, [None, offsets, pa.py_buffer(stored)])
+
+
 def write_rows(
-    file: HashingFile, store: Path, manifest: Manifest, split: str, shard: int, rows: Sequence[Row]
+    file: HashingFile, store: StorePath, manifest: Manifest, split: str, shard: int, rows: Sequence[Row]
 ) -> CommitRecord:
     """Writes a shard's Arrow file and returns its commit record.
 
     Every row is checked, encoded, decoded again and checked again: what could not be read is not written.
+    Each is taken from `rows` once, in order, so that a sequence which reads them one by one needs little
+    memory.
 
     Raises:
         InvalidRowError: a row breaks a rule.
@@ -142,31 +179,28 @@ def write_rows(
     codec = codec_of(manifest)
     planes = codec.planes(manifest)
     schema = shard_schema(manifest, split, shard)
-    checksums = schema.field("crc32").type
     plane_bytes = dict.fromkeys(planes, 0)
     batches: list[tuple[int, int]] = []
     crc32: list[int] = []
+    counts = RowCounts(0, 0, 0, 0)
+    again = new_record(manifest)
     first = shard * manifest.rows_per_shard
     header = shard_header(manifest, split, shard)
-    writer = pa.ipc.new_file(file, schema)
+    checked = _ChecksummingFile(file)
+    writer = pa.ipc.new_file(checked, schema)
     for index, row in enumerate(rows, start=first):
         where = row_place(store, split, index, manifest.rows_per_shard)
         check_row(row, manifest, mass_tolerance=codec.mass_tolerance, where=where)
         stored = codec.encode(row, manifest)
-        check_row(codec.decode(stored, manifest), manifest, mass_tolerance=codec.mass_tolerance, where=where)
-        plane_crcs = pa.array([zlib.crc32(stored[plane]) for plane in planes], pa.uint32())
-        batch = pa.record_batch(
-            [
-                pa.array([index], pa.int64()),
-                pa.FixedSizeListArray.from_arrays(plane_crcs, type=checksums),
-                *(pa.array([stored[plane]], pa.binary()) for plane in planes),
-            ],
-            schema=schema,
-        )
-        crc32.append(zlib.crc32(batch.serialize()))
+        decoded = codec.decode(stored, manifest, again)
+        check_row(decoded, manifest, mass_tolerance=codec.mass_tolerance, where=where)
+        batch = row_batch(schema, index, stored)
+        counts = _sum_of(counts, count_rows([row]))
         # The file begins with the schema, which Arrow writes together with the first batch.
         offset = max(file.size, len(header))
+        checked.begin(offset)
         writer.write_batch(batch)
+        crc32.append(checked.crc32)
         batches.append((offset, file.size - offset))
         for plane in planes:
             plane_bytes[plane] += len(stored[plane])
@@ -181,8 +215,22 @@ def write_rows(
         offsets=offsets,
         lengths=lengths,
         crc32=np.array(crc32, np.uint32),
-        counts=count_rows(rows),
+        counts=counts,
         plane_bytes=plane_bytes,
+    )
+
+
+def row_batch(schema: pa.Schema, index: int, stored: Mapping[str, bytes]) -> pa.RecordBatch:
+    """Returns the one batch of a row with these stored planes."""
+    planes = schema.names[2:]
+    plane_crcs = pa.array([zlib.crc32(stored[plane]) for plane in planes], pa.uint32())
+    return pa.record_batch(
+        [
+            pa.array([index], pa.int64()),
+            pa.FixedSizeListArray.from_arrays(plane_crcs, type=schema.field("crc32").type),
+            *(_one_value(stored[plane]) for plane in planes),
+        ],
+        schema=schema,
     )
 
 
@@ -195,6 +243,10 @@ def count_rows(rows: Sequence[Row]) -> RowCounts:
         tokens_padding=padding,
         segments=sum(int((row.segment_documents != PADDING_DOCUMENT).sum()) for row in rows),
     )
+
+
+def _sum_of(left: RowCounts, right: RowCounts) -> RowCounts:
+    return RowCounts(*(one + other for one, other in zip(astuple(left), astuple(right), strict=True)))
 
 
 def commit_to_content(record: CommitRecord) -> dict[str, Any]:
@@ -214,15 +266,29 @@ def commit_to_content(record: CommitRecord) -> dict[str, Any]:
     }
 
 
-def read_commit(path: Path, manifest_sha256: str, split: str, shard: int) -> tuple[CommitRecord, bytes]:
+def read_commit(
+    path: StorePath,
+    manifest_sha256: str,
+    split: str,
+    shard: int,
+    *,
+    read: Callable[[Any], bytes] | None = None,
+) -> tuple[CommitRecord, bytes]:
     """Reads a commit record and the bytes it was read from.
+
+    Args:
+        path: of the store.
+        manifest_sha256: of its manifest.
+        split: name of the row space.
+        shard: number of the shard in it.
+        read: gives the bytes of a file; by default from the store itself.
 
     Raises:
         DamagedStoreError: there is none, it is damaged, or it belongs to another shard or store.
     """
     place = commit_file(path, split, shard)
     try:
-        data = place.read_bytes()
+        data = place.read_bytes() if read is None else read(place)
     except FileNotFoundError:
         raise DamagedStoreError(
             f"{place} is missing, and without its commit record shard {shard:06d} of split {split} does not "
@@ -251,7 +317,9 @@ def read_commit(path: Path, manifest_sha256: str, split: str, shard: int) -> tup
     return record, data
 
 
-def read_batch(message: bytes, schema: pa.Schema) -> tuple[int, NDArray[np.uint32], dict[str, pa.Buffer]]:
+def read_batch(
+    message: bytes | memoryview, schema: pa.Schema
+) -> tuple[int, NDArray[np.uint32], dict[str, pa.Buffer]]:
     """Returns (row number, crc32 of each plane, stored bytes of each plane) of a row's batch.
 
     Args:
@@ -303,8 +371,23 @@ def find_damage(message: bytes, schema: pa.Schema, offset: int, index: int) -> s
     return f"no single plane, but the frame around them, {everywhere}"
 
 
-def decode_row(message: bytes, manifest: Manifest, schema: pa.Schema, index: int, where: str) -> Row:
+def decode_row(
+    message: bytes | memoryview,
+    manifest: Manifest,
+    schema: pa.Schema,
+    index: int,
+    where: str,
+    out: TeacherRecord | None = None,
+) -> Row:
     """Decodes and checks a row's batch whose crc32 was right.
+
+    Args:
+        message: the batch's bytes.
+        manifest: of the store.
+        schema: `row_schema`.
+        index: number of the row that should be there.
+        where: the row's place, for messages.
+        out: arrays that the record is written to, see `Codec.decode`; None makes new ones.
 
     Raises:
         DamagedStoreError: it is another row, or a plane cannot be decoded.
@@ -315,7 +398,7 @@ def decode_row(message: bytes, manifest: Manifest, schema: pa.Schema, index: int
     if found != index:
         raise DamagedStoreError(f"{where} holds row {found} instead: rows were swapped; {REMEDY}.")
     try:
-        row = codec.decode(planes, manifest)
+        row = codec.decode(planes, manifest, out)
     except PlaneError as error:
         raise DamagedStoreError(f"{where}, plane {error.plane}: {error}; {REMEDY}.") from error
     check_row(row, manifest, mass_tolerance=codec.mass_tolerance, where=where)

@@ -38,9 +38,9 @@ def synthetic_manifest(*, vocabulary_size: int = 300, **overrides: Any) -> Manif
 
     Args:
         vocabulary_size: of the made-up tokenizer, whose files `write_synthetic_tokenizer` writes.
-        **overrides: fields of Manifest; k, n, temperatures and draw_temperature go to its record.
+        **overrides: fields of Manifest; those of its record may stand among them.
     """
-    fields = {"k", "n", "temperatures", "draw_temperature", "seed"} & overrides.keys()
+    fields = {"k", "n", "temperatures", "draw_temperature", "seed", "tail_logprobs"} & overrides.keys()
     record = RecordSpec(k=4, n=6, temperatures=(1.0, 2.0, 4.0), draw_temperature=1.0, seed=7)
     record = dataclasses.replace(record, **{name: overrides.pop(name) for name in fields})
     has_teacher = record.k + record.n > 0
@@ -133,7 +133,8 @@ def _tokenizer_content(vocabulary_size: int) -> dict[str, bytes]:
     return {"tokenizer.json": json.dumps(description).encode()}
 
 
-def _row(manifest: Manifest, random: np.random.Generator) -> Row:
+def row_frame(manifest: Manifest, random: np.random.Generator) -> tuple[Row, NDArray[np.bool_]]:
+    """Returns a row of several documents whose tokens are all 0, and where a next token exists, bool [L]."""
     length = manifest.sequence_length
     wanted = min(int(random.integers(1, 5)), length)
     later = np.sort(random.permutation(np.arange(1, length))[: wanted - 1])
@@ -148,11 +149,17 @@ def _row(manifest: Manifest, random: np.random.Generator) -> Row:
     mask = followed.copy()
     if random.random() < 0.3:
         mask[: (ends[0] - starts[0]) // 2] = False  # a prompt: it has next tokens, but they do not count
+    return dataclasses.replace(plain, loss_mask=mask), followed
+
+
+def _row(manifest: Manifest, random: np.random.Generator) -> Row:
+    plain, followed = row_frame(manifest, random)
     if manifest.teacher is None:
-        tokens = random.integers(0, manifest.tokenizer.vocabulary_size, length).astype(np.int32)
-        return dataclasses.replace(plain, token_ids=tokens, loss_mask=mask)
+        size = manifest.tokenizer.vocabulary_size
+        tokens = random.integers(0, size, manifest.sequence_length).astype(np.int32)
+        return dataclasses.replace(plain, token_ids=tokens)
     tokens, teacher = _teach(manifest, followed, random)
-    return dataclasses.replace(plain, token_ids=tokens, loss_mask=mask, teacher=teacher)
+    return dataclasses.replace(plain, token_ids=tokens, teacher=teacher)
 
 
 def _teach(
@@ -167,7 +174,7 @@ def _teach(
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
         logits = random.standard_normal((stop - start, size)) * _SHARPNESS
-        logprobs = logits - _log_sum_exp(logits)[:, None]
+        logprobs = logits - log_sum_exp(logits)[:, None]
         tokens[start + 1 : stop + 1] = _draw(logprobs, random.random((stop - start, 1)))[:, 0]
         parts.append(_record(manifest, logprobs, tokens[start + 1 : stop + 1], followed[start:stop], random))
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -188,10 +195,10 @@ def _record(
     rest = logprobs.copy()
     np.put_along_axis(rest, order, -np.inf, axis=1)
     empty = np.isneginf(rest).all(axis=1)
-    log_rest = np.stack([_log_sum_exp(rest / temperature) for temperature in spec.temperatures], axis=1)
+    log_rest = np.stack([log_sum_exp(rest / temperature) for temperature in spec.temperatures], axis=1)
     at_draw = logprobs / spec.draw_temperature
-    at_draw -= _log_sum_exp(at_draw)[:, None]
-    rest_at_one = rest - np.where(empty, 0, _log_sum_exp(rest))[:, None]
+    at_draw -= log_sum_exp(at_draw)[:, None]
+    rest_at_one = rest - np.where(empty, 0, log_sum_exp(rest))[:, None]
     ids = np.full((len(logprobs), spec.n), NO_ID, np.int32)
     counts = np.zeros((len(logprobs), spec.n), np.int32)
     if spec.n:
@@ -201,7 +208,10 @@ def _record(
             ids[position, : len(distinct)] = distinct
             counts[position, : len(distinct)] = times
     true = np.take_along_axis(logprobs, next_tokens[:, None], axis=1)[:, 0]
+    drawn = np.take_along_axis(logprobs, np.maximum(ids, 0), axis=1)
+    kept = np.where(ids == NO_ID, -np.inf, drawn).astype(np.float32)
     return {
+        **({"tail_logprobs": kept} if spec.tail_logprobs else {}),
         "head_ids": order.astype(np.int32),
         "head_logprobs": np.take_along_axis(logprobs, order, axis=1).astype(np.float32),
         "tail_ids": ids,
@@ -213,7 +223,7 @@ def _record(
     }
 
 
-def _log_sum_exp(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def log_sum_exp(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Returns log sum exp over the last axis; -inf where there is nothing but -inf."""
     highest = values.max(axis=-1)
     shift = np.where(np.isneginf(highest), 0, highest)

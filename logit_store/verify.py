@@ -7,18 +7,27 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from sparsekd.logit_store.codec import codec_of
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
-from sparsekd.logit_store.files import TEMPORARY_PREFIX, explained, read_range, sha256_of
-from sparsekd.logit_store.manifest import MANIFEST_NAME, files_of_tokenizer, tokenizer_digest
+from sparsekd.logit_store.files import (
+    TEMPORARY_PREFIX,
+    exists,
+    explained,
+    files_below,
+    read_range,
+    sha256_of,
+    size_of,
+)
+from sparsekd.logit_store.manifest import MANIFEST_NAME, Manifest
+from sparsekd.logit_store.paths import StorePath, store_path
 from sparsekd.logit_store.reader import LogitStore, open_store
-from sparsekd.logit_store.row import PADDING_DOCUMENT, Row, document_of_position
+from sparsekd.logit_store.recover import QUARANTINE_NAME, in_quarantine
+from sparsekd.logit_store.row import NO_ID, PADDING_DOCUMENT, Row, document_of_position
 from sparsekd.logit_store.shard import (
     REMEDY,
-    commit_file,
     count_rows,
     decode_row,
     read_batch,
@@ -27,7 +36,7 @@ from sparsekd.logit_store.shard import (
     shard_file,
     shard_header,
 )
-from sparsekd.logit_store.writer import INDEX_NAME, TOKENIZER_NAME
+from sparsekd.logit_store.writer import INDEX_NAME, TOKENIZER_NAME, stored_tokenizer_digest
 
 PROBLEMS_SHOWN = 20
 
@@ -35,7 +44,8 @@ MIN_POSITIONS = 100
 """Fewer say nothing about alignment."""
 
 LOGPROB_TOLERANCE = 0.05
-"""Nats by which a true token's log-probability may differ between its two planes; a shift makes it nats."""
+"""Nats by which a true token's log-probability may differ between its two planes, beyond the errors that the
+codec states; a shift makes it nats."""
 
 INCONSISTENT_SHARE = 0.01
 """Share of positions beyond that tolerance that raises the alarm."""
@@ -109,17 +119,21 @@ class VerifyResult:
         shards: that were read.
         bytes_read: of the Arrow files.
         problems: one sentence each; empty in a sound store.
+        damaged: (split, shard) of each shard with a problem.
         strangers: files that do not belong to the store; harmless.
+        quarantined: files of shards that were replaced; harmless, and never removed.
         alignment: None without a teacher, or when no row could be read.
     """
 
-    path: Path
+    path: StorePath
     digest: str | None
     rows: int
     shards: int
     bytes_read: int
     problems: tuple[str, ...]
+    damaged: tuple[tuple[str, int], ...]
     strangers: tuple[str, ...]
+    quarantined: tuple[str, ...]
     alignment: AlignmentCheck | None
 
     @property
@@ -145,6 +159,11 @@ class VerifyResult:
             lines.append(
                 f"strangers  {len(self.strangers)} files are not part of it: {', '.join(self.strangers[:5])}"
             )
+        if self.quarantined:
+            lines.append(
+                f"quarantine {len(self.quarantined)} files of replaced shards: "
+                f"{', '.join(self.quarantined[:5])}"
+            )
         if self.alignment is not None:
             lines.append("alignment  " + self.alignment.text().replace("\n", "\n           "))
         lines.append(f"verdict    {'sound' if self.ok else 'NOT SOUND'}")
@@ -154,7 +173,8 @@ class VerifyResult:
 class _Alignment:
     """Sums over rows for `AlignmentCheck`."""
 
-    def __init__(self) -> None:
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
         self.positions = 0
         self.inconsistent = 0
         self.found = np.zeros(3, np.int64)  # aligned, late, early
@@ -182,8 +202,12 @@ class _Alignment:
             if ahead == 1:
                 true = record.true_logprob[here]
                 # A true token outside the head is at most as likely as the head's last entry.
-                last = values[:, -1] if values.shape[1] else np.zeros(len(here))
-                wrong = np.where(in_head, np.abs(true - stored), true - last) > LOGPROB_TOLERANCE
+                last = np.where(head == NO_ID, 0, values).min(axis=1, initial=0)
+                errors = codec_of(self._manifest).errors(record, self._manifest)
+                of_head = errors["head_logprobs"][here]
+                slack = np.where(in_head, (of_head * is_head).sum(axis=1), of_head.max(axis=1, initial=0))
+                slack += errors["true_logprob"][here] + LOGPROB_TOLERANCE
+                wrong = np.where(in_head, np.abs(true - stored), true - last) > slack
                 self.inconsistent += int(wrong.sum())
 
     def result(self) -> AlignmentCheck | None:
@@ -205,7 +229,9 @@ class _Alignment:
         )
 
 
-def verify_store(path: Path, *, progress: Callable[[int, int], None] | None = None) -> VerifyResult:
+def verify_store(
+    path: str | StorePath, *, progress: Callable[[int, int], None] | None = None
+) -> VerifyResult:
     """Reads a whole store and reports everything that is wrong with it.
 
     Every file is compared with its digest; every row is decoded and checked; the true tokens are looked for
@@ -218,24 +244,28 @@ def verify_store(path: Path, *, progress: Callable[[int, int], None] | None = No
     Raises:
         StoreError: there is no store, it is not sealed, or it is of a newer format. Damage does not raise.
     """
-    path = Path(path)
+    path = store_path(path)
     try:
         store = open_store(path)
     except StoreError as error:
-        if not ((path / MANIFEST_NAME).exists() and (path / INDEX_NAME).exists()):
+        if not (exists(path / MANIFEST_NAME) and exists(path / INDEX_NAME)):
             raise
-        return VerifyResult(path, None, 0, 0, 0, (str(error),), (), None)
+        return VerifyResult(path, None, 0, 0, 0, (str(error),), (), (), (), None)
     problems: list[str] = []
-    alignment = _Alignment()
+    damaged: list[tuple[str, int]] = []
+    alignment = _Alignment(store.manifest)
     rows = bytes_read = done = 0
     places = [(split, shard) for split in store.manifest.splits for shard in range(store.shards(split))]
-    if tokenizer_digest(store.tokenizer_path) != store.manifest.tokenizer.digest:
+    if stored_tokenizer_digest(path) != store.manifest.tokenizer.digest:
         problems.append(
-            f"{store.tokenizer_path} does not hold the manifest's tokenizer: a file is damaged, missing or "
+            f"{path / TOKENIZER_NAME} does not hold the manifest's tokenizer: a file is damaged, missing or "
             "too many; restore it from a copy."
         )
     for split, shard in places:
+        before = len(problems)
         good, size = _verify_shard(store, split, shard, alignment, problems)
+        if len(problems) > before:
+            damaged.append((split, shard))
         rows, bytes_read, done = rows + good, bytes_read + size, done + 1
         if progress is not None:
             progress(done, len(places))
@@ -246,7 +276,9 @@ def verify_store(path: Path, *, progress: Callable[[int, int], None] | None = No
         shards=len(places),
         bytes_read=bytes_read,
         problems=tuple(problems),
+        damaged=tuple(damaged),
         strangers=_strangers(store),
+        quarantined=tuple(in_quarantine(path)),
         alignment=alignment.result() if store.manifest.teacher is not None else None,
     )
 
@@ -257,13 +289,13 @@ def _verify_shard(
     """Checks one shard; returns (rows that are sound, bytes of its file)."""
     place = shard_file(store.path, split, shard)
     manifest, schema = store.manifest, row_schema(store.manifest)
-    if not place.exists():
+    if not exists(place):
         problems.append(f"{place} is missing: {REMEDY}.")
         return 0, 0
     try:
         record = store.commit(split, shard)
         with explained(place):
-            size = place.stat().st_size
+            size = size_of(place)
             digest = sha256_of(place)
             header = shard_header(manifest, split, shard)
             right_header = read_range(place, 0, len(header)) == header
@@ -300,16 +332,16 @@ def _verify_shard(
 
 def _strangers(store: LogitStore) -> tuple[str, ...]:
     """Returns the files below the store's folder that it does not know."""
-    known = {store.path / MANIFEST_NAME, store.path / INDEX_NAME}
-    known |= {store.path / TOKENIZER_NAME / name for name, _ in files_of_tokenizer(store.tokenizer_path)}
+    known = {MANIFEST_NAME, INDEX_NAME}
     for split in store.manifest.splits:
         for shard in range(store.shards(split)):
-            known |= {shard_file(store.path, split, shard), commit_file(store.path, split, shard)}
-    found = (item for item in store.path.rglob("*") if item.is_file() and item not in known)
-    return tuple(
-        sorted(
-            item.relative_to(store.path).as_posix()
-            + (" (left by a killed writer)" * item.name.startswith(TEMPORARY_PREFIX))
-            for item in found
-        )
-    )
+            stem = f"shards/{split}/{shard:06d}"
+            known |= {f"{stem}.arrow", f"{stem}.json"}
+    # Files below tokenizer/ are covered by its digest: there, whatever is too much is a problem.
+    covered = (f"{TOKENIZER_NAME}/", f"{QUARANTINE_NAME}/")
+    found = []
+    for name in files_below(store.path):
+        is_temporary = name.rpartition("/")[2].startswith(TEMPORARY_PREFIX)
+        if is_temporary or (name not in known and not name.startswith(covered)):
+            found.append(name + " (left by a killed writer)" * is_temporary)
+    return tuple(found)

@@ -4,34 +4,48 @@ A shard exists when its commit record does. Equal rows give equal files, whoever
 two writers of one shard cannot harm each other and a killed run is continued by running it again.
 """
 
+import random
 import re
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 
 from sparsekd.logit_store.codec import codec_of
-from sparsekd.logit_store.errors import DamagedStoreError, StoreError
+from sparsekd.logit_store.errors import DamagedStoreError, NameTakenError, StoreError
+from sparsekd.logit_store.file_system import Produce
 from sparsekd.logit_store.files import (
     TEMPORARY_PREFIX,
     HashingFile,
+    exists,
+    explained,
+    files_below,
+    files_of,
     make_folder,
+    names_in,
     publish,
     publish_bytes,
     read_range,
     remove_stale,
+    sha256_of,
     signed_json,
+    size_of,
 )
 from sparsekd.logit_store.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     Manifest,
     compare_manifests,
+    digest_of_files,
     files_of_tokenizer,
     manifest_digest,
     manifest_to_json,
     read_manifest,
     tokenizer_digest,
 )
+from sparsekd.logit_store.paths import StorePath
+from sparsekd.logit_store.recover import adopt_shard, quarantine
 from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.shard import (
     CommitRecord,
@@ -47,10 +61,16 @@ from sparsekd.logit_store.shard import (
 INDEX_NAME = "INDEX.json"
 TOKENIZER_NAME = "tokenizer"
 
+SETTLE_TRIES = 20
+"""Times that a writer looks whether record and shard fit, where another may have replaced one of them."""
+
+RECORDS_AT_A_TIME = 16
+"""Commit records that sealing reads at once: on an object store each is a question of some 20 ms."""
+
 _SHARD_NAME = re.compile(r"(\d{6,})\.(arrow|json)")
 
 
-def create_store(path: Path, manifest: Manifest, tokenizer_files: Path) -> None:
+def create_store(path: StorePath, manifest: Manifest, tokenizer_files: Path) -> None:
     """Makes an empty store, or does nothing when this very store is there.
 
     Temporary files of writers that are no longer alive are removed.
@@ -72,11 +92,11 @@ def create_store(path: Path, manifest: Manifest, tokenizer_files: Path) -> None:
             f"{manifest.tokenizer.digest[:12]}: give the folder of the tokenizer that made the ids."
         )
     make_folder(path)
-    if (path / MANIFEST_NAME).exists():
+    if exists(path / MANIFEST_NAME):
         _require_same_manifest(path, manifest)
     else:
-        strangers = [item.name for item in path.iterdir() if not item.name.startswith(TEMPORARY_PREFIX)]
-        if strangers and not (path / MANIFEST_NAME).exists():
+        strangers = [name for name in names_in(path) if not name.startswith(TEMPORARY_PREFIX)]
+        if strangers and not exists(path / MANIFEST_NAME):
             raise StoreError(
                 f"{path} is no store but holds {', '.join(sorted(strangers)[:3])}: name a new or an empty "
                 "folder."
@@ -88,13 +108,17 @@ def create_store(path: Path, manifest: Manifest, tokenizer_files: Path) -> None:
         publish_bytes(target, source.read_bytes())
     for split in manifest.splits:
         make_folder(shard_file(path, split, 0).parent)
-    _remove_stale(path, manifest)
+    remove_leftovers(path, manifest)
 
 
-def write_shard(path: Path, manifest: Manifest, split: str, shard_index: int, rows: Sequence[Row]) -> None:
+def write_shard(
+    path: StorePath, manifest: Manifest, split: str, shard_index: int, rows: Sequence[Row]
+) -> None:
     """Writes one shard and commits it, or does nothing when it is committed.
 
-    Whatever goes wrong, a half-written file never has a shard's name, and no temporary file stays behind.
+    Whatever goes wrong, a half-written file never has a shard's name, and no temporary file stays behind. A
+    file that has the name but no commit record is adopted where it is sound, also where its bytes are others
+    than these rows give, and put in quarantine where it is not (see `recover`).
 
     Args:
         path: of a store made by `create_store`.
@@ -105,7 +129,7 @@ def write_shard(path: Path, manifest: Manifest, split: str, shard_index: int, ro
 
     Raises:
         InvalidRowError: a row breaks a rule; the message names position and value.
-        StoreError: no room, another store, a sealed store, or other bytes under the shard's name.
+        StoreError: no room, another store, or a sealed store.
     """
     _require_same_manifest(path, manifest)
     where = f"{path}, split {split}, shard {shard_index:06d}"
@@ -114,22 +138,91 @@ def write_shard(path: Path, manifest: Manifest, split: str, shard_index: int, ro
     if not 1 <= len(rows) <= manifest.rows_per_shard:
         raise StoreError(f"{where}: {len(rows)} rows were given, expected 1 to {manifest.rows_per_shard}.")
     final, commit = shard_file(path, split, shard_index), commit_file(path, split, shard_index)
-    if commit.exists() and final.exists():
+    is_there, is_committed = exists(final), exists(commit)
+    if is_there and is_committed:
         return
-    if (path / INDEX_NAME).exists() and not commit.exists():
+    is_sealed = exists(path / INDEX_NAME)
+    if is_sealed and not is_committed:
         raise StoreError(f"{where} is not part of the store, which is sealed: write to a new folder.")
+    if is_there and adopt_shard(path, manifest, split, shard_index):
+        return
     records: list[CommitRecord] = []
 
     def produce(file: HashingFile) -> None:
         records.append(write_rows(file, path, manifest, split, shard_index, rows))
+        if is_sealed and signed_json(commit_to_content(records[-1])) != commit.read_bytes():
+            raise StoreError(f"{where} is sealed with other rows than these: write to a new folder.")
 
-    publish(final, produce)
-    publish_bytes(commit, signed_json(commit_to_content(records[0])))
+    try:
+        publish(final, produce)
+    except NameTakenError:
+        if is_sealed:
+            raise
+        # Another writer was faster, with a teacher that does not give the same bits: its shard is as good.
+        if adopt_shard(path, manifest, split, shard_index):
+            return
+        publish(final, produce)
+    _commit(path, split, records[-1], produce, is_sealed=is_sealed)
 
 
-def committed_shards(path: Path, split: str) -> set[int]:
+def _commit(path: StorePath, split: str, record: CommitRecord, produce: Produce, *, is_sealed: bool) -> None:
+    commit = commit_file(path, split, record.shard)
+    text = signed_json(commit_to_content(record))
+    try:
+        publish_bytes(commit, text)
+    except NameTakenError:
+        if is_sealed:
+            raise
+        if files_of(commit).is_exclusive:
+            # A record whose file had gone, of another capture of the same rows.
+            quarantine(path, commit, split)
+            publish_bytes(commit, text)
+    if not files_of(commit).is_exclusive:
+        _settle(path, record, text, produce)
+
+
+def _settle(path: StorePath, record: CommitRecord, text: bytes, produce: Produce) -> None:
+    """Looks, where uploads replace one another, that the commit record and the shard are of one writer.
+
+    Of two writers of one shard, the later upload stays, of the shard and of the record each. Where they are
+    of two writers, the one whose record stayed uploads its shard once more; the other one waits for it, and
+    takes its place where nothing happens.
+
+    Args:
+        path: of the store.
+        record: of this writer's shard.
+        text: that record as its file.
+        produce: writes this writer's shard.
+
+    Raises:
+        StoreError: they still do not fit after `SETTLE_TRIES` looks.
+    """
+    final = shard_file(path, record.split, record.shard)
+    for look in range(SETTLE_TRIES):
+        try:
+            found, _ = read_commit(path, record.manifest_sha256, record.split, record.shard)
+            with explained(final):
+                stored = sha256_of(final)
+        except StoreError:  # replaced while it was read
+            time.sleep(random.uniform(0.05, 0.5))
+            continue
+        if stored == found.file_sha256:
+            return
+        if found.file_sha256 == record.file_sha256:
+            publish(final, produce, replace=True)
+        elif look < SETTLE_TRIES // 2:
+            time.sleep(random.uniform(0.05, 0.5))
+        else:  # it died between the two
+            publish_bytes(commit_file(path, record.split, record.shard), text, replace=True)
+    raise StoreError(
+        f"{final} and its commit record are of different writers and stay so: stop all but one of the "
+        "commands that write this store, and run it again."
+    )
+
+
+def committed_shards(path: StorePath, split: str) -> set[int]:
     """Returns the numbers of the shards of a split that are there with their commit records."""
-    names = {item.name for item in (path / "shards" / split).glob("*")}
+    names = set(names_in(path / "shards" / split))
     matches = (_SHARD_NAME.fullmatch(name) for name in names)
     numbers = {int(match[1]) for match in matches if match}
     return {
@@ -139,7 +232,7 @@ def committed_shards(path: Path, split: str) -> set[int]:
     }
 
 
-def seal(path: Path, shards_per_split: Mapping[str, int]) -> str:
+def seal(path: StorePath, shards_per_split: Mapping[str, int]) -> str:
     """Writes the index, after which the store can be read; does nothing when it is sealed so already.
 
     Each shard's commit record, length and header are checked; its content is not read, see `verify_store`.
@@ -165,11 +258,11 @@ def seal(path: Path, shards_per_split: Mapping[str, int]) -> str:
         raise StoreError(
             f"{path} has no shard in any split: there is nothing to seal, write some rows first."
         )
-    if tokenizer_digest(path / TOKENIZER_NAME) != manifest.tokenizer.digest:
+    if stored_tokenizer_digest(path) != manifest.tokenizer.digest:
         raise DamagedStoreError(
             f"{path / TOKENIZER_NAME} does not hold the manifest's tokenizer: restore its files."
         )
-    _remove_stale(path, manifest)
+    remove_leftovers(path, manifest)
     content = {
         "format_version": FORMAT_VERSION,
         "manifest_sha256": manifest_digest(manifest),
@@ -179,7 +272,7 @@ def seal(path: Path, shards_per_split: Mapping[str, int]) -> str:
     }
     data = signed_json(content)
     index = path / INDEX_NAME
-    if index.exists() and index.read_bytes() != data:
+    if exists(index) and index.read_bytes() != data:
         raise StoreError(
             f"{path} was sealed before with other shards, or its {INDEX_NAME} is damaged: remove "
             f"{INDEX_NAME} if "
@@ -196,9 +289,19 @@ def signed_digest(data: bytes) -> str:
     return match[1].decode()
 
 
-def _seal_split(path: Path, manifest: Manifest, split: str, shards: int) -> dict[str, object]:
+def stored_tokenizer_digest(path: StorePath) -> str:
+    """Returns the `tokenizer_digest` of the files in a store."""
+    folder = path / TOKENIZER_NAME
+    with explained(folder):
+        names = [
+            name for name in files_below(folder) if not name.rpartition("/")[2].startswith(TEMPORARY_PREFIX)
+        ]
+        return digest_of_files((name, (folder / name).read_bytes()) for name in names)
+
+
+def _seal_split(path: StorePath, manifest: Manifest, split: str, shards: int) -> dict[str, object]:
     folder = shard_file(path, split, 0).parent
-    present = {int(match[1]) for item in folder.glob("*") if (match := _SHARD_NAME.fullmatch(item.name))}
+    present = {int(match[1]) for name in names_in(folder) if (match := _SHARD_NAME.fullmatch(name))}
     committed = committed_shards(path, split)
     if missing := sorted(set(range(shards)) - committed):
         some = ", ".join(f"{number:06d}" for number in missing[:5])
@@ -217,7 +320,8 @@ def _seal_split(path: Path, manifest: Manifest, split: str, shards: int) -> dict
     counts = dict.fromkeys((field.name for field in fields(RowCounts)), 0)
     plane_bytes = dict.fromkeys(codec_of(manifest).planes(manifest), 0)
     file_bytes = 0
-    for shard in range(shards):
+
+    def checked(shard: int) -> tuple[CommitRecord, bytes]:
         record, data = read_commit(path, digest, split, shard)
         if record.rows != manifest.rows_per_shard and shard != shards - 1:
             raise StoreError(
@@ -226,12 +330,16 @@ def _seal_split(path: Path, manifest: Manifest, split: str, shards: int) -> dict
                 "again."
             )
         _check_shard_file(path, manifest, record)
-        entries.append({"record_digest": signed_digest(data), "rows": record.rows})
-        for name, value in asdict(record.counts).items():
-            counts[name] += value
-        for name, value in record.plane_bytes.items():
-            plane_bytes[name] += value
-        file_bytes += record.file_bytes
+        return record, data
+
+    with ThreadPoolExecutor(RECORDS_AT_A_TIME) as pool:
+        for record, data in pool.map(checked, range(shards)):
+            entries.append({"record_digest": signed_digest(data), "rows": record.rows})
+            for name, value in asdict(record.counts).items():
+                counts[name] += value
+            for name, value in record.plane_bytes.items():
+                plane_bytes[name] += value
+            file_bytes += record.file_bytes
     return {
         "rows": sum(int(str(entry["rows"])) for entry in entries),
         "counts": counts,
@@ -241,24 +349,26 @@ def _seal_split(path: Path, manifest: Manifest, split: str, shards: int) -> dict
     }
 
 
-def _check_shard_file(path: Path, manifest: Manifest, record: CommitRecord) -> None:
+def _check_shard_file(path: StorePath, manifest: Manifest, record: CommitRecord) -> None:
     """Compares what can be compared without reading a whole shard."""
     place = shard_file(path, record.split, record.shard)
-    length = place.stat().st_size
+    length = size_of(place)
     if length != record.file_bytes:
         raise DamagedStoreError(
             f"{place} has {length} bytes, but its commit record says {record.file_bytes}: remove both files "
             "and run the command that writes the store again."
         )
     header = shard_header(manifest, record.split, record.shard)
-    if read_range(place, 0, len(header)) != header:
+    with explained(place):
+        begins_right = read_range(place, 0, len(header)) == header
+    if not begins_right:
         raise DamagedStoreError(
             f"{place} does not begin as shard {record.shard:06d} of split {record.split} of this store must: "
             "it is damaged or another shard; remove it and its commit record and run again."
         )
 
 
-def _require_same_manifest(path: Path, manifest: Manifest) -> None:
+def _require_same_manifest(path: StorePath, manifest: Manifest) -> None:
     if differing := compare_manifests(read_manifest(path), manifest):
         raise StoreError(
             f"{path} is another store than this run would write ({'; '.join(differing)}): use a new folder, "
@@ -266,11 +376,10 @@ def _require_same_manifest(path: Path, manifest: Manifest) -> None:
         )
 
 
-def _remove_stale(path: Path, manifest: Manifest) -> None:
-    remove_stale(path)
-    for folder in {target.parent for _, target in files_of_tokenizer(path / TOKENIZER_NAME)} | {
-        path / TOKENIZER_NAME
-    }:
+def remove_leftovers(path: StorePath, manifest: Manifest) -> None:
+    """Removes the temporary files of writers that are no longer alive from all folders of a store."""
+    folders = {path, path / TOKENIZER_NAME, *(shard_file(path, split, 0).parent for split in manifest.splits)}
+    for name in files_below(path / TOKENIZER_NAME):
+        folders.add((path / TOKENIZER_NAME / name).parent)
+    for folder in folders:
         remove_stale(folder)
-    for split in manifest.splits:
-        remove_stale(shard_file(path, split, 0).parent)

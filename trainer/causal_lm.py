@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sparsekd.kernels.objective import HeadTransform
+from sparsekd.logit_store.paths import StorePath
 from sparsekd.trainer.errors import ModelError
 
 # What transformers' errors about an attention implementation have in common with no others.
@@ -123,7 +124,7 @@ def _load_problem(source: ModelSource, key: str, error: Exception) -> str:
     return f"{what} cannot be loaded: {hint} ({reason})"
 
 
-def check_length(config: PretrainedConfig, sequence_length: int, key: str, path: Path) -> None:
+def check_length(config: PretrainedConfig, sequence_length: int, key: str, path: StorePath) -> None:
     """Checks that a model takes rows as long as a store's.
 
     Args:

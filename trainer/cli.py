@@ -4,22 +4,20 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 
 from sparsekd.launch.env import torch_variables
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.trainer.config import Config, options
-from sparsekd.trainer.errors import ConfigError, FolderError, UserError
+from sparsekd.trainer.config import Config
+from sparsekd.trainer.errors import ConfigError, FolderError, TypedError, UserError, typed
 
 VERBS = {
     "plan": "tokens, bytes, shards and memory, before money is spent",
     "doctor": "versions and problems of this environment, each with its remedy",
     "prepare": "text -> tokenized rows with document boundaries (a token store)",
     "capture": "teacher pass: token store -> logit store, by any number of ranks",
-    "store": "inspect or verify a store: store inspect PATH, store verify PATH [--teacher]",
+    "store": "inspect, verify, stats, compare, merge, subset, reencode, import, export",
     "train": "logit store -> student, with DeepSpeed ZeRO",
     "export": "checkpoint -> a folder that transformers loads without sparsekd",
     "evaluate": "teacher, student and baseline side by side on held-out rows",
@@ -36,10 +34,6 @@ EXAMPLES = """examples:
       run.root=runs/a run.name=kd train.steps=2000
   sparsekd train experiment=demo objective=ce_only --cfg     (prints the configuration, runs nothing)
 """
-
-
-class TypedError(ConfigError):
-    """Something wrong in what was typed: equally wrong on every rank."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,20 +75,13 @@ def _place() -> tuple[int, int]:
         return 0, 0
 
 
-@contextmanager
-def _typed() -> Iterator[None]:
-    """Marks errors of what was typed, so that one rank says them for all."""
-    try:
-        yield
-    except FolderError:
-        raise
-    except ConfigError as error:
-        raise TypedError(str(error)) from error
-
-
 def _dispatch(verb: str, words: list[str]) -> int:
     if verb not in VERBS:
         raise TypedError(f"{verb!r} is not a verb; there are {', '.join(VERBS)}.")
+    if verb == "store":
+        from sparsekd.trainer.store_cli import run_store
+
+        return run_store(words)
     if "-h" in words or "--help" in words:
         print(_verb_help(verb))
         return 0
@@ -102,12 +89,10 @@ def _dispatch(verb: str, words: list[str]) -> int:
         from sparsekd.trainer.doctor import run as run_doctor
 
         return run_doctor()
-    if verb == "store":
-        return _store(words)
     parser = argparse.ArgumentParser(prog=f"sparsekd {verb}", add_help=False, exit_on_error=False)
     parser.add_argument("--config-dir")
     parser.add_argument("--cfg", action="store_true")
-    with _typed():
+    with typed():
         flags, overrides = _parse(parser, words)
         from sparsekd.trainer.compose import as_yaml, check_for_verb, compose_config
 
@@ -139,57 +124,6 @@ def _run(verb: str, config: Config, overrides: list[str]) -> None:
     else:
         from sparsekd.trainer.quality.report import run as run_verb
     run_verb(config)
-
-
-def _store(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="sparsekd store", add_help=False, exit_on_error=False)
-    parser.add_argument("action")
-    parser.add_argument("path")
-    parser.add_argument("--teacher", action="store_true")
-    with _typed():
-        flags, overrides = _parse(parser, words)
-        if flags.action not in ("inspect", "verify"):
-            raise ConfigError(f"store {flags.action!r} is not an action; there are inspect and verify.")
-        if flags.action == "inspect" and flags.teacher:
-            raise ConfigError("--teacher belongs to store verify; store inspect reads the store alone.")
-        if overrides and not flags.teacher:
-            raise ConfigError(
-                f"store {flags.action} takes no settings, found {' '.join(overrides)}; only "
-                "store verify PATH --teacher does."
-            )
-    if flags.action == "inspect":
-        from sparsekd.logit_store.inspect import inspect_text
-
-        print(inspect_text(flags.path))
-        print(f"next: sparsekd store verify {flags.path}")
-        return 0
-    from sparsekd.logit_store.verify import verify_store
-
-    result = verify_store(flags.path)
-    print(result.text())
-    if not result.ok:
-        return 2
-    if flags.teacher:
-        from sparsekd.trainer.compose import compose_config
-        from sparsekd.trainer.config import require
-        from sparsekd.trainer.teacher.verify import run as run_verify
-
-        with _typed():
-            config = compose_config(overrides)
-            require(config.teacher.path, "teacher.path", "by store verify --teacher")
-        run_verify(config, flags.path)
-        return 0
-    print(f"next: {_next_of_store(flags.path)}")
-    return 0
-
-
-def _next_of_store(path: str) -> str:
-    """What one does with a sound store: run a teacher over its tokens, or train from its records."""
-    from sparsekd.logit_store.manifest import read_manifest
-
-    if read_manifest(Path(path)).teacher is None:
-        return f"sparsekd capture teacher.path=TEACHER store.tokens={path} store.path=STORE"
-    return f"sparsekd train store.path={path} student.path=STUDENT"
 
 
 def _parse(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -230,7 +164,6 @@ SECTIONS = {
     "doctor": (),
     "prepare": ("corpus", "store"),
     "capture": ("store", "teacher", "launch", "engine.timeout_minutes"),
-    "store": ("store.seed", "teacher", "launch", "engine.timeout_minutes"),
     "train": (
         "run", "store", "student", "objective", "optimizer", "schedule", "engine", "train", "tracking",
         "launch", "debug",
@@ -244,26 +177,9 @@ SECTIONS = {
 
 
 def _verb_help(verb: str) -> str:
-    from sparsekd.trainer.compose import groups
+    from sparsekd.trainer.settings_help import settings_lines
 
-    known = groups()
-    sections = SECTIONS[verb]
-    lines = [f"sparsekd {verb}: {VERBS[verb]}", ""]
-    shown = [name for name in known if name in sections or name in ("experiment", "debug")]
-    leaves = list(options())
-    if sections:
-        lines.append("groups (group=choice):")
-        lines += [f"  {name:<12} {', '.join(known[name])}" for name in shown]
-    for section in sections:
-        lines += ["", f"{section.partition('.')[0]}:"]
-        for leaf in leaves:
-            if section not in (leaf.key, leaf.key.rpartition(".")[0]):
-                continue
-            default = "null" if leaf.default is None else leaf.default
-            choice = f" [{' | '.join(leaf.choices)}]" if leaf.choices else ""
-            lines.append(f"  {leaf.key}={default}  ({leaf.type_name})")
-            lines.append(f"      {leaf.comment}{choice}")
-    return "\n".join([*lines, "", EXAMPLES])
+    return "\n".join([f"sparsekd {verb}: {VERBS[verb]}", "", *settings_lines(SECTIONS[verb]), "", EXAMPLES])
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import read_manifest
+from sparsekd.logit_store.paths import RemotePath, StorePath, store_path
 from sparsekd.trainer.config import Config, Option, options, require
 from sparsekd.trainer.errors import ConfigError, FolderError
 
@@ -105,6 +106,12 @@ def check_folder(path: str | None, key: str, purpose: str) -> Path:
     return folder
 
 
+def check_store(path: str | None, key: str, purpose: str) -> StorePath:
+    """The place of the store that `key` names: an existing folder, or an address, which is not asked yet."""
+    place = store_path(require(path, key, purpose))
+    return place if isinstance(place, RemotePath) else check_folder(str(place), key, purpose)
+
+
 def _check_model_path(path: str | None, key: str) -> None:
     """Refuses what can only be a mistyped folder, before transformers looks for it on the hub for a while."""
     if path is None or Path(path).exists():
@@ -132,7 +139,7 @@ def _check_prepare(config: Config) -> None:
 
 def _check_capture(config: Config) -> None:
     store = config.store
-    check_folder(store.tokens, "store.tokens", "as the token store that capture reads (written by `prepare`)")
+    check_store(store.tokens, "store.tokens", "as the token store that capture reads (written by `prepare`)")
     require(store.path, "store.path", "to know where the logit store goes")
     _check_model_path(
         require(config.teacher.path, "teacher.path", "to know which teacher to run"), "teacher.path"
@@ -151,13 +158,18 @@ def _check_capture(config: Config) -> None:
             f"store.draw_temperature={store.draw_temperature} is not one of store.temperatures="
             f"{store.temperatures}; the draws' temperature must be a point of the grid."
         )
+    if store.mass is not None and (store.codec != "compact" or store.n > 0):
+        raise ConfigError(
+            f"store.mass={store.mass} cuts heads short, which takes store.codec=compact and store.n=0, but "
+            f"they are {store.codec} and {store.n}; set these, or leave store.mass out."
+        )
 
 
 def _check_train(config: Config) -> None:
     # Only now: a shared module must not need a room, except for the verb that is the room's own.
     from sparsekd.trainer.student.checks import check_train, resolved_objective
 
-    folder = check_folder(config.store.path, "store.path", "as the store that train reads")
+    folder = check_store(config.store.path, "store.path", "as the store that train reads")
     _check_model_path(config.student.path, "student.path")
     check_train(config)
     try:
@@ -169,7 +181,7 @@ def _check_train(config: Config) -> None:
 
 def _check_evaluate(config: Config) -> None:
     evaluate = config.evaluate
-    check_folder(config.store.path, "store.path", "for its held-out rows")
+    check_store(config.store.path, "store.path", "for its held-out rows")
     require(evaluate.models, "evaluate.models", "to know what to compare, such as {kd: runs/kd/export}")
     for name, folder in evaluate.models.items():
         check_folder(folder, f"evaluate.models.{name}", "as a model written by `export`")

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from sparsekd.kernels.objective import DIVERGENCES, TARGET_MODES
-from sparsekd.logit_store.codec import CODECS
+from sparsekd.logit_store.access import KINDS as ACCESS_KINDS
+from sparsekd.logit_store.codec import CODECS, DEFAULT_CODEC
 from sparsekd.trainer.errors import ConfigError
 
 
@@ -79,7 +80,19 @@ class StoreConfig:
     )
     draw_temperature: float = option(1.0, "Temperature of the draws; one of the grid.", minimum=0.05)
     seed: int = option(0, "Seed of the draws (with each row's token ids and the position).", minimum=0)
-    codec: str = option("exact", "Encoding of the planes, remembered in the manifest.", choices=tuple(CODECS))
+    codec: str = option(
+        DEFAULT_CODEC,
+        "How `prepare` and `capture` encode rows (docs/format.md); a reader takes it from the manifest.",
+        choices=tuple(CODECS),
+    )
+    mass: float | None = option(
+        None, "With codec=compact and n=0: heads end where their probabilities reach this, say 0.99."
+    )
+    access: str = option(
+        "positional",
+        "How `train` reads local shards; mapped spares a copy, but a file cut short kills the reader.",
+        choices=ACCESS_KINDS,
+    )
     rows_per_shard: int = option(
         256, "Rows in one shard of `prepare`; `capture` takes its units of work from there.", minimum=1
     )
@@ -232,6 +245,12 @@ class TrainConfig:
     keep_checkpoints: int = option(2, "Newest checkpoints that are kept.", minimum=1)
     resume: str = option(
         "auto", "auto goes on from the newest checkpoint, never begins anew, or a checkpoint folder."
+    )
+    skip_damaged_rows: int = option(
+        0,
+        "Damaged rows of the store that a run may leave out, each logged and kept in the checkpoint; 0 stops "
+        "at the first.",
+        minimum=0,
     )
     prefetch_steps: int = option(2, "Optimizer steps whose rows are read ahead.", minimum=1)
 

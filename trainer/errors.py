@@ -17,6 +17,10 @@ class ConfigError(UserError):
     """A configuration key, value or combination that cannot be used."""
 
 
+class TypedError(ConfigError):
+    """Something wrong in what was typed: equally wrong on every rank."""
+
+
 class FolderError(ConfigError):
     """A folder that a key names is not there, or not what it should be, as seen from this machine."""
 
@@ -31,6 +35,17 @@ class ModelError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint or run folder from which the run cannot go on."""
+
+
+@contextlib.contextmanager
+def typed() -> Iterator[None]:
+    """Marks errors of what was typed, so that one rank says them for all."""
+    try:
+        yield
+    except FolderError:
+        raise
+    except ConfigError as error:
+        raise TypedError(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -124,6 +124,8 @@ def line(record: Record, *, steps: int, seconds_left: float | None) -> str:
     head = f"step {record['step']:>{width}}/{steps}"
     if record["kind"] == "heldout":
         return "  ".join([f"{head}  held-out", *_numbers(record, ("loss", "kd", "ce", "agreement"))])
+    if record["kind"] == "skipped":
+        return f"{head}  left out damaged row {record['row']}: {record['reason']}"
     parts = [head, *_numbers(record, ("loss", "kd", "ce", "agreement"))]
     parts += [f"lr {record['learning_rate']:.2e}", f"grad {record['gradient_norm']:.3f}"]
     parts += [f"{record['tokens_per_second']:,.0f} tokens/s", f"wait {record['data_wait_share']:.0%}"]
@@ -203,7 +205,7 @@ class _Bar:
 
     def show(self, record: Record) -> None:
         text = line(record, steps=self._steps, seconds_left=None)
-        if record["kind"] == "heldout":
+        if record["kind"] != "train":
             self._progress.console.print(text, highlight=False)
         else:
             numbers = text.partition("  ")[2]

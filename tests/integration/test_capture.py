@@ -20,34 +20,16 @@ from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.reader import open_store
 from sparsekd.logit_store.row import segment_lengths
 from sparsekd.trainer.config import Config
-from sparsekd.trainer.corpus.prepare import run as prepare
 from sparsekd.trainer.corpus.tokenizer import save_tokenizer, train_tokenizer
 from sparsekd.trainer.errors import ConfigError, DataError, ModelError
 from sparsekd.trainer.teacher.capture import run as capture
 from sparsekd.trainer.teacher.draws import row_uniforms
 from sparsekd.trainer.teacher.verify import run as verify
 
-pytestmark = pytest.mark.integration
+sys.path.insert(0, str(Path(__file__).parent))
+from capture_world import LENGTH, VOCABULARY, config_for, files_of, make_teacher, make_tokens
 
-VOCABULARY = 280
-LENGTH = 48
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-# Wide weights, so that logits spread over tens of nats, caps bend them and attention matters.
-WIDE = {"initializer_range": 0.35, "max_position_embeddings": 64, "tie_word_embeddings": False}
-TEACHERS = {
-    # A head with more rows than the tokenizer has entries is normal.
-    "llama": {"model_type": "llama", "vocab_size": VOCABULARY + 13},
-    "gemma2": {
-        "model_type": "gemma2",
-        "vocab_size": VOCABULARY,
-        "head_dim": 16,
-        "num_key_value_heads": 1,
-        "final_logit_softcapping": 3.0,
-        "attn_logit_softcapping": None,
-        "sliding_window": 8,
-    },
-    "granite": {"model_type": "granite", "vocab_size": VOCABULARY, "logits_scaling": 0.25},
-}
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(autouse=True)
@@ -61,67 +43,12 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A token store of real text: short documents, long ones over several rows, both splits."""
-    folder = tmp_path_factory.mktemp("tokens")
-    import json
-
-    library = Path(json.__file__).parent
-    (folder / "text").mkdir()
-    for name in ("scanner.py", "tool.py"):
-        shutil.copy(library / name, folder / "text" / name)
-    for index, line in enumerate(sorted(set((library / "decoder.py").read_text().splitlines()))[-40:]):
-        (folder / "text" / f"line{index:02d}.txt").write_text(line)
-    config = Config()
-    config.corpus.paths = [str(folder / "text")]
-    config.corpus.train_vocabulary_size = VOCABULARY
-    config.corpus.sequence_length = LENGTH
-    config.corpus.heldout_fraction = 0.2
-    config.store.tokens = str(folder / "store")
-    config.store.rows_per_shard = 3
-    prepare(config)
-    return folder / "store"
-
-
-def make_teacher(
-    folder: Path, kind: str, *, seed: int = 0, tokenizer: Path | None = None, **changes: object
-) -> Path:
-    torch.manual_seed(seed)
-    fields = SIZES | WIDE | TEACHERS[kind] | changes
-    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(fields.pop("model_type"), **fields, **special), dtype=torch.float32
-    )
-    model.save_pretrained(folder)
-    if tokenizer is not None:
-        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-    return folder
+    return make_tokens(tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
     return make_teacher(tmp_path_factory.mktemp("llama") / "teacher", "llama", tokenizer=tokens / "tokenizer")
-
-
-def config_for(tokens: Path, teacher: Path, store: Path, **changes: object) -> Config:
-    config = Config()
-    config.store.tokens = str(tokens)
-    config.store.path = str(store)
-    config.store.k, config.store.n = 5, 7
-    config.teacher.path = str(teacher)
-    config.teacher.dtype = "float32"
-    config.teacher.micro_batch_rows = 2
-    config.teacher.chunk_positions = 37  # no divisor of anything
-    config.launch.device = "cpu"
-    for key, value in changes.items():
-        group, name = key.split("__")
-        setattr(getattr(config, group), name, value)
-    return config
-
-
-def files_of(store: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(store).as_posix(): path.read_bytes() for path in store.rglob("*") if path.is_file()
-    }
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
@@ -145,6 +72,7 @@ def test_records_are_what_the_model_says_of_each_document_alone(
     teacher = make_teacher(tmp_path / "teacher", kind)
     grid = [1.0, 2.0, 4.0]
     changes = {"store__k": k, "store__n": n, "store__draw_temperature": draw_temperature, "store__seed": 11}
+    changes["store__codec"] = "exact"  # what the pass gives, without the rounding of a codec
     changes["teacher__attention"] = "eager" if kind == "gemma2" else "sdpa"  # Gemma 2 has no other
     capture(config_for(tokens, teacher, tmp_path / "store", **changes))
     source, store = open_store(tokens), open_store(tmp_path / "store")

@@ -11,8 +11,12 @@ ROOT = Path(__file__).parents[2]
 ROOMS = ("corpus", "teacher", "student", "quality")
 GROUND_FLOOR = {
     "kernels": {"torch", "triton", "numpy"},
-    "logit_store": {"numpy", "pyarrow", "zstandard", "tokenizers"},
+    "logit_store": {"numpy", "pyarrow", "zstandard", "tokenizers", "matplotlib"},
 }
+
+
+# Not installed with the package, or slow to import: a module needs them in the function that does.
+ON_USE = {"tokenizers", "matplotlib"}
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -39,6 +43,14 @@ def test_ground_floor_imports_only_its_own_libraries(package: str) -> None:
                 assert top in sys.stdlib_module_names | GROUND_FLOOR[package], f"{path} imports {module}"
 
 
+def test_the_store_imports_at_its_top_only_what_it_always_needs() -> None:
+    for path in sorted((ROOT / "logit_store").glob("**/*.py")):
+        tree = ast.parse(path.read_text())
+        top = {name.name for node in tree.body if isinstance(node, ast.Import) for name in node.names}
+        top |= {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)}
+        assert not {module.split(".")[0] for module in top} & ON_USE, path
+
+
 def test_rooms_do_not_import_one_another() -> None:
     for room in ROOMS:
         others = tuple(f"sparsekd.trainer.{other}" for other in ROOMS if other != room)
@@ -63,6 +75,11 @@ def test_shared_modules_do_not_import_rooms_at_their_top() -> None:
         "from sparsekd.trainer.cli import main; main(['train', 'objective.kd_wait=1'])",
         "import sparsekd.trainer.quality.plan",
         "import sparsekd.logit_store.inspect, sparsekd.logit_store.verify, sparsekd.logit_store.writer",
+        "from sparsekd.trainer.cli import main; main(['store', '--help'])",
+        "from sparsekd.trainer.cli import main; main(['store', 'import', '--help'])",
+        "from sparsekd.trainer.cli import main; main(['store', 'stats', '/nowhere'])",
+        "import sparsekd.logit_store.compare, sparsekd.logit_store.stats_plot, sparsekd.logit_store.export",
+        "import sparsekd.logit_store.combine, sparsekd.logit_store.importers.megatron",
     ],
 )
 def test_light_commands_do_not_import_torch(statement: str) -> None:

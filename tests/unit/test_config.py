@@ -209,12 +209,14 @@ def test_help_of_every_verb_names_what_it_reads_and_the_choices(capsys: pytest.C
     for verb in VERBS:
         assert main([verb, "--help"]) == 0
         shown[verb] = capsys.readouterr().out
+    assert main(["store", "verify", "--help"]) == 0
+    shown["store"] += capsys.readouterr().out
     assert "corpus.sequence_length" in shown["plan"]
     assert "evaluate.dtype" in shown["report"] and "student.attention" in shown["report"]
     for verb in ("capture", "store", "evaluate", "report", "export"):
         assert "engine.timeout_minutes" in shown[verb] and "engine.zero_stage" not in shown[verb]
     assert "[forward_kl | reverse_kl" in shown["train"] and "[auto | tail_bucket" in shown["train"]
-    assert "[exact" in shown["capture"]
+    assert "exact" in shown["capture"]
 
 
 def test_a_store_s_checks_take_no_settings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from sparsekd.logit_store.codec import DEFAULT_CODEC
 from sparsekd.logit_store.manifest import ALIGNMENT, FORMAT_VERSION, CodecSpec, Manifest, RecordSpec
+from sparsekd.logit_store.paths import StorePath, store_path
 from sparsekd.logit_store.reader import LogitStore, open_store
 from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.writer import create_store, seal, write_shard
@@ -64,7 +66,7 @@ def run(config: Config) -> None:
         StoreError: The store exists with another identity, or cannot be written.
     """
     corpus = config.corpus
-    path = Path(require(config.store.tokens, "store.tokens", "as the folder of the token store"))
+    path = store_path(require(config.store.tokens, "store.tokens", "as the folder of the token store"))
     require(corpus.paths, "corpus.paths", "to find documents")
     started = time.monotonic()
     survey = survey_documents(corpus)
@@ -172,12 +174,17 @@ def _manifest(
         tokenizer=tokenizer_identity(tokenizer, folder, name),
         record=RecordSpec(k=0, n=0, temperatures=(), draw_temperature=1.0, seed=0),
         teacher=None,
-        codec=CodecSpec(name=config.store.codec, parameters={}),
+        # A table of frequent ids would have to be made of the very tokens that are to be written.
+        codec=CodecSpec(DEFAULT_CODEC if config.store.codec == "compact" else config.store.codec, {}),
     )
 
 
 def write_rows(
-    path: Path, manifest: Manifest, corpus: CorpusConfig, survey: Survey, tokenizer: PreTrainedTokenizerBase
+    path: StorePath,
+    manifest: Manifest,
+    corpus: CorpusConfig,
+    survey: Survey,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, int]:
     """Tokenizes, packs and writes every document.
 
@@ -257,7 +264,7 @@ def _batches(corpus: CorpusConfig, digests: list[CorpusDigest]) -> Iterator[list
         yield batch
 
 
-def _report(store: LogitStore, survey: Survey, path: Path, seconds: float) -> None:
+def _report(store: LogitStore, survey: Survey, path: StorePath, seconds: float) -> None:
     tokenizer = store.manifest.tokenizer
     total = sum(store.index(split).file_bytes for split in SPLITS)
     print(f"prepare: {path} is sealed after {seconds:.0f} s, {total:,} bytes of rows")

@@ -85,7 +85,7 @@ def run(config: Config) -> None:
         raise ConfigError(
             f"evaluate.models names a model {TEACHER!r}; the teacher is given by teacher.path instead."
         )
-    store = open_store(Path(require(config.store.path, "store.path", "for its held-out rows")))
+    store = open_store(require(config.store.path, "store.path", "for its held-out rows"))
     with ranks(config.launch, timeout_minutes=config.engine.timeout_minutes) as job:
         if job.world_size != 1:
             raise ConfigError(

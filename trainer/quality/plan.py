@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import zstandard
-
 from sparsekd.kernels import memory
 from sparsekd.logit_store.codec import codec_of
 from sparsekd.logit_store.manifest import (
@@ -25,7 +22,8 @@ from sparsekd.logit_store.manifest import (
     TokenizerIdentity,
 )
 from sparsekd.logit_store.reader import open_store
-from sparsekd.logit_store.row import Row, TeacherRecord
+from sparsekd.logit_store.synthetic import synthetic_rows
+from sparsekd.logit_store.synthetic_text import can_be_text_like, text_like_rows
 from sparsekd.trainer.config import Config
 from sparsekd.trainer.errors import ConfigError
 from sparsekd.trainer.loss_memory import cut_text, loss_memory
@@ -39,6 +37,8 @@ COUNTED_MODEL_TYPES = {
     "qwen2": (*_SIZES, "num_key_value_heads"),
     "qwen3": (*_SIZES, "num_key_value_heads", "head_dim"),
 }
+ESTIMATE_POSITIONS = 1024
+
 RANKS_SHOWN = (1, 2, 8, 64)
 
 
@@ -73,7 +73,7 @@ def corpus_of(config: Config) -> Corpus:
     """
     per_shard = config.store.rows_per_shard
     if config.store.tokens is not None and Path(config.store.tokens).is_dir():
-        store = open_store(Path(config.store.tokens))
+        store = open_store(config.store.tokens)
         manifest = store.manifest
         rows = {split: store.rows(split) for split in manifest.splits}
         total = sum(rows.values())
@@ -107,13 +107,16 @@ def corpus_of(config: Config) -> Corpus:
 
 
 def bytes_per_token(config: Config, corpus: Corpus) -> dict[str, float]:
-    """Bytes that each plane of the store takes per position before compression.
+    """Bytes that each plane of the store takes per position, estimated.
 
-    The codec itself says so: it encodes one empty row, and each frame tells the size of its content.
+    The codec itself says so: it encodes a row with the statistics of text under a good teacher. A weak
+    teacher is less certain, and its draws are of more different ids.
     """
-    length, spec = corpus.sequence_length, config.store
-    grid = len(spec.temperatures)
+    spec = config.store
     captured = spec.k + spec.n > 0
+    # A longer row costs no less per position, but makes the plan slow.
+    length = min(corpus.sequence_length, ESTIMATE_POSITIONS)
+    size = corpus.vocabulary_size
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         alignment=ALIGNMENT,
@@ -121,33 +124,14 @@ def bytes_per_token(config: Config, corpus: Corpus) -> dict[str, float]:
         rows_per_shard=spec.rows_per_shard,
         splits=("train", "heldout"),
         dataset={},
-        tokenizer=TokenizerIdentity("plan", corpus.vocabulary_size, "", None, None),
+        tokenizer=TokenizerIdentity("plan", size, "", None, None),
         record=RecordSpec(spec.k, spec.n, tuple(sorted(spec.temperatures)), spec.draw_temperature, spec.seed),
         teacher=TeacherIdentity("plan", None, "", "", "", "", {}) if captured else None,
-        codec=CodecSpec(spec.codec, {}),
+        codec=CodecSpec(spec.codec, {"mass": spec.mass} if spec.codec == "compact" else {}),
     )
-    values = np.zeros(length, np.float32)
-    record = TeacherRecord(
-        head_ids=np.zeros((length, spec.k), np.int32),
-        head_logprobs=np.zeros((length, spec.k), np.float32),
-        tail_ids=np.zeros((length, spec.n), np.int32),
-        tail_counts=np.zeros((length, spec.n), np.int32),
-        log_rest=np.zeros((length, grid), np.float32),
-        rest_entropy=values,
-        true_logprob=values,
-        entropy=values,
-    )
-    row = Row(
-        token_ids=np.zeros(length, np.int32),
-        loss_mask=np.zeros(length, np.bool_),
-        segment_starts=np.zeros(1, np.int32),
-        segment_documents=np.zeros(1, np.int64),
-        teacher=record if captured else None,
-    )
-    planes = codec_of(manifest).encode(row, manifest)
-    return {
-        name: zstandard.get_frame_parameters(stored).content_size / length for name, stored in planes.items()
-    }
+    make = text_like_rows if can_be_text_like(manifest) else synthetic_rows
+    stored = codec_of(manifest).encode(make(manifest, 1, 0)[0], manifest)
+    return {name: len(plane) / length for name, plane in stored.items()}
 
 
 def student_fields(config: Config) -> dict[str, Any]:
@@ -205,7 +189,7 @@ def run(config: Config) -> None:
     planes = bytes_per_token(config, corpus)
     for title, lines in (
         ("corpus", _corpus_lines(config, corpus)),
-        ("store, before compression", _store_lines(config, corpus, planes)),
+        ("store, estimated on text-like rows", _store_lines(config, corpus, planes)),
         ("student", _student_lines(config, corpus)),
         ("loss of one micro-batch", _loss_lines(config, corpus)),
     ):

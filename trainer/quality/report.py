@@ -73,7 +73,7 @@ def _runs(config: Config, evaluation: Evaluation) -> dict[str, Path]:
 
 
 def _samples(config: Config, evaluation: Evaluation) -> list[Continuation]:
-    store = open_store(Path(config.store.path or evaluation.store["path"]))
+    store = open_store(config.store.path or evaluation.store["path"])
     if store.digest != evaluation.store["digest"]:
         raise DataError(
             f"store.path={store.path} is not the store of the evaluation (digest {store.digest[:12]}, "

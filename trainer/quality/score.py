@@ -114,6 +114,8 @@ def kinds(record: RecordSpec, *, teacher_runs: bool) -> dict[str, str]:
     found = {}
     if record.k > 0:
         found["agreement"] = EXACT
+    if record.rest == "unknown":  # imported without a normaliser: probabilities are relative to the head
+        return found
     if 1.0 in record.temperatures:
         if record.n > 0 and record.draw_temperature == 1.0:
             found["kl"] = ESTIMATE
@@ -218,8 +220,10 @@ class _Record(NamedTuple):
             return None
         log_rest = gather("log_rest", torch.float32)
         at_one = spec.temperatures.index(1.0) if 1.0 in spec.temperatures else None
+        # A head that a codec cut short ends with -1 at probability 0: its first id stands there as well.
+        head_ids = gather("head_ids", torch.int64)
         return cls(
-            head_ids=gather("head_ids", torch.int64),
+            head_ids=torch.where(head_ids < 0, head_ids[:, :1], head_ids),
             head_logprobs=gather("head_logprobs", torch.float32),
             tail_ids=gather("tail_ids", torch.int64),
             tail_counts=gather("tail_counts", torch.float32),

@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 import zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,9 @@ class Commit:
     config_digest: str
     versions: dict[str, str]
     files: dict[str, dict[str, int]]  # name -> bytes, crc32
+    skipped_rows: list[int] = field(
+        default_factory=list
+    )  # damaged rows left out so far; older records lack it
 
 
 def step_name(step: int) -> str:
@@ -68,6 +71,7 @@ def read_commit(checkpoint: Path) -> Commit:
     place = checkpoint / COMMIT_NAME
     try:
         raw = json.loads(place.read_text())
+        raw.setdefault("skipped_rows", [])
         return Commit(**{item.name: raw[item.name] for item in fields(Commit)})
     except FileNotFoundError:
         raise CheckpointError(

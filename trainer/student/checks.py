@@ -1,6 +1,6 @@
 """What can be wrong with a training run's settings, found before torch is imported."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from sparsekd.kernels.objective import Objective, resolve_objective
 from sparsekd.logit_store.manifest import RecordSpec
@@ -46,6 +46,7 @@ def resolved_objective(config: ObjectiveConfig, record: RecordSpec) -> Objective
     Raises:
         ConfigError: It is no legal objective, or none for these records.
     """
+    config = _served_by(config, record)
     try:
         return resolve_objective(
             objective_of(config),
@@ -56,3 +57,28 @@ def resolved_objective(config: ObjectiveConfig, record: RecordSpec) -> Objective
         )
     except ValueError as error:
         raise ConfigError(f"objective: {error}.") from error
+
+
+def _served_by(config: ObjectiveConfig, record: RecordSpec) -> ObjectiveConfig:
+    """Refuses what an imported record without a true log R cannot serve; "auto" becomes what it can.
+
+    Raises:
+        ConfigError: The target mode needs a rest, or a temperature, that the record does not hold.
+    """
+    if record.rest == "exact" or config.kd_weight == 0:
+        return config
+    if record.rest == "derived":
+        if config.temperature != 1.0:
+            raise ConfigError(
+                f"objective: temperature is {config.temperature:g}, but this store was imported from "
+                "log-probabilities without a rest (record.rest is derived), which is known at temperature 1 "
+                "only; set objective.temperature=1, or capture the teacher with this temperature in its grid."
+            )
+        return config
+    if config.target_mode not in ("auto", "renormalized"):
+        raise ConfigError(
+            f"objective: target_mode is {config.target_mode}, but this store was imported from logits "
+            "without their normaliser (record.rest is unknown), so the rest's mass is not known; set "
+            "objective.target_mode=renormalized, or capture the teacher to train with the rest."
+        )
+    return replace(config, target_mode="renormalized")

@@ -287,7 +287,7 @@ def _generation_config(model: PreTrainedModel, source: ModelSource, store: Logit
 def _store_of(run_config: Config, commit: Commit, folder: Path) -> LogitStore:
     """The run's store, whose tokenizer goes into the export."""
     path = require(run_config.store.path, "store.path", f"in {folder / 'config.yaml'}, for the tokenizer")
-    store = open_store(Path(path))
+    store = open_store(path)
     if store.digest != commit.store_digest:
         raise CheckpointError(
             f"{path} is not the store that {folder} was trained on: its digest is {store.digest[:12]}, the "

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sparsekd.logit_store.row import Row
 from sparsekd.trainer.config import Config, run_folder
 from sparsekd.trainer.distributed import Ranks, leave_together, together
 from sparsekd.trainer.errors import UserError, writing
@@ -35,6 +36,7 @@ from sparsekd.trainer.student.evaluation import heldout_sums
 from sparsekd.trainer.student.run_folder import CHECKPOINTS_NAME, adopt, failures_recorded, write_done
 from sparsekd.trainer.student.schedule import learning_rate
 from sparsekd.trainer.student.setup import Plan, announce, build, load_start, make_plan, resolve_start
+from sparsekd.trainer.student.skipping import RowsOrNothing
 from sparsekd.trainer.student.sums import all_reduced, no_sums, sums_of
 from sparsekd.trainer.tracking import Tracker, cut_metrics
 
@@ -81,6 +83,7 @@ class _State:
     sums: Tensor  # float64 (5,), since the last line of metrics, of this rank
     first_bad_step: Tensor  # int64 scalar: the first step with a loss or gradient that is no number
     saved: int  # the step of the last checkpoint, written or gone on from
+    rows: RowsOrNothing
     steps: int = 0  # since the last line of metrics
     began: float = 0.0  # clock at the last line of metrics, in seconds
     paused: float = 0.0  # seconds of evaluations and checkpoints since then
@@ -99,12 +102,13 @@ def _train(
         sums=torch.tensor(begin.sums, dtype=torch.float64, device=here.device) * here.is_first,
         first_bad_step=torch.tensor(_NEVER, device=here.device),
         saved=begin.step,
+        rows=RowsOrNothing(plan.store, most=train.skip_damaged_rows, left_out=begin.skipped_rows),
     )
-    read_heldout = functools.partial(_read, plan, "heldout", here)
+    read_heldout = functools.partial(_batch_of, functools.partial(plan.store.read_row, "heldout"), plan, here)
     heldout = heldout_rows(wanted=train.evaluate_rows, rows=plan.store.rows("heldout"))
     with (
         together(here, lambda: _tracker(folder, config, begin.step, here)) as tracker,
-        ReadAhead(_steps_ahead(plan, config, begin, here), depth=train.prefetch_steps) as ahead,
+        ReadAhead(_steps_ahead(plan, config, begin, state.rows, here), depth=train.prefetch_steps) as ahead,
     ):
         state.began = time.perf_counter()
         while state.step < train.steps:
@@ -197,6 +201,7 @@ def _log_step(
     here: Ranks,
 ) -> None:
     _stop_on_bad_numbers(state, plan, here)
+    _tell_left_out(tracker, state, here)
     sums = all_reduced(state.sums)
     record = {"kind": "train", "step": state.step, "tokens": state.tokens, **plan.means(sums)}
     # A GPU works behind the program's back: only now, after its numbers came, are the steps over.
@@ -244,6 +249,7 @@ def _save(
     folder: Path,
     here: Ranks,
 ) -> None:
+    _tell_left_out(tracker, state, here)
     together(here, tracker.sync)
     # Sums become those of all ranks, in this process as in one that goes on from here: equal bits in both.
     total = all_reduced(state.sums)
@@ -254,6 +260,7 @@ def _save(
         rows_consumed=state.rows_consumed,
         tokens=state.tokens,
         sums=total.tolist(),
+        skipped_rows=state.rows.left_out,
     )
     began = time.perf_counter()
     place = folder / CHECKPOINTS_NAME
@@ -266,16 +273,26 @@ def _save(
     tracker.say(f"checkpoint {path} ({time.perf_counter() - began:.1f} s)")
 
 
-def _steps_ahead(plan: Plan, config: Config, begin: Commit, here: Ranks) -> Iterator[list[MicroBatch]]:
+def _tell_left_out(tracker: "Tracker | _NoTracker", state: _State, here: Ranks) -> None:
+    """Logs, once each, the damaged rows that were left out since the last look."""
+    for row, reason in state.rows.newly_left_out(state.step, here):
+        record: dict[str, str | int] = {"kind": "skipped", "step": state.step, "tokens": state.tokens}
+        together(here, functools.partial(tracker.log, record | {"row": row, "reason": reason}))
+
+
+def _steps_ahead(
+    plan: Plan, config: Config, begin: Commit, rows: RowsOrNothing, here: Ranks
+) -> Iterator[list[MicroBatch]]:
     """This rank's micro-batches, step by step."""
     for number in range(config.train.steps - begin.step):
         consumed = begin.rows_consumed + number * plan.shape.global_rows
         parts = micro_batches(consumed, plan.shape, rank=here.rank, rows=plan.train_rows, seed=plan.seed)
-        yield [_read(plan, "train", here, part) for part in parts]
+        read = functools.partial(rows.read, step=begin.step + number + 1)
+        yield [_batch_of(read, plan, here, part) for part in parts]
 
 
-def _read(plan: Plan, split: str, here: Ranks, rows: Sequence[int]) -> MicroBatch:
-    batch = micro_batch([plan.store.read_row(split, row) for row in rows], rest=plan.rest)
+def _batch_of(read: Callable[[int], Row], plan: Plan, here: Ranks, rows: Sequence[int]) -> MicroBatch:
+    batch = micro_batch([read(row) for row in rows], rest=plan.rest)
     return pinned(batch) if here.device.type == "cuda" else batch
 
 

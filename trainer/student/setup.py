@@ -13,6 +13,7 @@ from sparsekd.kernels.loss import default_impl
 from sparsekd.kernels.memory import MemoryPlan
 from sparsekd.kernels.objective import MIXTURE_DIVERGENCES, Objective
 from sparsekd.kernels.temperature import RestFormula
+from sparsekd.logit_store.paths import StorePath, store_path
 from sparsekd.logit_store.reader import LogitStore, open_store
 from sparsekd.trainer.causal_lm import DTYPES, head_transform, load_config
 from sparsekd.trainer.config import Config, require
@@ -35,6 +36,7 @@ from sparsekd.trainer.student.head import LossSettings, Probe, Student
 from sparsekd.trainer.student.model import check_student, load_student, student_source
 from sparsekd.trainer.student.resume import Start, choose_start, digest_of, settings_of
 from sparsekd.trainer.student.run_folder import package_versions
+from sparsekd.trainer.student.skipping import check_left_out
 from sparsekd.trainer.student.sums import NAMES, means
 from sparsekd.trainer.student.universal import load_for_other_ranks
 
@@ -73,8 +75,8 @@ def make_plan(config: Config, here: Ranks) -> Plan:
             rank; the others exit).
         StoreError: The store cannot be opened (likewise).
     """
-    path = Path(require(config.store.path, "store.path", "as the store that train reads"))
-    store = _open_same_store(path, here)
+    path = store_path(require(config.store.path, "store.path", "as the store that train reads"))
+    store = _open_same_store(path, config.store.access, here)
     return together(here, lambda: _plan(config, store, here))
 
 
@@ -146,7 +148,15 @@ def _plan(config: Config, store: LogitStore, here: Ranks) -> Plan:
 
 def resolve_start(folder: Path, config: Config, plan: Plan, here: Ranks) -> Start:
     """The checkpoint that this run goes on from, or the start (see `resume`)."""
-    return together(here, lambda: choose_start(folder, config, plan.fresh_commit, here))
+
+    def choose() -> Start:
+        start = choose_start(folder, config, plan.fresh_commit, here)
+        if start.checkpoint is not None and start.commit is not None:
+            most = config.train.skip_damaged_rows
+            check_left_out(start.commit.skipped_rows, most=most, checkpoint=start.checkpoint)
+        return start
+
+    return together(here, choose)
 
 
 def build(config: Config, plan: Plan, here: Ranks) -> deepspeed.DeepSpeedEngine:
@@ -247,8 +257,8 @@ def _divergence_text(objective: Objective) -> str:
     return objective.divergence
 
 
-def _open_same_store(path: Path, here: Ranks) -> LogitStore:
-    store = together(here, lambda: open_store(path))
+def _open_same_store(path: StorePath, access: str, here: Ranks) -> LogitStore:
+    store = together(here, lambda: open_store(path, access=access))
     expected = broadcast_object(store.digest)
     problem = agree(
         None

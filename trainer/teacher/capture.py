@@ -10,17 +10,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers.utils.logging import disable_progress_bar
 
+from sparsekd.logit_store.background import BackgroundWriter
+from sparsekd.logit_store.frequency import compact_parameters
 from sparsekd.logit_store.manifest import CodecSpec, Manifest, RecordSpec
+from sparsekd.logit_store.paths import StorePath, store_path
 from sparsekd.logit_store.reader import LogitStore, open_store
-from sparsekd.logit_store.row import TeacherRecord
-from sparsekd.logit_store.writer import committed_shards, create_store, seal, write_shard
-from sparsekd.trainer.config import Config, require
+from sparsekd.logit_store.recover import adopt_orphans
+from sparsekd.logit_store.row import Row, TeacherRecord
+from sparsekd.logit_store.writer import committed_shards, create_store, seal
+from sparsekd.trainer.config import Config, TeacherConfig, require
 from sparsekd.trainer.distributed import Ranks, broadcast_object, ranks, together
 from sparsekd.trainer.errors import ConfigError
 from sparsekd.trainer.teacher.model import Teacher, check_teacher_tokenizer, load_teacher
@@ -32,6 +35,9 @@ SECONDS_BETWEEN_LINES = 5.0
 
 # Rows that are read for the summary at the end, evenly spaced: a mean over more says nothing new.
 SUMMARY_ROWS = 256
+
+# Rows of each split from which `compact` learns what is frequent: a million tokens at the usual length.
+FREQUENCY_ROWS = 1024
 
 Unit = tuple[str, int]  # split, shard
 
@@ -45,8 +51,10 @@ def run(config: Config) -> None:
         StoreError: A store cannot be read or written, or is another than this run would write.
         UserError: Another rank met such a problem.
     """
-    path = Path(require(config.store.path, "store.path", "as the folder of the logit store"))
-    tokens_path = Path(require(config.store.tokens, "store.tokens", "as the tokens that the teacher sees"))
+    path = store_path(require(config.store.path, "store.path", "as the folder of the logit store"))
+    tokens_path = store_path(
+        require(config.store.tokens, "store.tokens", "as the tokens that the teacher sees")
+    )
     teacher_path = require(config.teacher.path, "teacher.path", "as the model whose logits are kept")
     if path.resolve() == tokens_path.resolve():
         raise ConfigError(f"store.path and store.tokens are both {path}; name a new folder as store.path.")
@@ -87,7 +95,7 @@ def _checked_teacher(config: Config, path: str, tokens: LogitStore, place: Ranks
 
 
 def _create(
-    config: Config, path: Path, teacher_path: str, tokens: LogitStore, teacher: Teacher, place: Ranks
+    config: Config, path: StorePath, teacher_path: str, tokens: LogitStore, teacher: Teacher, place: Ranks
 ) -> Manifest | None:
     """Makes the store on the first rank; the others get the manifest from it."""
     if not place.is_first:
@@ -111,16 +119,39 @@ def _create(
         dataset={**tokens.manifest.dataset, "token_store": tokens.digest},
         record=record,
         teacher=identity,
-        codec=CodecSpec(name=config.store.codec, parameters={}),
+        codec=_codec(config, tokens),
     )
     create_store(path, manifest, tokens.tokenizer_path)
+    adopted, refused = adopt_orphans(path, manifest)
+    if adopted or refused:
+        print(
+            f"capture: of a killed run, {adopted} units were whole and are kept, {refused} were not and are "
+            "in quarantine/",
+            flush=True,
+        )
     return manifest
 
 
+def _codec(config: Config, tokens: LogitStore) -> CodecSpec:
+    """The codec with its parameters: `compact` numbers ids by how often they occur in the tokens."""
+    if config.store.codec != "compact":
+        return CodecSpec(config.store.codec, {})
+    counts = np.zeros(tokens.manifest.tokenizer.vocabulary_size, np.int64)
+    for split in tokens.manifest.splits:
+        rows = tokens.rows(split)
+        for index in np.unique(np.linspace(0, rows - 1, min(rows, FREQUENCY_ROWS)).round().astype(int)):
+            counts += np.bincount(tokens.read_row(split, int(index)).token_ids, minlength=len(counts))
+    return CodecSpec("compact", compact_parameters(counts, mass=config.store.mass))
+
+
 def _work(
-    config: Config, path: Path, manifest: Manifest, tokens: LogitStore, teacher: Teacher, place: Ranks
+    config: Config, path: StorePath, manifest: Manifest, tokens: LogitStore, teacher: Teacher, place: Ranks
 ) -> None:
-    """Writes all units that are missing. Ranks meet after each round, so that a failure ends all of them."""
+    """Writes all units that are missing, each while the next is computed.
+
+    Ranks meet after each round, so that a failure ends all of them; one of the writing thread is raised by
+    the next unit that is handed to it.
+    """
     units = [(split, shard) for split in manifest.splits for shard in range(tokens.shards(split))]
     missing: list[Unit] = broadcast_object(missing_units(path, units) if place.is_first else None)
     done_before = len(units) - len(missing)
@@ -128,48 +159,60 @@ def _work(
         print(f"capture: {done_before} of {len(units)} units are finished already", flush=True)
     started = last_line = time.monotonic()
     positions = 0
-    for first in range(0, len(missing), place.world_size):
-        turn = missing[first : first + place.world_size]
-        unit = turn[place.rank] if place.rank < len(turn) else None
-        together(place, partial(_capture_unit, config, path, manifest, tokens, teacher, unit))
-        positions += sum(len(tokens.shard_rows(*unit)) for unit in turn) * manifest.sequence_length
-        now = time.monotonic()
-        finished = first + len(turn)
-        if place.is_first and (now - last_line >= SECONDS_BETWEEN_LINES or finished == len(missing)):
-            last_line = now
-            speed = positions / (now - started)
-            left = (now - started) / finished * (len(missing) - finished)
-            print(
-                f"capture: {done_before + finished}/{len(units)} units, {speed:,.0f} tokens/s, "
-                f"{readable_seconds(left)} left",
-                flush=True,
-            )
+    with BackgroundWriter(path, manifest) as writer:
+        for first in range(0, len(missing), place.world_size):
+            turn = missing[first : first + place.world_size]
+            unit = turn[place.rank] if place.rank < len(turn) else None
+            together(place, partial(_capture_unit, config.teacher, manifest, tokens, teacher, writer, unit))
+            positions += sum(len(tokens.shard_rows(*unit)) for unit in turn) * manifest.sequence_length
+            now = time.monotonic()
+            finished = first + len(turn)
+            if place.is_first and (now - last_line >= SECONDS_BETWEEN_LINES or finished == len(missing)):
+                last_line = now
+                speed = positions / (now - started)
+                left = (now - started) / finished * (len(missing) - finished)
+                print(
+                    f"capture: {done_before + finished}/{len(units)} units, {speed:,.0f} tokens/s, "
+                    f"{readable_seconds(left)} left",
+                    flush=True,
+                )
+        together(place, writer.close)
 
 
-def missing_units(path: Path, units: list[Unit]) -> list[Unit]:
+def missing_units(path: StorePath, units: list[Unit]) -> list[Unit]:
     """The units, in order, that have no commit record yet."""
     committed = {split: committed_shards(path, split) for split in {split for split, _ in units}}
     return [(split, shard) for split, shard in units if shard not in committed[split]]
 
 
 def _capture_unit(
-    config: Config, path: Path, manifest: Manifest, tokens: LogitStore, teacher: Teacher, unit: Unit | None
+    config: TeacherConfig,
+    manifest: Manifest,
+    tokens: LogitStore,
+    teacher: Teacher,
+    writer: BackgroundWriter,
+    unit: Unit | None,
 ) -> None:
-    """Writes one unit; None where the last round has fewer units than ranks."""
-    if unit is None:
-        return
+    """Hands one unit to the writer; None where the last round has fewer units than ranks."""
+    if unit is not None:
+        writer.put(*unit, captured_rows(config, manifest, tokens, teacher, unit))
+
+
+def captured_rows(
+    config: TeacherConfig, manifest: Manifest, tokens: LogitStore, teacher: Teacher, unit: Unit
+) -> list[Row]:
+    """The rows of one unit, with the teacher's records."""
     split, shard = unit
     rows = [replace(tokens.read_row(split, index), teacher=None) for index in tokens.shard_rows(split, shard)]
     records = records_of_rows(
         teacher,
         rows,
         manifest.record,
-        micro_batch_rows=config.teacher.micro_batch_rows,
-        chunk_positions=config.teacher.chunk_positions,
-        impl=config.teacher.impl,
+        micro_batch_rows=config.micro_batch_rows,
+        chunk_positions=config.chunk_positions,
+        impl=config.impl,
     )
-    full = [replace(row, teacher=record) for row, record in zip(rows, records, strict=True)]
-    write_shard(path, manifest, split, shard, full)
+    return [replace(row, teacher=record) for row, record in zip(rows, records, strict=True)]
 
 
 def readable_seconds(seconds: float) -> str:
@@ -180,7 +223,7 @@ def readable_seconds(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _finish(path: Path, tokens: LogitStore, place: Ranks) -> None:
+def _finish(path: StorePath, tokens: LogitStore, place: Ranks) -> None:
     if not place.is_first:
         return
     manifest = tokens.manifest

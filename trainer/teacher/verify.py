@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sparsekd.logit_store.manifest import TeacherIdentity
+from sparsekd.logit_store.codec import codec_of
+from sparsekd.logit_store.manifest import Manifest, TeacherIdentity
 from sparsekd.logit_store.reader import LogitStore, open_store
 from sparsekd.logit_store.row import Row, TeacherRecord
 from sparsekd.trainer.config import Config, LaunchConfig, TeacherConfig, require
@@ -71,7 +72,7 @@ def run(config: Config, store_path: str | Path, *, seed: int | None = None) -> N
         StoreError: The store cannot be read, or has no teacher's records.
     """
     path = require(config.teacher.path, "teacher.path", "to run it again")
-    store = open_store(Path(store_path))
+    store = open_store(store_path)
     identity = store.manifest.teacher
     if identity is None:
         raise DataError(f"{store_path} is a token store: it holds nothing of a teacher to verify.")
@@ -81,15 +82,16 @@ def run(config: Config, store_path: str | Path, *, seed: int | None = None) -> N
         )
     if seed is None:
         seed = secrets.randbits(32)
-    settings, launch = _as_captured(config, identity)
+    settings, launch = as_captured(config, identity)
     with ranks(launch, timeout_minutes=config.engine.timeout_minutes) as place:
-        settings = _runnable(settings, place.device, store.manifest.tokenizer.vocabulary_size)
+        settings = runnable(settings, place.device, store.manifest.tokenizer.vocabulary_size)
         check_teacher_tokenizer(settings, path, store)
         same_files = weights_digest(model_folder(path, settings.revision)) == identity.weights_digest
         if not same_files:
             print(f"verify: the files of {path} are not those of the manifest ({identity.name})", flush=True)
         teacher = load_teacher(settings, path, store, place.device)
         stored: list[tuple[str, int, Row, TeacherRecord]] = []
+        codec = codec_of(store.manifest)
         for split in store.manifest.splits:
             for index in _random_rows(store, split, seed):
                 group, offset = _micro_batch(store, split, index, settings.micro_batch_rows)
@@ -103,9 +105,14 @@ def run(config: Config, store_path: str | Path, *, seed: int | None = None) -> N
                         impl=settings.impl,
                     )
                 )
-                stored.append((split, index, group[offset], again[offset]))
+                # What the codec rounds is rounded here, too: on the machine of the capture nothing deviates.
+                row = replace(group[offset], teacher=again[offset])
+                rounded = codec.decode(codec.encode(row, store.manifest), store.manifest).teacher
+                assert rounded is not None
+                stored.append((split, index, group[offset], rounded))
     record = store.manifest.record
-    deviations = [deviation_of(plane, stored) for plane in VALUE_PLANES if record.k or plane != _HEAD]
+    planes = [plane for plane in VALUE_PLANES if record.k or plane != _HEAD]
+    deviations = [deviation_of(plane, stored, store.manifest) for plane in planes]
     shares = []
     if record.k:
         shares.append(f"head ids equal at {_equal_share(stored, 'head_ids'):.2%} of positions")
@@ -134,7 +141,7 @@ def run(config: Config, store_path: str | Path, *, seed: int | None = None) -> N
     print(f"next: sparsekd train store.path={store_path} student.path=STUDENT", flush=True)
 
 
-def _as_captured(config: Config, identity: TeacherIdentity) -> tuple[TeacherConfig, LaunchConfig]:
+def as_captured(config: Config, identity: TeacherIdentity) -> tuple[TeacherConfig, LaunchConfig]:
     """The teacher's and the launch's settings, those of the manifest where it names them."""
     found = engine_settings(identity.engine)
     settings = replace(config.teacher, dtype=identity.dtype)
@@ -152,7 +159,7 @@ def _as_captured(config: Config, identity: TeacherIdentity) -> tuple[TeacherConf
     return settings, launch
 
 
-def _runnable(settings: TeacherConfig, device: torch.device, vocabulary_size: int) -> TeacherConfig:
+def runnable(settings: TeacherConfig, device: torch.device, vocabulary_size: int) -> TeacherConfig:
     """The settings, with the implementation of the capture where it runs here, else with `torch`."""
     try:
         return resolved_settings(settings, device, vocabulary_size)
@@ -179,10 +186,15 @@ def _micro_batch(store: LogitStore, split: str, index: int, micro_batch_rows: in
     return [store.read_row(split, number) for number in group], index - first
 
 
-def deviation_of(plane: str, stored: list[tuple[str, int, Row, TeacherRecord]]) -> Deviation:
+def deviation_of(
+    plane: str, stored: list[tuple[str, int, Row, TeacherRecord]], manifest: Manifest | None = None
+) -> Deviation:
     """The deviation of one plane over (split, row number, stored row, the teacher's record of now).
 
-    Head entries are compared by rank, so that two that swap their places count by their values.
+    Head entries are compared by rank, so that two that swap their places count by their values. A deviation
+    too small to see may move a rounded value by a whole step of the codec, which is twice its error: the
+    largest deviation is what remains above that. The mean needs no such care, for such moves are as rare as
+    the deviation is small. Without a manifest nothing was rounded.
     """
     worst = (-1.0, "", 0, 0)
     total, count = 0.0, 0
@@ -191,7 +203,9 @@ def deviation_of(plane: str, stored: list[tuple[str, int, Row, TeacherRecord]]) 
         difference = _difference(getattr(row.teacher, plane), getattr(again, plane))
         if difference.size == 0:
             continue
-        by_position = difference.reshape(len(difference), -1).max(axis=1)
+        step = 0 if manifest is None else 2 * codec_of(manifest).errors(row.teacher, manifest)[plane]
+        beyond = np.maximum(np.where(np.isinf(difference), np.inf, difference - step), 0)
+        by_position = beyond.reshape(len(beyond), -1).max(axis=1)
         position = int(by_position.argmax())
         if by_position[position] > worst[0]:
             worst = (float(by_position[position]), split, index, position)

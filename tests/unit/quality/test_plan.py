@@ -7,8 +7,16 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sparsekd.logit_store.codec import codec_of, decompress_frame
-from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_store
+from sparsekd.logit_store.manifest import CodecSpec
+from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.synthetic import (
+    synthetic_manifest,
+    synthetic_rows,
+    write_synthetic_store,
+    write_synthetic_tokenizer,
+)
+from sparsekd.logit_store.synthetic_text import text_like_rows
+from sparsekd.logit_store.writer import create_store, seal, write_shard
 from sparsekd.trainer.config import Config
 from sparsekd.trainer.errors import ConfigError
 from sparsekd.trainer.quality import plan
@@ -30,23 +38,28 @@ def _config(**fields: float) -> Config:
     return config
 
 
-@pytest.mark.parametrize(("k", "n", "vocabulary"), [(4, 6, 300), (0, 50, 300), (16, 0, 70_000), (0, 0, 200)])
-def test_bytes_per_token_are_those_of_a_real_row(k: int, n: int, vocabulary: int) -> None:
-    manifest = synthetic_manifest(k=k, n=n, vocabulary_size=vocabulary, sequence_length=128)
-    row = synthetic_rows(manifest, 1, seed=0)[0]
-    wanted = {
-        name: len(decompress_frame(stored, name, None, at_most=1 << 24)) / 128
-        for name, stored in codec_of(manifest).encode(row, manifest).items()
-    }
+@pytest.mark.parametrize("codec", ["tkq8", "compact", "exact"])
+@pytest.mark.parametrize(
+    ("k", "n", "vocabulary"), [(4, 6, 300), (0, 50, 2000), (16, 0, 70_000), (0, 0, 2000)]
+)
+def test_bytes_per_token_are_those_of_a_store(
+    tmp_path: Path, k: int, n: int, vocabulary: int, codec: str
+) -> None:
     config = _config()
-    config.store.k, config.store.n = k, n
-    config.corpus.sequence_length = 128
+    config.store.k, config.store.n, config.store.codec = k, n, codec
+    config.corpus.sequence_length = 256
     config.plan.vocabulary_size = vocabulary
     found = plan.bytes_per_token(config, plan.corpus_of(config))
-    segments = ("segment_starts", "segment_documents")  # as many as there are documents in a row
-    assert {name: width for name, width in found.items() if name not in segments} == {
-        name: width for name, width in wanted.items() if name not in segments
-    }
+    fields = {"k": k, "n": n, "vocabulary_size": vocabulary, "sequence_length": 256}
+    manifest = synthetic_manifest(**fields, splits=("train",), codec=CodecSpec(codec, {}))
+    rows = (text_like_rows if vocabulary > 300 else synthetic_rows)(manifest, 3, seed=7)
+    path = tmp_path / "store"
+    create_store(path, manifest, write_synthetic_tokenizer(tmp_path / "tokenizer", vocabulary))
+    write_shard(path, manifest, "train", 0, rows)
+    seal(path, {"train": 1})
+    written = open_store(path).index("train").plane_bytes
+    assert set(found) == set(written)
+    assert sum(found.values()) == pytest.approx(sum(written.values()) / (3 * 256), rel=0.15)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -93,7 +106,7 @@ def test_without_numbers_it_says_which(capsys: pytest.CaptureFixture[str]) -> No
     config = _config(teacher_tokens_per_second=100.0)
     plan.run(config)
     printed = capsys.readouterr().out
-    assert "2.78 hours" in printed and "not counted" in printed and "before compression" in printed
+    assert "2.78 hours" in printed and "not counted" in printed and "text-like rows" in printed
 
 
 def test_the_loss_has_a_line_for_each_implementation(capsys: pytest.CaptureFixture[str]) -> None:

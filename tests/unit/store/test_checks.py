@@ -12,7 +12,7 @@ from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
 
 LENGTH = 12
-MANIFEST = synthetic_manifest(sequence_length=LENGTH, vocabulary_size=50, k=3, n=4)
+MANIFEST = synthetic_manifest(sequence_length=LENGTH, vocabulary_size=50, k=3, n=4, tail_logprobs=True)
 
 
 def _row() -> Row:
@@ -56,6 +56,7 @@ def _drawn_from_head(row: Row) -> None:
     assert row.teacher is not None
     row.teacher.tail_ids[6] = [row.teacher.head_ids[6, 1], -1, -1, -1]
     row.teacher.tail_counts[6] = [4, 0, 0, 0]
+    row.teacher.tail_logprobs[6] = [-9.0, -np.inf, -np.inf, -np.inf]
 
 
 def _tie_out_of_order(row: Row) -> None:
@@ -77,6 +78,13 @@ def _counts_without_rest(row: Row) -> None:
 def _mass(row: Row) -> None:
     assert row.teacher is not None
     row.teacher.log_rest[6, 0] = 0.0
+
+
+def _value_without_a_draw(row: Row) -> None:
+    assert row.teacher is not None
+    row.teacher.tail_ids[6] = [*sorted({1, 2, 3, 4, 5, 6} - set(row.teacher.head_ids[6].tolist()))[:3], -1]
+    row.teacher.tail_counts[6] = [1, 1, 2, 0]
+    row.teacher.tail_logprobs[6] = -1.0
 
 
 def _negative_count(row: Row) -> None:
@@ -123,6 +131,9 @@ def _negative_count(row: Row) -> None:
         (_set("entropy", 6, 5.0), ["position 6", "entropy is 5.0"]),
         (_set("rest_entropy", 6, np.nan), ["position 6", "rest_entropy is nan"]),
         (_set("rest_entropy", 6, np.inf), ["position 6", "rest_entropy is inf"]),
+        (_set("tail_logprobs", (6, 0), 0.5), ["position 6", "tail_logprobs[0] is 0.5", "0 or below"]),
+        (_set("tail_logprobs", (6, 0), np.nan), ["position 6", "tail_logprobs[0] is nan"]),
+        (_value_without_a_draw, ["position 6", "tail_logprobs[3] is -1.0", "-inf where there is no id"]),
     ],
 )
 def test_broken_rule_is_named(change: Callable[[Row], None], words: list[str]) -> None:
@@ -163,6 +174,48 @@ def test_teacher_record_and_manifest_must_agree() -> None:
     tokens_only = synthetic_manifest(sequence_length=LENGTH, vocabulary_size=50, k=0, n=0)
     with pytest.raises(InvalidRowError, match="names no teacher"):
         check_row(row, tokens_only, mass_tolerance=1e-4, where="row 7")
+
+
+@pytest.mark.parametrize(("k", "n"), [(3, 0), (1, 0), (3, 4), (1, 4), (8, 0)])
+def test_repeated_ids_are_found_wherever_they_stand(k: int, n: int) -> None:
+    """Every pair of places of every position, in heads that are else plainly right and in heads with ties."""
+    manifest = synthetic_manifest(sequence_length=LENGTH, vocabulary_size=50, k=k, n=n)
+    for tied in (False, True):
+        row = synthetic_rows(manifest, 1, 5)[0]
+        assert row.teacher is not None
+        if tied:
+            row.teacher.head_logprobs[:] = -12.0
+            row.teacher.head_ids.sort(axis=1)
+        check_row(row, manifest, mass_tolerance=1e-4, where="row")
+        for position in (0, 1, LENGTH - 1):
+            for left in range(k):
+                for right in range(left + 1, k):
+                    kept = row.teacher.head_ids[position].copy()
+                    row.teacher.head_ids[position, right] = kept[left]
+                    with pytest.raises(InvalidRowError, match=f"position {position}: .*(twice|ascending)"):
+                        check_row(row, manifest, mass_tolerance=1e-4, where="row")
+                    row.teacher.head_ids[position] = kept
+        check_row(row, manifest, mass_tolerance=1e-4, where="row")
+
+
+def test_equal_ids_at_the_seam_of_two_positions_are_fine() -> None:
+    """The quick look goes over all entries without seeing where positions begin."""
+    manifest = synthetic_manifest(sequence_length=3, vocabulary_size=50, k=2, n=0)
+    row = synthetic_rows(manifest, 1, 0)[0]
+    assert row.teacher is not None
+    row.teacher.head_ids[:] = [[1, 7], [7, 9], [9, 1]]
+    row.teacher.head_logprobs[:] = [[-6.0, -7.0], [-7.0, -8.0], [-6.0, -9.0]]
+    row.teacher.log_rest[:] = -5.0
+    check_row(row, manifest, mass_tolerance=1e-4, where="row")
+
+
+def test_mass_is_checked_without_a_head_too() -> None:
+    manifest = synthetic_manifest(sequence_length=3, vocabulary_size=50, k=0, n=2)
+    row = synthetic_rows(manifest, 1, 0)[0]
+    assert row.teacher is not None
+    row.teacher.log_rest[1, 0] = 0.1
+    with pytest.raises(InvalidRowError, match=r"position 1: probability of head and rest is 1\.1"):
+        check_row(row, manifest, mass_tolerance=1e-4, where="row")
 
 
 def test_rounding_is_tolerated() -> None:

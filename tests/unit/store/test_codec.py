@@ -1,34 +1,78 @@
-"""The codec: what goes in comes out, bit for bit; bad frames are refused before they grow."""
+"""Every codec: ids and counts come out as they went in, values within the errors that the format states."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
-import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sparsekd.logit_store import codec_plain, codec_tkq8
 from sparsekd.logit_store.checks import check_row
 from sparsekd.logit_store.codec import (
+    CODECS,
+    DEFAULT_CODEC,
     PlaneError,
     codec_of,
-    compress_frame,
-    decompress_frame,
+    new_record,
     smallest_unsigned,
+    stored_record,
 )
-from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.errors import InvalidRowError, StoreError
+from sparsekd.logit_store.frequency import compact_parameters, renumbering_of
 from sparsekd.logit_store.manifest import CodecSpec, Manifest
-from sparsekd.logit_store.row import Row
+from sparsekd.logit_store.row import NO_ID, Row, TeacherRecord
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
+from sparsekd.logit_store.synthetic_text import text_like_rows
+
+EXACT_PLANES = ("token_ids", "loss_mask", "segment_starts", "segment_documents")
+
+VOCABULARIES = [1, 2, 3, 255, 256, 257, 65_535, 65_536, 65_537, 131_072, 151_936, 262_144]
+"""Where the number of byte planes and bit planes changes, and the sizes of real tokenizers."""
 
 
-def assert_same_row(left: Row, right: Row) -> None:
-    for name in ("token_ids", "loss_mask", "segment_starts", "segment_documents"):
-        _assert_same(getattr(left, name), getattr(right, name), name)
-    assert (left.teacher is None) == (right.teacher is None)
-    if left.teacher is not None and right.teacher is not None:
-        for field in dataclasses.fields(left.teacher):
-            _assert_same(getattr(left.teacher, field.name), getattr(right.teacher, field.name), field.name)
+def codec_spec(name: str, vocabulary: int, mass: float | None = None) -> CodecSpec:
+    """A codec with its parameters; `compact` gets a table of up to 300 ids, which are not the lowest."""
+    if name != "compact":
+        return CodecSpec(name, {})
+    counts = (np.arange(vocabulary) * 7) % 1000
+    return CodecSpec(name, compact_parameters(counts, mass=mass, table_ids=300))
+
+
+def assert_round_trip(manifest: Manifest, row: Row) -> Row:
+    """Encodes and decodes a row, and holds it against the promises of the format; returns it decoded."""
+    codec = codec_of(manifest)
+    check_row(row, manifest, mass_tolerance=codec.mass_tolerance, where="row")
+    stored = codec.encode(row, manifest)
+    assert tuple(stored) == codec.planes(manifest)
+    decoded = codec.decode(stored, manifest)
+    check_row(decoded, manifest, mass_tolerance=codec.mass_tolerance, where="decoded row")
+    for name in EXACT_PLANES:
+        _assert_same(getattr(row, name), getattr(decoded, name), name)
+        assert getattr(decoded, name).flags.writeable
+    assert (row.teacher is None) == (decoded.teacher is None)
+    if row.teacher is None or decoded.teacher is None:
+        return decoded
+    expected, found = stored_record(row.teacher, manifest), decoded.teacher
+    _assert_same(expected.tail_ids, found.tail_ids, "tail_ids")
+    _assert_same(expected.tail_counts, found.tail_counts, "tail_counts")
+    _assert_same(np.sort(expected.head_ids, axis=1), np.sort(found.head_ids, axis=1), "head_ids")
+    for name, errors in codec.errors(found, manifest).items():
+        left, right = getattr(expected, name), getattr(found, name)
+        assert right.dtype == np.float32 and right.shape == left.shape == errors.shape, name
+        np.testing.assert_array_equal(np.isneginf(left), np.isneginf(right), err_msg=name)
+        with np.errstate(invalid="ignore"):
+            difference = np.where(left == right, 0, np.abs(left.astype(np.float64) - right))
+        assert (difference <= errors).all(), (name, difference.max(), (difference - errors).max())
+    # The same again, into arrays that hold something else.
+    again = new_record(manifest)
+    for field in dataclasses.fields(again):
+        getattr(again, field.name).fill(7)
+    assert codec.decode(stored, manifest, again).teacher is again
+    for field in dataclasses.fields(again):
+        _assert_same(getattr(again, field.name), getattr(found, field.name), field.name)
+    return decoded
 
 
 def _assert_same(left: np.ndarray, right: np.ndarray, name: str) -> None:
@@ -36,65 +80,211 @@ def _assert_same(left: np.ndarray, right: np.ndarray, name: str) -> None:
     assert left.tobytes() == right.tobytes(), name
 
 
-def _round_trip(manifest: Manifest, row: Row) -> None:
-    codec = codec_of(manifest)
-    check_row(row, manifest, mass_tolerance=codec.mass_tolerance, where="row")
-    stored = codec.encode(row, manifest)
-    assert tuple(stored) == codec.planes(manifest)
-    decoded = codec.decode(stored, manifest)
-    assert_same_row(row, decoded)
-    assert all(array.flags.writeable for array in (decoded.token_ids, decoded.segment_starts))
-    assert codec.encode(decoded, manifest) == stored
+def some_rows(manifest: Manifest, count: int, seed: int) -> list[Row]:
+    """Random rows, of the generator that can make them for the vocabulary."""
+    large = manifest.tokenizer.vocabulary_size > 8 * (manifest.record.k + manifest.record.n + 200)
+    return text_like_rows(manifest, count, seed) if large else synthetic_rows(manifest, count, seed)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    vocabulary=st.sampled_from([1, 2, 3, 255, 256, 257, 1000]),
-    length=st.integers(1, 20),
-    k=st.integers(0, 8),
+    codec=st.sampled_from(sorted(CODECS)),
+    vocabulary=st.sampled_from(VOCABULARIES),
+    length=st.sampled_from([1, 3, 17, 64]),
+    k=st.sampled_from([0, 1, 2, 7, 9, 64]),
     n=st.sampled_from([0, 1, 2, 12, 255, 256]),
-    grid=st.lists(st.sampled_from([0.5, 1.0, 2.0, 4.0]), min_size=1, max_size=4, unique=True).map(sorted),
+    grid=st.sampled_from([(1.0,), (2.0,), (1.0, 2.0, 4.0), (0.5, 1.0)]),
+    tail_logprobs=st.booleans(),
+    mass=st.sampled_from([None, 0.3, 0.9, 1.0]),
     seed=st.integers(0, 2**32 - 1),
-    data=st.data(),
 )
-def test_round_trip(vocabulary, length, k, n, grid, seed, data) -> None:
+def test_round_trip(codec, vocabulary, length, k, n, grid, tail_logprobs, mass, seed) -> None:
     manifest = synthetic_manifest(
         vocabulary_size=vocabulary,
         sequence_length=length,
         k=min(k, vocabulary),
         n=n,
-        temperatures=tuple(grid),
-        draw_temperature=data.draw(st.sampled_from(grid)),
+        temperatures=grid,
+        draw_temperature=grid[-1],
+        tail_logprobs=tail_logprobs and n > 0,
+        codec=codec_spec(codec, vocabulary, None if n or 1.0 not in grid else mass),
     )
-    for row in synthetic_rows(manifest, 2, seed):
-        _round_trip(manifest, row)
+    assert_round_trip(manifest, some_rows(manifest, 1, seed)[0])
 
 
-@pytest.mark.parametrize("vocabulary", [65_535, 65_536, 65_537, 262_144])
-def test_round_trip_around_the_id_widths(vocabulary: int) -> None:
-    manifest = synthetic_manifest(vocabulary_size=vocabulary, sequence_length=3, k=2, n=3)
+@pytest.mark.parametrize("codec", sorted(CODECS))
+@pytest.mark.parametrize("vocabulary", [65_535, 65_536, 65_537, 131_072, 262_144, 2**20 + 1, 2**26])
+def test_round_trip_around_the_id_widths(codec: str, vocabulary: int) -> None:
+    spec = CodecSpec(codec, {})
+    manifest = synthetic_manifest(vocabulary_size=300, sequence_length=3, k=2, n=3, codec=spec)
     row = synthetic_rows(manifest, 1, 0)[0]
+    tokenizer = dataclasses.replace(manifest.tokenizer, vocabulary_size=vocabulary)
+    manifest = dataclasses.replace(manifest, tokenizer=tokenizer)
     assert row.teacher is not None
     row.token_ids[:] = [0, vocabulary - 1, vocabulary // 2]
     row.teacher.head_ids[1] = [vocabulary - 2, 0]
     row.teacher.tail_ids[1] = [1, vocabulary - 1, -1]
     row.teacher.tail_counts[1] = [1, 2, 0]
-    _round_trip(manifest, row)
+    assert_round_trip(manifest, row)
 
 
-def test_extremes_survive() -> None:
-    manifest = synthetic_manifest(vocabulary_size=8, sequence_length=4, k=3, n=2)
+def _with_record(row: Row, **changes: Any) -> Row:
+    assert row.teacher is not None
+    return dataclasses.replace(row, teacher=dataclasses.replace(row.teacher, **changes))
+
+
+HEADS = {
+    "certain": [0.0, -np.inf, -np.inf, -np.inf],
+    "impossible": [-np.inf] * 4,
+    "equal": [np.log(1e-3)] * 4,
+    "nearly equal": [-7.0, -7.0000005, -7.000001, -7.0000014],
+    "tiny steps below 0": [-1e-7, -16.2, -16.3, -16.4],
+    "subnormal": [-1e-42, -110.0, -120.0, -130.0],
+    "far": [-0.1, -3.0, -1e4, -6e4],
+    "rounding above 0": [9e-7, -15.0, -15.0000005, -np.inf],
+    "rising by rounding": [-5.0, -5.0 + 9e-7, -5.0, -8.0],
+    "one finite": [-2.0, -np.inf, -np.inf, -np.inf],
+}
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+@pytest.mark.parametrize("head", sorted(HEADS))
+def test_odd_heads(codec: str, head: str) -> None:
+    for mass in (None, 0.5) if codec == "compact" else (None,):
+        manifest = synthetic_manifest(
+            vocabulary_size=500, sequence_length=2, k=4, n=0, codec=codec_spec(codec, 500, mass)
+        )
+        row = synthetic_rows(manifest, 1, 0)[0]
+        values = np.array([HEADS[head], HEADS["certain"]], np.float32)
+        rest = np.array([[-8.0, 1.0, 3.0], [-np.inf] * 3], np.float32)
+        row = _with_record(
+            row,
+            head_ids=np.array([[3, 7, 8, 499], [4, 5, 6, 7]], np.int32),
+            head_logprobs=values,
+            log_rest=rest,
+            rest_entropy=np.array([2.0, 0.0], np.float32),
+        )
+        assert_round_trip(manifest, row)
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+def test_masked_logits_leave_room_for_the_others(codec: str) -> None:
+    manifest = synthetic_manifest(
+        vocabulary_size=500, sequence_length=1, k=4, n=0, codec=codec_spec(codec, 500)
+    )
+    row = synthetic_rows(manifest, 1, 0)[0]
+    values = np.array([[-0.1, -3.0, -1e9, -3e38]], np.float32)
+    row = _with_record(row, head_ids=np.array([[3, 7, 8, 499]], np.int32), head_logprobs=values)
+    stored = codec_of(manifest).encode(row, manifest)
+    record = codec_of(manifest).decode(stored, manifest).teacher
+    assert record is not None
+    np.testing.assert_allclose(record.head_logprobs[0, :2], values[0, :2], atol=0.06)
+    assert np.exp(record.head_logprobs[0, 2:]).tolist() == [0, 0]
+    assert np.isfinite(record.head_logprobs).all() and record.head_ids[0].tolist() == [3, 7, 8, 499]
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+def test_draws_of_an_empty_rest_and_of_one_id(codec: str) -> None:
+    manifest = synthetic_manifest(
+        vocabulary_size=8, sequence_length=4, k=3, n=2, tail_logprobs=True, codec=codec_spec(codec, 8)
+    )
     row = synthetic_rows(manifest, 1, 0)[0]
     assert row.teacher is not None
-    # Position 0: certainty, an empty rest and ids of probability 0. Position 1: all values equal; subnormals.
-    row.teacher.head_ids[:2] = [[2, 0, 1], [0, 1, 2]]
-    row.teacher.head_logprobs[:2] = [[0.0, -np.inf, -np.inf], [-np.log(8)] * 3]
-    row.teacher.log_rest[0], row.teacher.rest_entropy[0] = -np.inf, 0.0
-    row.teacher.tail_ids[0], row.teacher.tail_counts[0] = -1, 0
-    row.teacher.tail_ids[1], row.teacher.tail_counts[1] = [3, 4], [1, 1]
-    row.teacher.log_rest[1] = np.log(5 / 8)
-    row.teacher.entropy[0] = 1e-42
-    _round_trip(manifest, row)
+    teacher = row.teacher
+    teacher.head_ids[:2] = [[2, 0, 1], [0, 1, 2]]
+    teacher.head_logprobs[:2] = [[0.0, -np.inf, -np.inf], [-np.log(8)] * 3]
+    teacher.log_rest[0], teacher.rest_entropy[0] = -np.inf, 0.0
+    teacher.tail_ids[:2], teacher.tail_counts[:2] = [[-1, -1], [3, 4]], [[0, 0], [1, 1]]
+    teacher.tail_logprobs[:2] = [[-np.inf, -np.inf], [-np.log(8), -np.inf]]
+    teacher.log_rest[1] = np.log(5 / 8)
+    teacher.entropy[0] = 1e-42
+    assert_round_trip(manifest, row)
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+def test_equal_stored_values_stand_by_id(codec: str) -> None:
+    manifest = synthetic_manifest(
+        vocabulary_size=400, sequence_length=1, k=4, n=0, codec=codec_spec(codec, 400)
+    )
+    row = synthetic_rows(manifest, 1, 0)[0]
+    values = np.array([[-1.0, -9.00001, -9.00002, -9.00003]], np.float32)
+    row = _with_record(row, head_ids=np.array([[9, 399, 5, 6]], np.int32), head_logprobs=values)
+    record = assert_round_trip(manifest, row).teacher
+    assert record is not None
+    if codec == "exact":
+        assert record.head_ids.tolist() == [[9, 399, 5, 6]]
+    elif codec == "fp16":
+        assert record.head_ids.tolist() == [[9, 5, 6, 399]]
+    else:
+        assert record.head_ids.tolist() == [[9, 5, 6, 399]] and len(set(record.head_logprobs[0, 1:])) == 1
+
+
+def test_plain_has_the_values_of_the_default_and_heads_that_are_prefixes() -> None:
+    rows = {}
+    for codec in (DEFAULT_CODEC, "plain"):
+        manifest = synthetic_manifest(
+            vocabulary_size=70_000, sequence_length=24, k=16, n=0, codec=CodecSpec(codec, {})
+        )
+        row = text_like_rows(manifest, 1, 5)[0]
+        stored = codec_of(manifest).encode(row, manifest)
+        rows[codec] = codec_of(manifest).decode(stored, manifest).teacher
+    one, other = rows[DEFAULT_CODEC], rows["plain"]
+    for field in dataclasses.fields(one):
+        _assert_same(getattr(one, field.name), getattr(other, field.name), field.name)
+    low = np.frombuffer(stored["head_ids"], "<u2", 24 * 16).reshape(24, 16)[:, :5]
+    high = np.unpackbits(np.frombuffer(stored["head_ids"][2 * 24 * 16 :], np.uint8), bitorder="little")
+    _assert_same(low + (high.reshape(24, 16)[:, :5].astype(np.int32) << 16), other.head_ids[:, :5], "prefix")
+
+
+def test_short_heads_keep_the_mass_and_the_entropy() -> None:
+    """What is cut off joins the rest: the sums over the vocabulary are those of the whole record."""
+    manifest = synthetic_manifest(
+        vocabulary_size=200, sequence_length=40, k=30, n=0, codec=codec_spec("compact", 200, 0.8)
+    )
+    row = synthetic_rows(manifest, 1, 1)[0]
+    assert row.teacher is not None
+    whole, short = row.teacher, stored_record(row.teacher, manifest)
+    kept = (short.head_ids != NO_ID).sum(axis=1)
+    assert kept.min() < kept.max() and kept.min() >= 1
+    for column, temperature in enumerate(manifest.record.temperatures):
+        sums = [
+            np.exp(record.head_logprobs.astype(np.float64) / temperature).sum(axis=1)
+            + np.exp(record.log_rest[:, column].astype(np.float64))
+            for record in (whole, short)
+        ]
+        np.testing.assert_allclose(*sums, rtol=1e-6)
+    before = np.exp(short.head_logprobs.astype(np.float64)).sum(axis=1)
+    last = np.exp(np.take_along_axis(short.head_logprobs, kept[:, None] - 1, axis=1)[:, 0].astype(np.float64))
+    assert ((before >= 0.8) | (kept == 30)).all() and (before - last < 0.8).all()
+
+    def entropy(record: TeacherRecord) -> np.ndarray:
+        head, rest = record.head_logprobs.astype(np.float64), record.log_rest[:, 0].astype(np.float64)
+        of_head = -np.where(np.isneginf(head), 0, np.exp(head) * np.where(np.isneginf(head), 0, head)).sum(
+            axis=1
+        )
+        return of_head + np.exp(rest) * (record.rest_entropy - rest)
+
+    np.testing.assert_allclose(entropy(whole), entropy(short), atol=2e-6)
+
+
+def test_frequent_ids_get_low_numbers() -> None:
+    counts = np.array([0, 5, 0, 9, 5, 1], np.int64)
+    manifest = synthetic_manifest(
+        vocabulary_size=6, k=2, n=0, codec=CodecSpec("compact", compact_parameters(counts, table_ids=3))
+    )
+    renumbering = renumbering_of(manifest)
+    assert renumbering is not None
+    assert renumbering.old.tolist() == [3, 1, 4, 0, 2, 5]
+    assert renumbering.new[renumbering.old].tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+def test_token_stores_need_no_head(codec: str) -> None:
+    manifest = synthetic_manifest(
+        k=0, n=0, vocabulary_size=70_000, sequence_length=30, codec=codec_spec(codec, 70_000, 0.9)
+    )
+    for row in synthetic_rows(manifest, 3, 0):
+        assert_round_trip(manifest, row)
 
 
 def test_sizes_of_stored_integers() -> None:
@@ -103,29 +293,86 @@ def test_sizes_of_stored_integers() -> None:
 
 
 def test_unknown_codec_and_parameters_are_named() -> None:
-    with pytest.raises(StoreError, match=r"'brotli'.*exact"):
+    with pytest.raises(StoreError, match=r"'brotli'.*compact, exact, fp16, plain, tkq8"):
         codec_of(synthetic_manifest(codec=CodecSpec("brotli", {})))
-    with pytest.raises(StoreError, match="level"):
-        codec_of(synthetic_manifest(codec=CodecSpec("exact", {"level": 3})))
+    for name in CODECS:
+        with pytest.raises(StoreError, match=f"{name}.*level"):
+            codec_of(synthetic_manifest(codec=CodecSpec(name, {"level": 3})))
 
 
-def test_frames_are_judged_before_they_are_unpacked() -> None:
-    good = compress_frame(bytes(1000))
-    assert decompress_frame(good, "p", 1000, at_most=1000) == bytes(1000)
-    bomb = compress_frame(bytes(1 << 26))
-    unsized = zstandard.ZstdCompressor(write_checksum=True, write_content_size=False).compress(bytes(1000))
-    unchecked = zstandard.ZstdCompressor(write_checksum=False).compress(bytes(1000))
-    bad = bytearray(good)
-    bad[-1] ^= 1  # the checksum itself
-    for stored in (bomb, unsized, unchecked, bytes(bad), good + b"x", good[:-1], good[:3], b"", b"nonsense"):
-        with pytest.raises(PlaneError) as caught:
-            decompress_frame(stored, "head_ids", 1000, at_most=1000)
-        assert caught.value.plane == "head_ids"
+@pytest.mark.parametrize(
+    ("parameters", "fields", "words"),
+    [
+        ({"mass": 1.5}, {"n": 0}, "mass is 1.5"),
+        ({"mass": 0}, {"n": 0}, "mass is 0"),
+        ({"mass": True}, {"n": 0}, "mass is True"),
+        ({"mass": "1"}, {"n": 0}, "mass is '1'"),
+        ({"mass": 0.9}, {}, "mass is 0.9 with n=6 draws"),
+        ({"mass": 0.9}, {"n": 0, "temperatures": (2.0,), "draw_temperature": 2.0}, "log R at temperature 1"),
+        ({"frequent_ids": 3}, {}, "frequent_ids is 3"),
+        ({"frequent_ids": "####"}, {}, "no table of ids"),
+        ({"frequent_ids": "AAAA"}, {}, "no table of ids"),
+        (compact_parameters(np.arange(301), mass=None), {}, "not below 300"),
+    ],
+)
+def test_parameters_of_compact_are_judged(parameters, fields, words) -> None:
+    with pytest.raises(StoreError, match=words):
+        codec_of(synthetic_manifest(codec=CodecSpec("compact", parameters), **fields))
 
 
-def test_segments_of_broken_width_are_refused() -> None:
-    manifest = synthetic_manifest()
-    codec = codec_of(manifest)
-    stored = codec.encode(synthetic_rows(manifest, 1, 0)[0], manifest)
-    with pytest.raises(PlaneError, match="multiple of 4"):
-        codec.decode(stored | {"segment_starts": compress_frame(bytes(3))}, manifest)
+def test_only_a_codec_with_a_mass_holds_short_heads() -> None:
+    manifest = synthetic_manifest(n=0, codec=codec_spec("compact", 300, 0.5))
+    row = synthetic_rows(manifest, 1, 0)[0]
+    assert row.teacher is not None
+    short = dataclasses.replace(row, teacher=stored_record(row.teacher, manifest))
+    check_row(short, manifest, mass_tolerance=1e-4, where="row")
+    other = dataclasses.replace(manifest, codec=CodecSpec("tkq8", {}))
+    with pytest.raises(InvalidRowError, match=r"head_ids\[\d\] is -1, expected from 0 to 299"):
+        check_row(short, other, mass_tolerance=1e-4, where="row")
+    assert short.teacher is not None
+    position = int(np.flatnonzero((short.teacher.head_ids != NO_ID).sum(axis=1) == 1)[0])
+    short.teacher.head_logprobs[position, 1] = -9.0
+    with pytest.raises(InvalidRowError, match="expected -inf where the id is -1"):
+        check_row(short, manifest, mass_tolerance=1e-4, where="row")
+    short.teacher.head_logprobs[position, 1] = -np.inf
+    short.teacher.head_ids[position, 2] = 299
+    with pytest.raises(InvalidRowError, match="expected -1 behind a -1"):
+        check_row(short, manifest, mass_tolerance=1e-4, where="row")
+
+
+# Ways to break the codecs, each of which a round trip must notice.
+BREAKS = {
+    "no differences": ("running_sums", lambda steps, entries: np.pad(steps, ((0, 0), (1, 0)))),
+    "no tie order": ("sorted_by_depth", lambda depth, ids, vocabulary: (depth, ids)),
+    "ids without high bits": ("id_parts", lambda ids, vocabulary: _REAL_ID_PARTS(ids & 0xFFFF, vocabulary)),
+    "top too low": ("half_below_top", None),
+    "entropies doubled": (
+        "entropy_codes",
+        lambda nats, vocabulary: _REAL_ENTROPY_CODES(nats * 2, vocabulary),
+    ),
+    "bytes swapped": ("word_parts", lambda words: _REAL_WORD_PARTS(words)[::-1]),
+}
+_REAL_ID_PARTS, _REAL_ENTROPY_CODES = codec_tkq8.id_parts, codec_tkq8.entropy_codes
+_REAL_WORD_PARTS, _REAL_ENCODE_RANGE = codec_tkq8.word_parts, codec_tkq8.encode_range
+
+
+def _top_too_low(values, *, descending):
+    top, span, codes = _REAL_ENCODE_RANGE(values, descending=descending)
+    return (top.astype(np.float32) - np.float32(0.05)).astype(np.float16), span, codes
+
+
+@pytest.mark.parametrize("name", sorted(BREAKS))
+def test_a_broken_codec_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = synthetic_manifest(
+        vocabulary_size=70_000, sequence_length=64, k=32, n=4, codec=CodecSpec("tkq8", {})
+    )
+    row = text_like_rows(manifest, 1, 0)[0]
+    assert_round_trip(manifest, row)
+    target, replacement = BREAKS[name]
+    if replacement is None:
+        target, replacement = "encode_range", _top_too_low
+    monkeypatch.setattr(codec_tkq8, target, replacement)
+    with pytest.raises((AssertionError, InvalidRowError, PlaneError)):
+        assert_round_trip(manifest, row)
+    monkeypatch.undo()
+    assert codec_plain.encode_range is codec_tkq8.encode_range

@@ -1,5 +1,7 @@
-"""Writers that are killed, race each other or run out of disk: the same command continues, nothing is "
-"torn."""
+"""Writers that are killed, race each other or run out of disk: the same command continues, nothing is torn.
+
+Here 50 writers are killed; `make soak` kills the rest (see SPARSEKD_SOAK_KILLS).
+"""
 
 import errno
 import os
@@ -8,13 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from sparsekd.logit_store import files
+from sparsekd.logit_store import local_files
 from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.file_system import STEPS
 from sparsekd.logit_store.files import TEMPORARY_PREFIX, publish_bytes
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.synthetic import (
@@ -26,7 +30,10 @@ from sparsekd.logit_store.synthetic import (
 from sparsekd.logit_store.verify import verify_store
 from sparsekd.logit_store.writer import committed_shards, create_store, seal, write_shard
 
-KILLS = 10
+KILLS = int(os.environ.get("SPARSEKD_SOAK_KILLS", "50"))
+# Every step for both kinds of file. Record, manifest and tokenizer are all .json, told apart by their turn.
+PLACES = [f"{step} {ending}" for step in (*STEPS, "half written") for ending in (".arrow", ".json")]
+LABELLED_TIMES = 5 if KILLS > 100 else 2
 SHARDS = 12
 SERVER = Path(__file__).with_name("crash_server.py")
 
@@ -39,6 +46,12 @@ def _tree(path: Path) -> dict[str, bytes]:
 
 def _temporaries(path: Path) -> list[Path]:
     return list(path.rglob(TEMPORARY_PREFIX + "*"))
+
+
+def _torn(path: Path, whole: dict[str, bytes]) -> list[str]:
+    """Names under which something else stands than an undisturbed writer puts there."""
+    published = {name: data for name, data in _tree(path).items() if TEMPORARY_PREFIX not in name}
+    return [name for name, data in published.items() if data != whole.get(name)]
 
 
 class Writers:
@@ -59,9 +72,9 @@ class Writers:
         self.server.stdin.flush()
         return [int(word) for word in self.server.stdout.readline().split()]
 
-    def start(self, path: Path, tokenizer: Path, rank: int, world: int) -> int:
-        """Starts a writer and returns its process id."""
-        return self._ask("start", path, tokenizer, rank, world)[0]
+    def start(self, path: Path, tokenizer: Path, rank: int, world: int, where: str = "") -> int:
+        """Starts a writer and returns its process id; for `where` it kills itself see crash_server."""
+        return self._ask("start", path, tokenizer, rank, world, where)[0]
 
     def wait(self) -> int:
         """Waits for the next writer to end and returns its status, 0 for success."""
@@ -86,38 +99,68 @@ def whole(tmp_path: Path) -> tuple[Path, str]:
     return tmp_path / "whole", write_synthetic_store(tmp_path / "whole", manifest, rows, seed=0)
 
 
+@pytest.mark.timeout(3600)
 def test_killed_writers_are_continued_to_the_same_store(
     tmp_path: Path, writers: Writers, whole: tuple[Path, str]
 ) -> None:
     path, tokenizer = tmp_path / "killed", tmp_path / "whole-tokenizer"
+    expected = _tree(whole[0])
     begin = time.monotonic()
     writers.start(tmp_path / "undisturbed", tokenizer, 0, 1)
     assert writers.wait() == 0
     duration = time.monotonic() - begin
-    chance = random.Random(0)
-    killed = left_behind = done = 0
-    while killed < KILLS:
-        process = writers.start(path, tokenizer, 0, 1)
-        time.sleep(chance.uniform(0, 0.3) * duration)
-        os.kill(process, signal.SIGKILL)
-        killed += writers.wait() == signal.SIGKILL
-        if (path / "MANIFEST.json").exists():
-            left_behind += len(_temporaries(path))
-            done = len(committed_shards(path, "train"))
-        if done == SHARDS:
-            # Take half of the shards away, so that there is more to kill.
-            for shard in range(0, SHARDS, 2):
-                for ending in ("arrow", "json"):
-                    (path / f"shards/train/{shard:06d}.{ending}").unlink()
+    seed = time.time_ns() % 100_000
+    chance = random.Random(seed)
+    places = PLACES * LABELLED_TIMES
+    places += ["anywhere"] * (KILLS - len(places))
+    chance.shuffle(places)
+    hit: Counter[str] = Counter()
+    left_behind = 0
+    for place in places:
+        for _ in range(20):
+            # The third .json is the first commit record: before it come the manifest and the tokenizer.
+            where = "" if place == "anywhere" else f"{place} {chance.randint(1, 5)}"
+            process = writers.start(path, tokenizer, 0, 1, where)
+            if not where:
+                time.sleep(chance.uniform(0, 0.5) * duration)
+                os.kill(process, signal.SIGKILL)
+            status = writers.wait()
+            assert _torn(path, expected) == [], f"killed at {where or 'random'}, seed {seed}"
+            hit[place] += status == signal.SIGKILL
+            left_behind += len(_temporaries(path)) if path.exists() else 0
+            for shard in range(chance.randint(0, 2), SHARDS, 2):  # so that there is more to kill
+                for ending in ("json", "arrow"):
+                    (path / f"shards/train/{shard:06d}.{ending}").unlink(missing_ok=True)
+            if status == signal.SIGKILL:
+                break
+            assert status == 0
+    assert sum(hit.values()) == KILLS and all(hit[place] >= LABELLED_TIMES for place in PLACES), hit
     # One of two ranks goes on, then the other: no state but the folder.
     for rank in (1, 0):
         writers.start(path, tokenizer, rank, 2)
         assert writers.wait() == 0
     assert seal(path, {"train": SHARDS, "heldout": 0}) == whole[1]
     assert _temporaries(path) == []
-    assert _tree(path) == _tree(whole[0])
+    assert _tree(path) == expected
     assert verify_store(path).ok
-    print(f"{killed} kills left {left_behind} temporary files, all removed")
+    print(
+        f"{KILLS} kills, {len(PLACES)} steps hit {LABELLED_TIMES} times or more, 0 torn files; "
+        f"{left_behind} temporary files left, all removed (seed {seed})"
+    )
+
+
+def test_a_broken_protocol_is_caught(tmp_path: Path, writers: Writers, whole: tuple[Path, str]) -> None:
+    # The test above can fail: a writer that writes in place leaves a torn shard at the first kill.
+    path, tokenizer = tmp_path / "broken", tmp_path / "whole-tokenizer"
+    writers.start(path, tokenizer, 0, 1, "in place half written .arrow 4")
+    assert writers.wait() == signal.SIGKILL
+    assert _torn(path, _tree(whole[0])) == ["shards/train/000000.arrow"]
+    # And still no reader sees it: it has no commit record, and goes to quarantine.
+    assert committed_shards(path, "train") == set()
+    writers.start(path, tokenizer, 0, 1)
+    assert writers.wait() == 0
+    assert seal(path, {"train": SHARDS, "heldout": 0}) == whole[1]
+    assert verify_store(path).quarantined == ("quarantine/train/000000.arrow",)
 
 
 def test_writers_of_the_same_shards_do_not_disturb_each_other(
@@ -214,7 +257,7 @@ def test_full_disk_is_one_sentence_and_continues(full_disk: Path, tmp_path: Path
     assert _tree(path) == _tree(whole)
 
 
-@pytest.mark.parametrize("step", ["fsync", "link", "pread", "write"])
+@pytest.mark.parametrize("step", ["open", "write", "fsync", "pread", "link"])
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
 def test_failing_step_publishes_nothing(
     small_store: tuple[Path, Manifest], monkeypatch, step: str, code: int
@@ -227,7 +270,7 @@ def test_failing_step_publishes_nothing(
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, step, fail)
+        patch.setattr(local_files.os, step, fail)
         with pytest.raises(StoreError, match=r"000000\.arrow"):
             write_shard(path, manifest, "train", 0, rows)
     assert _tree(path) == before
@@ -235,10 +278,51 @@ def test_failing_step_publishes_nothing(
     assert committed_shards(path, "train") == {0}
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_failing_folder_sync_is_continued(
+    small_store: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    path, manifest = small_store
+    rows = synthetic_rows(manifest, 3, 0)
+
+    def fail(folder: Path) -> None:
+        raise OSError(code, os.strerror(code))
+
+    # The shard has its name, but whether the name is on the disk is not known: no commit record.
+    with monkeypatch.context() as patch:
+        patch.setattr(local_files, "sync_folder", fail)
+        with pytest.raises(StoreError, match=r"000000\.arrow"):
+            write_shard(path, manifest, "train", 0, rows)
+    assert committed_shards(path, "train") == set() and _temporaries(path) == []
+    write_shard(path, manifest, "train", 0, rows)
+    assert committed_shards(path, "train") == {0}
+
+
+def test_failing_rename_publishes_nothing(
+    small_store: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, manifest = small_store
+    before = _tree(path)
+
+    def refuse(code: int) -> object:
+        def call(*args: object) -> None:
+            raise OSError(code, os.strerror(code))
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local_files.os, "link", refuse(errno.EPERM))  # no hard links here: rename takes over
+        patch.setattr(local_files.os, "rename", refuse(errno.EIO))
+        with pytest.raises(StoreError, match=r"Could not use .*000000\.arrow: Input/output error"):
+            write_shard(path, manifest, "train", 0, synthetic_rows(manifest, 3, 0))
+    assert _tree(path) == before
+    write_shard(path, manifest, "train", 0, synthetic_rows(manifest, 3, 0))
+
+
 def test_disk_that_lies_is_found_before_publishing(small_store: tuple[Path, Manifest], monkeypatch) -> None:
     path, _ = small_store
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "pread", lambda *args: b"")
+        patch.setattr(local_files.os, "pread", lambda *args: b"")
         with pytest.raises(StoreError, match="read back with other bytes"):
             publish_bytes(path / "file", b"content")
     assert not (path / "file").exists() and _temporaries(path) == []
@@ -250,7 +334,7 @@ def test_file_system_without_hard_links(small_store: tuple[Path, Manifest], monk
     def refuse(*args: object) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
-    monkeypatch.setattr(files.os, "link", refuse)
+    monkeypatch.setattr(local_files.os, "link", refuse)
     write_shard(path, manifest, "train", 0, synthetic_rows(manifest, 3, 0))
     assert committed_shards(path, "train") == {0} and _temporaries(path) == []
     publish_bytes(path / "file", b"content")

@@ -232,7 +232,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     for name in ("shards/train/000001.arrow", "shards/train/000001.json"):
         copy = shutil.copytree(whole, tmp_path / "copy")
         (copy / name).unlink()
-        with pytest.raises(DamagedStoreError, match=rf"{name} is missing.*remove .*run the command"):
+        with pytest.raises(DamagedStoreError, match=rf"{name} is missing.*made again with .*--repair"):
             open_store(copy).read_row("train", 4)
         result = verify_store(copy)
         assert len(result.problems) == 1 and name in result.problems[0] and "DAMAGED" in result.text()

@@ -8,6 +8,7 @@ import pytest
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import (
+    CodecSpec,
     Manifest,
     compare_manifests,
     manifest_digest,
@@ -107,6 +108,11 @@ def test_difference_names_both_values() -> None:
         ),
         (lambda raw: raw | {"record": raw["record"] | {"k": 301}}, ["record.k", "301", "300"]),
         (lambda raw: raw | {"record": 3}, ["3"]),
+        (lambda raw: raw | {"record": raw["record"] | {"tail_logprobs": 1}}, ["1", "tail_logprobs", "bool"]),
+        (
+            lambda raw: raw | {"record": raw["record"] | {"tail_logprobs": True, "n": 0}},
+            ["record.tail_logprobs", "no draws"],
+        ),
         (lambda raw: [raw], ["list"]),
     ],
 )
@@ -115,6 +121,25 @@ def test_bad_manifest_is_refused_by_name(change, words: list[str]) -> None:
     with pytest.raises(StoreError) as caught:
         manifest_from_json(json.dumps(change(raw)), "here")
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_usual_fields_of_the_record_are_left_out() -> None:
+    """Stores from before a field was thought of keep their bytes."""
+    usual = json.loads(manifest_to_json(synthetic_manifest()))["record"]
+    assert set(usual) == {"k", "n", "temperatures", "draw_temperature", "seed"}
+    manifest = synthetic_manifest(tail_logprobs=True)
+    assert json.loads(manifest_to_json(manifest))["record"] == {**usual, "tail_logprobs": True}
+    assert manifest_from_json(manifest_to_json(manifest), "here") == manifest
+    assert compare_manifests(synthetic_manifest(), manifest) == [
+        "record.tail_logprobs: found False, wanted True"
+    ]
+
+
+def test_long_tables_are_not_printed() -> None:
+    one, other = (synthetic_manifest(codec=CodecSpec("compact", {"frequent_ids": c * 9000})) for c in "ab")
+    (line,) = compare_manifests(one, other)
+    assert line.startswith("codec.parameters.frequent_ids: found 'aaa") and len(line) < 250
+    assert "(9,002 letters)" in line
 
 
 def test_manifest_refuses_what_json_cannot_hold() -> None:

@@ -1,0 +1,83 @@
+"""Lines of JSON, one object each, with the place of each for messages."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsekd.logit_store.errors import StoreError
+
+
+def read_objects(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Returns (place, object) for each line; a file that is one JSON array gives its elements.
+
+    Raises:
+        StoreError: a line is no JSON object, such as one that was cut off.
+    """
+    with file.open(encoding="utf-8") as lines:
+        first = ""
+        while not first.strip():
+            line = lines.readline()
+            if not line:
+                return
+            first = line
+        if first.lstrip().startswith("["):  # an array has to be read as a whole
+            text = first + lines.read()
+            parsed = _parse(text, str(file))
+            if not isinstance(parsed, list):
+                raise StoreError(f"{file} holds a {type(parsed).__name__}, expected an array of objects.")
+            for number, item in enumerate(parsed):
+                yield _an_object(item, f"{file}, element {number}")
+            return
+        if _is_whole(first):
+            yield _an_object(json.loads(first), f"{file}, line 1")
+            for number, line in enumerate(lines, start=2):
+                if line.strip():
+                    yield _an_object(_parse(line, f"{file}, line {number}"), f"{file}, line {number}")
+            return
+        # One object over several lines.
+        yield _an_object(_parse(first + lines.read(), str(file)), str(file))
+
+
+def array_of(value: Any, dtype: type, dimensions: int, name: str, where: str) -> NDArray[Any]:
+    """Returns nested lists of numbers as an array.
+
+    Raises:
+        StoreError: they are no numbers, or the lists are of unequal length.
+    """
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        array = np.empty(0, object)
+    numbers = array.dtype.kind in ("iu" if dtype is np.int64 else "iuf") or array.size == 0
+    if array.ndim != dimensions or not numbers or array.dtype == object:
+        kind = "integers" if dtype is np.int64 else "numbers"
+        raise StoreError(f"{where}: {name} is no {dimensions}-dimensional list of {kind} of equal lengths.")
+    return array.astype(dtype)
+
+
+def _an_object(item: Any, where: str) -> tuple[str, Mapping[str, Any]]:
+    if not isinstance(item, dict):
+        raise StoreError(f"{where} holds a {type(item).__name__}, expected an object.")
+    return where, item
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise StoreError(
+            f"{where} is no JSON ({error}): a write was cut off there; remove the rest of it, or capture "
+            "again."
+        ) from error

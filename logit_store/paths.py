@@ -1,0 +1,134 @@
+"""Where a store is: a local folder, or a place on a remote file system that pyarrow reaches.
+
+A local store is a plain `pathlib.Path`. A remote place has the few methods of one that code above the store
+needs; everything that decides whether a file is whole goes through `files`.
+"""
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+from pyarrow import ArrowException
+from pyarrow.fs import FileSystem, FileType, FSSpecHandler, PyFileSystem
+
+from sparsekd.logit_store.errors import StoreError
+
+_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+OBJECT_STORES = ("s3", "gcs", "abfs")
+"""pyarrow's names of file systems where a file appears whole when its upload is completed, or not at all."""
+
+
+class RemotePath:
+    """A place on a remote file system. Two are equal when they have the same address.
+
+    Attributes:
+        file_system: pyarrow's.
+        key: the place in it, such as `bucket/runs/a/store`.
+        root: what precedes the key in an address, such as `s3://`.
+    """
+
+    def __init__(self, file_system: FileSystem, root: str, key: str) -> None:
+        self.file_system = file_system
+        self.root = root
+        self.key = key.rstrip("/")
+
+    def __truediv__(self, name: str) -> "RemotePath":
+        return RemotePath(self.file_system, self.root, f"{self.key}/{name}")
+
+    def __str__(self) -> str:
+        # Without what followed a question mark: there may be keys in it, and this goes into messages.
+        return f"{self.root}{self.key}"
+
+    def __repr__(self) -> str:
+        return f"RemotePath({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemotePath) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    @property
+    def name(self) -> str:
+        """Returns the last part."""
+        return self.key.rpartition("/")[2]
+
+    @property
+    def parent(self) -> "RemotePath":
+        """Returns the folder."""
+        return RemotePath(self.file_system, self.root, self.key.rpartition("/")[0])
+
+    def resolve(self) -> "RemotePath":
+        """Returns the place itself: its address is absolute."""
+        return self
+
+    def exists(self) -> bool:
+        """Returns whether there is a file or folder of that name."""
+        return self.file_system.get_file_info(self.key).type != FileType.NotFound
+
+    def is_dir(self) -> bool:
+        """Returns whether something lies below the place."""
+        return self.file_system.get_file_info(self.key).type == FileType.Directory
+
+    def read_bytes(self) -> bytes:
+        """Returns a whole file.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        with self.file_system.open_input_file(self.key) as file:
+            return file.read()
+
+
+StorePath = Path | RemotePath
+
+
+def store_path(text: str | StorePath) -> StorePath:
+    """Returns the place that a word in a configuration names.
+
+    `s3://bucket/folder` is one on S3 or a server that speaks its language, `gs://` and `hdfs://` likewise by
+    pyarrow, other addresses by fsspec where it is installed. Credentials and endpoint come from where the
+    file system's own tools take them (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, ...), or follow a question
+    mark as pyarrow has it: `s3://bucket/folder?region=eu-west-1`. `file://` and everything without an address
+    is a local path.
+
+    Raises:
+        StoreError: there is no such file system, or it cannot be reached.
+    """
+    if not isinstance(text, str):
+        return text
+    match = _URI.match(text)
+    if match is None:
+        return Path(text)
+    scheme = match[1].lower()
+    if scheme == "file":
+        return Path(text[len("file://") :])
+    shown = text.partition("?")[0]
+    try:
+        file_system, key = FileSystem.from_uri(text)
+    except (ArrowException, ValueError, OSError) as error:
+        if "nrecognized filesystem type" not in str(error):
+            raise StoreError(f"{shown} cannot be opened: {_first_line(error)}.") from error
+        file_system, key = _by_fsspec(shown, scheme)
+    key = key.rstrip("/")
+    root = shown.rstrip("/").removesuffix(key)
+    return RemotePath(file_system, root if root != shown.rstrip("/") else f"{scheme}://", key)
+
+
+def _by_fsspec(shown: str, scheme: str) -> tuple[FileSystem, str]:
+    try:
+        # An optional library, so not imported at the top of a module.
+        fsspec: Any = importlib.import_module("fsspec")
+        found, key = fsspec.core.url_to_fs(shown)
+    except (ImportError, ValueError) as error:
+        raise StoreError(
+            f"{shown}: neither pyarrow nor fsspec opens {scheme}:// addresses here ({_first_line(error)}); "
+            "use a local path or s3://, or install fsspec's library for it."
+        ) from error
+    return PyFileSystem(FSSpecHandler(found)), key.strip("/")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")

@@ -1,0 +1,159 @@
+"""`capture` after damage, kills and failures, and on S3: the store is the one of an undisturbed capture."""
+
+import logging
+import os
+import shutil
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from moto.server import ThreadedMotoServer
+
+from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.files import files_below
+from sparsekd.logit_store.paths import store_path
+from sparsekd.logit_store.reader import open_store
+from sparsekd.trainer.cli import main
+from sparsekd.trainer.config import Config
+from sparsekd.trainer.corpus.prepare import run as prepare
+from sparsekd.trainer.teacher.capture import run as capture
+from sparsekd.trainer.teacher.verify import run as verify
+
+sys.path.insert(0, str(Path(__file__).parent))
+from capture_world import LENGTH, config_for, files_of, make_teacher, make_tokens
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A run in this process sets torch's variables; they must not reach the next one."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokens(tmp_path_factory.mktemp("tokens"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("llama") / "teacher", "llama", tokenizer=tokens / "tokenizer")
+
+
+def test_repair_captures_damaged_shards_again(
+    tokens: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capture(config_for(tokens, llama, tmp_path / "store"))
+    whole = files_of(tmp_path / "store")
+    digest = open_store(tmp_path / "store").digest
+    bad = bytearray(whole["shards/train/000002.arrow"])
+    bad[len(bad) // 2] ^= 1
+    (tmp_path / "store/shards/train/000002.arrow").write_bytes(bad)
+    (tmp_path / "store/shards/heldout/000000.arrow").unlink()
+    wrong = make_teacher(tmp_path / "wrong", "llama", seed=1)
+
+    def repair(*settings: str, path: Path = tmp_path / "store") -> tuple[int, str]:
+        capsys.readouterr()
+        code = main(["store", "verify", str(path), "--repair", "launch.device=cpu", *settings])
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    teacher, text = f"teacher.path={llama}", f"store.tokens={tokens}"
+    for settings, said in (
+        ((text,), "teacher.path is not set, but is needed by store verify --repair"),
+        ((teacher,), "store.tokens is not set, but is needed by store verify --repair"),
+        ((f"teacher.path={wrong}", text), "are not those that made"),
+        ((teacher, f"store.tokens={tmp_path / 'store'}"), "is not the token store that"),
+    ):
+        code, printed = repair(*settings)
+        assert code == 2 and said in printed, printed
+    # The settings of the pass are those of the manifest, whatever stands here.
+    code, printed = repair(teacher, text, "teacher.micro_batch_rows=1", "teacher.dtype=bfloat16")
+    assert code == 0 and "2 shards are sound again" in printed and f"digest {digest} as before" in printed
+    kept = {name: data for name, data in files_of(tmp_path / "store").items() if "quarantine" in name}
+    assert files_of(tmp_path / "store") == whole | kept
+    assert kept["quarantine/train/000002.arrow"] == bytes(bad) and len(kept) == 3
+    code, printed = repair(teacher, text)
+    assert code == 0 and "every byte is as it was written" in printed and "again" not in printed
+    damaged = tmp_path / "tokens"
+    shutil.copytree(tokens, damaged)
+    (damaged / "shards/train/000001.arrow").unlink()
+    code, printed = repair(teacher, text, path=damaged)
+    assert code == 2 and "is a token store, and no teacher can make its rows" in printed
+
+
+def test_a_store_on_s3_is_the_local_one(
+    tokens: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        address = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
+        for name, value in {
+            "AWS_ENDPOINT_URL": address,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_REGION": "us-east-1",
+            "SPARSEKD_CACHE": str(tmp_path / "cache"),
+        }.items():
+            monkeypatch.setenv(name, value)
+        urllib.request.urlopen(urllib.request.Request(f"{address}/bucket", method="PUT"))
+        # Tokens and records both: `capture` reads one address and writes the other. In few shards, because
+        # each file is a dozen questions to a slow server.
+        config = Config()
+        config.corpus.paths, config.corpus.tokenizer = (
+            [str(tokens.parent / "text")],
+            str(tokens / "tokenizer"),
+        )
+        config.corpus.sequence_length, config.corpus.heldout_fraction = LENGTH, 0.2
+        config.store.tokens, config.store.rows_per_shard = "s3://bucket/tokens", 64
+        prepare(config)
+        config.store.tokens = str(tmp_path / "tokens")
+        prepare(config)
+        config = config_for(tmp_path / "tokens", llama, tmp_path / "store")
+        capture(config)
+        config.store.tokens, config.store.path = "s3://bucket/tokens", "s3://bucket/a/store"
+        capture(config)
+        path = store_path(config.store.path)
+        assert {name: (path / name).read_bytes() for name in files_below(path)} == files_of(
+            tmp_path / "store"
+        )
+        verify(config, config.store.path)
+    finally:
+        server.stop()
+
+
+def test_whole_shards_of_a_killed_run_are_kept(
+    tokens: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capture(config_for(tokens, llama, tmp_path / "store"))
+    whole = files_of(tmp_path / "store")
+    for name in ("shards/train/000001.json", "shards/train/000002.json", "INDEX.json"):
+        (tmp_path / "store" / name).unlink()
+    (tmp_path / "store/shards/train/000002.arrow").write_bytes(b"half of it")
+    capsys.readouterr()
+    capture(config_for(tokens, llama, tmp_path / "store"))
+    assert "1 units were whole and are kept, 1 were not and are in quarantine/" in capsys.readouterr().out
+    assert files_of(tmp_path / "store") == whole | {"quarantine/train/000002.arrow": b"half of it"}
+
+
+def test_a_failed_write_ends_the_capture(
+    tokens: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def fail(path: object, manifest: object, split: str, shard: int, rows: object) -> None:
+        written.append(shard)
+        raise StoreError("No room to write anything")
+
+    monkeypatch.setattr("sparsekd.logit_store.background.write_shard", fail)
+    with pytest.raises(StoreError, match="No room"):
+        capture(config_for(tokens, llama, tmp_path / "store"))
+    assert written == [0] and not (tmp_path / "store/INDEX.json").exists()

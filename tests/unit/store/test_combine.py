@@ -1,0 +1,150 @@
+"""`store subset` and `store merge`: the same rows, by other names."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparsekd.logit_store.combine import merge_stores, row_key, subset_store
+from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.reader import LogitStore, open_store
+from sparsekd.logit_store.row import Row, document_of_position
+from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_store
+
+sys.path.append(str(Path(__file__).parent))
+from dense import write_rows
+
+
+def _rows(store: LogitStore, split: str = "train") -> list[Row]:
+    return [store.read_row(split, index) for index in range(store.rows(split))]
+
+
+def _same(left: Row, right: Row) -> bool:
+    pairs = [
+        (getattr(left, name), getattr(right, name))
+        for name in ("token_ids", "loss_mask", "segment_documents")
+    ]
+    pairs += [
+        (getattr(left.teacher, name), getattr(right.teacher, name)) for name in ("head_logprobs", "log_rest")
+    ]
+    return all(np.array_equal(one, other) for one, other in pairs)
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    write_synthetic_store(tmp_path / "whole", synthetic_manifest(), {"train": 8, "heldout": 2}, seed=0)
+    return tmp_path / "whole"
+
+
+def test_parts_of_a_store_merge_to_its_rows(tmp_path: Path, whole: Path) -> None:
+    subset_store(whole, tmp_path / "a", split="train", rows=range(0, 5))
+    subset_store(whole, tmp_path / "b", split="train", rows=[7, 6, 5])
+    subset_store(whole, tmp_path / "c", split="heldout")
+    store = open_store(whole)
+    assert [row.token_ids.tolist() for row in _rows(open_store(tmp_path / "b"))] == [
+        row.token_ids.tolist() for row in _rows(store)[5:]
+    ]
+    assert open_store(tmp_path / "c").rows("train") == 0 and open_store(tmp_path / "c").rows("heldout") == 2
+    merge_stores([tmp_path / name for name in "abc"], tmp_path / "again")
+    again = open_store(tmp_path / "again")
+    for split in ("train", "heldout"):
+        assert again.rows(split) == store.rows(split)
+        assert all(_same(*pair) for pair in zip(_rows(again, split), _rows(store, split), strict=True))
+    # One corpus: documents keep their numbers, and the identity is the source's but for its steps.
+    dataset = again.manifest.dataset
+    assert {name: value for name, value in dataset.items() if name != "provenance"} == store.manifest.dataset
+    (step,) = dataset["provenance"]
+    assert step["action"] == "merge" and step["document_shifts"] == [0, 0, 0]
+    assert [entry["store"] for entry in step["sources"]] == [
+        open_store(tmp_path / name).digest for name in "abc"
+    ]
+    assert step["sources"][1]["provenance"][0]["row_numbers"] == [[5, 8]]
+
+
+def test_documents_of_different_corpora_stay_apart(tmp_path: Path) -> None:
+    left = synthetic_manifest(dataset={"name": "left"})
+    right = synthetic_manifest(dataset={"name": "right"}, rows_per_shard=2)
+    write_synthetic_store(tmp_path / "left", left, {"train": 3}, seed=0)
+    write_synthetic_store(tmp_path / "right", right, {"train": 3}, seed=5)
+    merge_stores([tmp_path / "left", tmp_path / "right"], tmp_path / "both")
+    both = open_store(tmp_path / "both")
+    one, other = _rows(both)[:3], _rows(both)[3:]
+    known = {int(number) for row in one for number in row.segment_documents}
+    added = {int(number) for row in other for number in row.segment_documents}
+    assert not (known & added) - {-1}, "padding stays padding"
+    shift = max(known) + 1
+    source = _rows(open_store(tmp_path / "right"))
+    expected = [np.where(row.segment_documents < 0, -1, row.segment_documents + shift) for row in source]
+    assert all(np.array_equal(row.segment_documents, want) for row, want in zip(other, expected, strict=True))
+    assert both.manifest.dataset["corpora"] == [{"name": "left"}, {"name": "right"}]
+    assert both.manifest.rows_per_shard == 3
+
+
+def test_a_row_that_is_there_twice_is_named(tmp_path: Path, whole: Path) -> None:
+    subset_store(whole, tmp_path / "a", split="train", rows=[1, 4])
+    with pytest.raises(
+        StoreError, match=r"row 0 of split train of .*/a has the tokens of row 1 of split train"
+    ):
+        merge_stores([whole, tmp_path / "a"], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    merge_stores([whole, tmp_path / "a"], tmp_path / "new", allow_repeated_rows=True)
+    assert open_store(tmp_path / "new").rows("train") == 10
+
+
+def test_stores_of_another_kind_are_refused_by_field(tmp_path: Path, whole: Path) -> None:
+    write_synthetic_store(tmp_path / "k5", synthetic_manifest(k=5, seed=9), {"train": 1}, seed=3)
+    with pytest.raises(StoreError) as caught:
+        merge_stores([whole, tmp_path / "k5"], tmp_path / "new")
+    assert "record.k: found 5, wanted 4" in str(caught.value) and "record.seed" in str(caught.value)
+    with pytest.raises(StoreError, match="two stores or more"):
+        merge_stores([whole], tmp_path / "new")
+
+
+def test_a_fraction_depends_on_the_tokens_alone(tmp_path: Path) -> None:
+    manifest = synthetic_manifest()
+    rows = synthetic_rows(manifest, 60, 0)
+    one = write_rows(tmp_path / "one", manifest, {"train": rows})
+    other = write_rows(
+        tmp_path / "other", dataclasses.replace(manifest, rows_per_shard=7), {"train": rows[::-1]}
+    )
+    for path in (one, other):
+        subset_store(path, path.with_name(path.name + "-part"), fraction=0.3, seed=4)
+    found = [
+        sorted(row.token_ids.tolist() for row in _rows(open_store(tmp_path / name)))
+        for name in ("one-part", "other-part")
+    ]
+    expected = [row for row in rows if row_key(row, 4) < 0.3 * 2**64]
+    assert found[0] == found[1] == sorted(row.token_ids.tolist() for row in expected)
+    assert 8 <= len(expected) <= 30
+    subset_store(one, tmp_path / "all", fraction=1.0)
+    assert open_store(tmp_path / "all").rows("train") == 60
+
+
+def test_documents_are_taken_with_their_rows_and_nothing_else_counts(tmp_path: Path, whole: Path) -> None:
+    rows = _rows(open_store(whole))
+    wanted = [int(rows[1].segment_documents[0]), int(rows[4].segment_documents[0])]
+    subset_store(whole, tmp_path / "new", split="train", documents=wanted)
+    found = _rows(open_store(tmp_path / "new"))
+    expected = [row for row in rows if np.isin(row.segment_documents, wanted).any()]
+    assert [row.token_ids.tolist() for row in found] == [row.token_ids.tolist() for row in expected]
+    for row, source in zip(found, expected, strict=True):
+        inside = np.isin(document_of_position(source), wanted)
+        np.testing.assert_array_equal(row.loss_mask, source.loss_mask & inside)
+
+
+def test_a_bad_choice_is_one_sentence(tmp_path: Path, whole: Path) -> None:
+    cases = [
+        ({}, "needs a choice"),
+        ({"rows": [0]}, "name one with --split"),
+        ({"rows": [8], "split": "train"}, "has no row 8: it has 8 rows"),
+        ({"rows": [0], "fraction": 0.5}, "give one of them"),
+        ({"fraction": 1.5}, "fraction is 1.5"),
+        ({"documents": [10**6]}, "No row of"),
+        ({"split": "test"}, "no split 'test'"),
+    ]
+    for choice, words in cases:
+        with pytest.raises(StoreError, match=words):
+            subset_store(whole, tmp_path / "new", **choice)
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,76 @@
+"""`store export` read back by pyarrow and pandas."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from sparsekd.logit_store import export
+from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.export import export_store
+from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.row import document_of_position
+from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
+
+
+@pytest.mark.parametrize(("k", "n"), [(4, 6), (4, 0), (0, 6), (0, 0)])
+def test_every_value_is_there(tmp_path: Path, monkeypatch, k: int, n: int) -> None:
+    monkeypatch.setattr(export, "POSITIONS_PER_FILE", 40)  # two rows of 16 in a file
+    manifest = synthetic_manifest(k=k, n=n, temperatures=(0.5, 1.0, 2.0))
+    digest = write_synthetic_store(tmp_path / "store", manifest, {"train": 5, "heldout": 1}, seed=0)
+    files = export_store(tmp_path / "store", tmp_path / "out", text=True)
+    assert [file.name for file in files] == [
+        "train-000000.parquet", "train-000001.parquet", "train-000002.parquet", "heldout-000000.parquet",
+    ]  # fmt: skip
+    assert pq.read_metadata(files[0]).metadata[b"sparsekd.store"].decode() == digest
+    table = pd.concat([pd.read_parquet(file) for file in files[:3]], ignore_index=True)
+    store = open_store(tmp_path / "store")
+    assert len(table) == 5 * 16
+    for index in range(5):
+        row = store.read_row("train", index)
+        lines = table[table["row"] == index].reset_index(drop=True)
+        np.testing.assert_array_equal(lines["position"], np.arange(16))
+        np.testing.assert_array_equal(lines["token_id"], row.token_ids)
+        np.testing.assert_array_equal(lines["document"], document_of_position(row))
+        np.testing.assert_array_equal(lines["loss_mask"], row.loss_mask)
+        assert list(lines["text"]) == [f"w{token}" for token in row.token_ids]
+        lasts = np.append(row.segment_starts[1:], 16) - 1
+        assert set(np.flatnonzero(lines["next_token_id"].isna())) == set(lasts)
+        follows = ~np.isin(np.arange(16), lasts)
+        np.testing.assert_array_equal(lines["next_token_id"][follows], np.roll(row.token_ids, -1)[follows])
+        record = row.teacher
+        if record is None:
+            assert "entropy" not in lines
+            continue
+        np.testing.assert_array_equal(lines["entropy"], record.entropy)
+        np.testing.assert_array_equal(lines["true_logprob"][follows], record.true_logprob[follows])
+        for column, name in enumerate(("log_rest_0_5", "log_rest_1", "log_rest_2")):
+            np.testing.assert_array_equal(lines[name], record.log_rest[:, column])
+        if k:
+            np.testing.assert_array_equal(np.stack(lines["head_ids"]), record.head_ids)
+            np.testing.assert_array_equal(np.stack(lines["head_logprobs"]), record.head_logprobs)
+        if n:
+            for place in range(16):
+                used = record.tail_counts[place] > 0
+                np.testing.assert_array_equal(lines["tail_ids"][place], record.tail_ids[place][used])
+                np.testing.assert_array_equal(lines["tail_counts"][place], record.tail_counts[place][used])
+
+
+def test_an_export_goes_on_and_is_not_mixed_with_another(tmp_path: Path) -> None:
+    write_synthetic_store(tmp_path / "store", synthetic_manifest(), {"train": 3, "heldout": 1}, seed=0)
+    files = export_store(tmp_path / "store", tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in files}
+    files[0].unlink()
+    export_store(tmp_path / "store", tmp_path / "out")
+    assert {file.name: file.read_bytes() for file in files} == before
+    with pytest.raises(StoreError, match="another export"):
+        export_store(tmp_path / "store", tmp_path / "out", split="train")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match=r"holds notes\.txt"):
+        export_store(tmp_path / "store", tmp_path / "mine")
+    (tmp_path / "store/tokenizer/tokenizer.json").unlink()
+    with pytest.raises(StoreError, match="without --text"):
+        export_store(tmp_path / "store", tmp_path / "texts", text=True)

@@ -1,0 +1,235 @@
+"""From listed ids to records and rows: what `store import` makes of any source."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.importers.document import Document, Source, source_files
+from sparsekd.logit_store.importers.store import ImportResult, ImportSettings, import_source
+from sparsekd.logit_store.manifest import CodecSpec
+from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.row import document_of_position
+from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_tokenizer
+from sparsekd.logit_store.verify import verify_store
+
+V = 40
+
+
+def settings(folder: Path, **overrides: Any) -> ImportSettings:
+    """Returns settings for a store of the synthetic tokenizer with V ids."""
+    manifest = synthetic_manifest(vocabulary_size=V)
+    assert manifest.teacher is not None
+    usual: dict[str, Any] = {
+        "tokenizer": manifest.tokenizer,
+        "tokenizer_files": write_synthetic_tokenizer(folder / "tokenizer", V),
+        "teacher": manifest.teacher,
+        "codec": CodecSpec("exact", {}),
+        "sequence_length": None,
+        "k": None,
+        "mask_short": False,
+        "rows_per_shard": 2,
+    }
+    return ImportSettings(**{**usual, **overrides})
+
+
+def document(length: int, listed: int, seed: int, *, where: str = "here") -> tuple[Document, np.ndarray]:
+    """Returns a document that lists some of the most likely ids, shuffled, and all log-probabilities."""
+    random = np.random.default_rng([7, seed])
+    logits = random.standard_normal((length, V)) * 3
+    logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    order = np.argsort(-logprobs, axis=1)[:, :listed]
+    order = random.permuted(order, axis=1)
+    mask = np.ones(length, np.bool_)
+    mask[-1] = False
+    made = Document(
+        where=where,
+        token_ids=random.integers(0, V, length),
+        loss_mask=mask,
+        head_ids=order.copy(),
+        head_logprobs=np.take_along_axis(logprobs, order, axis=1),
+        true_logprob=np.full(length, np.nan),
+    )
+    return made, logprobs
+
+
+def run(
+    tmp_path: Path, documents: list[Document], *, rest: str = "derived", name: str = "store", **overrides: Any
+) -> ImportResult:
+    """Imports documents."""
+    (tmp_path / "source").write_text("")
+
+    def read() -> Iterator[Document]:
+        yield from documents
+
+    source = Source("test", (tmp_path / "source",), rest, ("everything else",), read, {})
+    return import_source(source, tmp_path / name, settings(tmp_path, **overrides))
+
+
+def test_derived_records_are_the_dense_distribution_s(tmp_path: Path) -> None:
+    made, logprobs = document(10, 6, 0)
+    run(tmp_path, [made], k=4)
+    store = open_store(tmp_path / "store")
+    record = store.read_row("train", 0).teacher
+    spec = store.manifest.record
+    assert (spec.k, spec.n, spec.temperatures, spec.rest) == (4, 0, (1.0,), "derived")
+    order = np.argsort(-logprobs, axis=1)
+    np.testing.assert_array_equal(record.head_ids, order[:, :4])
+    head = np.take_along_axis(logprobs, order[:, :4], axis=1)
+    np.testing.assert_allclose(record.head_logprobs, head, rtol=1e-6)
+    rest = 1 - np.exp(head).sum(axis=1)
+    np.testing.assert_allclose(record.log_rest[:, 0], np.log(rest), rtol=1e-5)
+    # One outcome for the rest: a lower bound of the entropy, reached by no other division.
+    np.testing.assert_allclose(
+        record.entropy, -(np.exp(head) * head).sum(axis=1) - rest * np.log(rest), rtol=1e-5
+    )
+    assert (record.entropy <= -(np.exp(logprobs) * logprobs).sum(axis=1) + 1e-5).all()
+    true = logprobs[np.arange(9), made.token_ids[1:]]
+    in_head = (order[:9, :4] == made.token_ids[1:, None]).any(axis=1)
+    np.testing.assert_allclose(record.true_logprob[:9][in_head], true[in_head], rtol=1e-5)
+    bound = np.minimum(head[:9, -1], np.log(rest[:9]))
+    np.testing.assert_allclose(record.true_logprob[:9][~in_head], bound[~in_head], rtol=1e-5)
+    assert (bound[~in_head] >= true[~in_head] - 1e-9).all(), "an upper bound"
+    assert record.true_logprob[-1] == 0
+    assert store.manifest.dataset["imported"]["not_given"] == ["everything else"]
+    assert verify_store(tmp_path / "store").problems == ()
+
+
+def test_a_true_logprob_that_the_source_gives_is_kept(tmp_path: Path) -> None:
+    made, logprobs = document(10, 3, 1)
+    made.true_logprob[:9] = logprobs[np.arange(9), made.token_ids[1:]]
+    run(tmp_path, [made])
+    found = open_store(tmp_path / "store").read_row("train", 0).teacher.true_logprob
+    np.testing.assert_allclose(found[:9], made.true_logprob[:9], rtol=1e-5)
+
+
+def test_records_without_a_normaliser_are_relative_to_the_head(tmp_path: Path) -> None:
+    made, logprobs = document(10, 6, 2)
+    made.head_logprobs[:] += 17.0  # logits: any constant
+    run(tmp_path, [made], rest="unknown", k=4)
+    store = open_store(tmp_path / "store")
+    record = store.read_row("train", 0).teacher
+    head = -np.sort(-logprobs, axis=1)[:, :4]
+    head -= np.log(np.exp(head).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(record.head_logprobs, head, rtol=1e-5, atol=1e-6)
+    assert np.isneginf(record.log_rest).all() and store.manifest.record.rest == "unknown"
+
+
+def test_rounded_sums_above_one_are_scaled_and_reported(tmp_path: Path) -> None:
+    made, logprobs = document(6, V, 3)
+    made.head_logprobs[2] += 0.01
+    result = run(tmp_path, [made], k=5)
+    assert result.survey.above_one > 0 and result.survey.largest_excess == pytest.approx(
+        np.expm1(0.01), rel=1e-6
+    )
+    record = open_store(tmp_path / "store").read_row("train", 0).teacher
+    head = -np.sort(-logprobs, axis=1)[:, :5]
+    np.testing.assert_allclose(record.head_logprobs, head, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(record.log_rest[:, 0]), 1 - np.exp(head).sum(axis=1), atol=1e-6)
+    assert "sum to more than 1" in result.text()
+
+
+def test_documents_stay_whole_and_rows_are_filled(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    lengths = [int(length) for length in random.integers(2, 17, 40)]
+    documents = [document(length, 4, 10 + number)[0] for number, length in enumerate(lengths)]
+    result = run(tmp_path, documents)
+    store = open_store(tmp_path / "store")
+    assert store.manifest.sequence_length == max(lengths) and result.survey.documents == 40
+    found: dict[int, list[int]] = {}
+    tokens = 0
+    for index in range(store.rows("train")):
+        row = store.read_row("train", index)
+        of_position = document_of_position(row)
+        for number in row.segment_documents[row.segment_documents >= 0]:
+            assert int(number) not in found, "in one row alone"
+            found[int(number)] = row.token_ids[of_position == number].tolist()
+        tokens += int((of_position >= 0).sum())
+        assert not row.loss_mask[of_position < 0].any()
+    assert found == {number: item.token_ids.tolist() for number, item in enumerate(documents)}
+    assert store.tokens("train")[1] == sum(lengths) - 40
+    assert tokens / store.tokens("train")[0] > 0.8, "little padding"
+    assert store.rows("heldout") == 0
+
+
+def test_long_documents_are_cut_and_what_does_not_count_is_skipped(tmp_path: Path) -> None:
+    long, _ = document(30, 4, 0)
+    silent, _ = document(8, 4, 1)
+    silent.loss_mask[:] = False
+    result = run(tmp_path, [long, silent], sequence_length=12)
+    assert (result.survey.cut_tokens, result.survey.skipped, result.survey.documents) == (18, 1, 1)
+    row = open_store(tmp_path / "store").read_row("train", 0)
+    np.testing.assert_array_equal(row.token_ids, long.token_ids[:12])
+    assert row.loss_mask.sum() == 11 and row.teacher.true_logprob[-1] == 0
+    text = result.text()
+    assert "18 tokens" in text and "1 documents without" in text
+
+
+def test_positions_that_list_too_little_are_refused_or_left_out(tmp_path: Path) -> None:
+    made, _ = document(10, 6, 0, where="file, row 3")
+    made.head_logprobs[4, 2:] = -np.inf
+    made.head_ids[7] = -1
+    with pytest.raises(StoreError, match=r"k is 0, .* \(file, row 3, position 7 lists none\)"):
+        run(tmp_path, [made])
+    with pytest.raises(StoreError, match=r"position 7 lists 0 ids, and 2 of 9 counted positions .* --k 1"):
+        run(tmp_path, [made], k=6)
+    with pytest.raises(StoreError, match="from 1 to 6"):
+        run(tmp_path, [made], k=7)
+    assert not (tmp_path / "store").exists()
+    result = run(tmp_path, [made], k=6, mask_short=True)
+    row = open_store(tmp_path / "store").read_row("train", 0)
+    assert result.survey.masked == 2 and np.flatnonzero(~row.loss_mask).tolist() == [4, 7, 9]
+    # What is not known is uniform.
+    np.testing.assert_allclose(row.teacher.head_logprobs[7], -np.log(V), rtol=1e-6)
+    np.testing.assert_allclose(row.teacher.log_rest[7, 0], np.log((V - 6) / V), rtol=1e-5)
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    def broken(change: str, **overrides: Any) -> str:
+        made, _ = document(10, 4, 0, where="file, row 3")
+        if change == "token":
+            made.token_ids[5] = V
+        elif change == "id":
+            made.head_ids[5, 2] = V + 2
+        elif change == "twice":
+            made.head_ids[5, 2] = made.head_ids[5, 1]
+        elif change == "nan":
+            made.head_logprobs[5, 2] = np.nan
+        elif change == "logits":
+            made.head_logprobs[5] += 10
+        with pytest.raises(StoreError) as caught:
+            run(tmp_path, [made], **overrides)
+        return str(caught.value)
+
+    assert "position 5: token id 40 is not in the tokenizer" in broken("token")
+    assert "position 5, entry 2: 42 is not an id" in broken("id")
+    assert "position 5: id" in broken("twice") and "twice" in broken("twice")
+    assert "position 5, entry 2: nan" in broken("nan")
+    assert "no log-probabilities" in broken("logits")
+    with pytest.raises(StoreError, match="nothing to import"):
+        run(tmp_path, [])
+    assert not (tmp_path / "store").exists()
+
+
+def test_the_same_import_again_changes_nothing(tmp_path: Path) -> None:
+    documents = [document(9, 4, number)[0] for number in range(5)]
+    digest = run(tmp_path, documents).digest
+    assert run(tmp_path, documents).digest == digest
+    assert run(tmp_path, documents, name="again").digest == digest
+    with pytest.raises(StoreError, match="another store"):
+        run(tmp_path, documents, k=2)
+
+
+def test_files_are_taken_in_natural_order(tmp_path: Path) -> None:
+    for number in (10, 2, 1):
+        (tmp_path / f"data_{number}.parquet").write_text("")
+    (tmp_path / "notes.txt").write_text("")
+    found = source_files(tmp_path, (".parquet",), "them")
+    assert [file.name for file in found] == ["data_1.parquet", "data_2.parquet", "data_10.parquet"]
+    with pytest.raises(StoreError, match="no file that ends in"):
+        source_files(tmp_path, (".tar",), "them")
+    with pytest.raises(StoreError, match="is not there"):
+        source_files(tmp_path / "away", (".tar",), "them")

@@ -1,0 +1,307 @@
+"""Shards without a record are adopted or put in quarantine, damaged ones made again; the writing thread."""
+
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from sparsekd.logit_store import background, file_system
+from sparsekd.logit_store.background import BackgroundWriter
+from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.manifest import Manifest
+from sparsekd.logit_store.paths import StorePath
+from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.recover import adopt_orphans, record_of_file
+from sparsekd.logit_store.repair import repair_store
+from sparsekd.logit_store.row import Row
+from sparsekd.logit_store.shard import commit_to_content, read_commit
+from sparsekd.logit_store.synthetic import (
+    synthetic_manifest,
+    synthetic_rows,
+    write_synthetic_store,
+    write_synthetic_tokenizer,
+)
+from sparsekd.logit_store.verify import verify_store
+from sparsekd.logit_store.writer import committed_shards, create_store, seal, write_shard
+
+SHARD, RECORD = "shards/train/000000.arrow", "shards/train/000000.json"
+
+
+def _tree(path: Path) -> dict[str, bytes]:
+    return {
+        item.relative_to(path).as_posix(): item.read_bytes() for item in path.rglob("*") if item.is_file()
+    }
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> tuple[Path, Manifest]:
+    manifest = synthetic_manifest()
+    tokenizer = write_synthetic_tokenizer(tmp_path / "tokenizer", manifest.tokenizer.vocabulary_size)
+    create_store(tmp_path / "store", manifest, tokenizer)
+    return tmp_path / "store", manifest
+
+
+def _rows(manifest: Manifest, seed: int = 0) -> list[Row]:
+    """Rows of one shard. Another seed stands for a teacher whose bits differ from pass to pass."""
+    return synthetic_rows(manifest, 3, seed)
+
+
+def test_the_record_made_from_a_file_is_the_writers(empty: tuple[Path, Manifest]) -> None:
+    path, manifest = empty
+    write_shard(path, manifest, "train", 0, _rows(manifest))
+    written, _ = read_commit(path, record_of_file(path, manifest, "train", 0).manifest_sha256, "train", 0)
+    again = record_of_file(path, manifest, "train", 0)
+    assert commit_to_content(again) == commit_to_content(written)
+
+
+def test_a_whole_shard_without_a_record_is_adopted(empty: tuple[Path, Manifest]) -> None:
+    path, manifest = empty
+    write_shard(path, manifest, "train", 0, _rows(manifest))
+    before = _tree(path)
+    # Killed between the two; the teacher of the next run gives other bits, and its rows are not needed.
+    (path / RECORD).unlink()
+    write_shard(path, manifest, "train", 0, _rows(manifest, 9))
+    assert _tree(path) == before
+    (path / RECORD).unlink()
+    assert adopt_orphans(path, manifest) == (1, 0)
+    assert _tree(path) == before and adopt_orphans(path, manifest) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "damage", ["garbage", "cut", "flipped", "longer", "another split's", "another store's"]
+)
+def test_an_unsound_shard_without_a_record_is_replaced_and_kept(
+    empty: tuple[Path, Manifest], tmp_path: Path, damage: str
+) -> None:
+    path, manifest = empty
+    write_shard(path, manifest, "train", 0, _rows(manifest))
+    whole = _tree(path)
+    content = whole[SHARD]
+    if damage.startswith("another"):
+        other = synthetic_manifest(seed=8) if damage == "another store's" else manifest
+        create_store(tmp_path / "other", other, tmp_path / "tokenizer")
+        split = "train" if damage == "another store's" else "heldout"
+        write_shard(tmp_path / "other", other, split, 0, _rows(other))
+        content = (tmp_path / f"other/shards/{split}/000000.arrow").read_bytes()
+    middle = len(content) // 2
+    bad = {
+        "garbage": b"something else",
+        "cut": content[:-1],
+        "flipped": content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :],
+        "longer": content + b"\0",
+    }.get(damage, content)
+    (path / SHARD).write_bytes(bad)
+    (path / RECORD).unlink()
+    write_shard(path, manifest, "train", 0, _rows(manifest))
+    assert _tree(path) == whole | {"quarantine/train/000000.arrow": bad}
+
+
+def test_every_flipped_byte_keeps_a_shard_from_being_adopted(empty: tuple[Path, Manifest]) -> None:
+    path, manifest = empty
+    write_shard(path, manifest, "train", 0, _rows(manifest))
+    whole = (path / SHARD).read_bytes()
+    # Each 19th byte, and all of Arrow's footer, which no reader of ours looks at.
+    for offset in sorted({*range(0, len(whole), 19), *range(len(whole) - 900, len(whole))}):
+        (path / SHARD).write_bytes(
+            whole[:offset] + bytes([whole[offset] ^ 1 << offset % 8]) + whole[offset + 1 :]
+        )
+        with pytest.raises(StoreError):
+            record_of_file(path, manifest, "train", 0)
+
+
+def test_the_slower_of_two_writers_with_other_bits_gives_way(
+    empty: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, manifest = empty
+    raced = []
+
+    def other_writer(step: str, final: StorePath) -> None:
+        if step == "read back" and final.name == "000000.arrow" and not raced:
+            raced.append(True)
+            write_shard(path, manifest, "train", 0, _rows(manifest, 9))
+
+    monkeypatch.setattr(file_system, "reached", other_writer)
+    write_shard(path, manifest, "train", 0, _rows(manifest))
+    assert raced and committed_shards(path, "train") == {0}
+    seal(path, {"train": 1, "heldout": 0})
+    assert verify_store(path).ok
+    stored = open_store(path).read_row("train", 0)
+    assert (stored.token_ids == _rows(manifest, 9)[0].token_ids).all()
+
+
+def test_a_record_without_its_shard_gives_way(empty: tuple[Path, Manifest]) -> None:
+    path, manifest = empty
+    write_shard(path, manifest, "train", 0, _rows(manifest))
+    (path / SHARD).unlink()
+    write_shard(path, manifest, "train", 0, _rows(manifest, 9))
+    seal(path, {"train": 1, "heldout": 0})
+    result = verify_store(path)
+    assert result.ok and result.quarantined == ("quarantine/train/000000.json",)
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> tuple[Path, list[Row], str]:
+    manifest = synthetic_manifest()
+    digest = write_synthetic_store(tmp_path / "store", manifest, {"train": 9, "heldout": 2}, seed=0)
+    return tmp_path / "store", synthetic_rows(manifest, 9, 0), digest
+
+
+def test_repair_gives_the_sealed_store_back(sealed: tuple[Path, list[Row], str]) -> None:
+    path, rows, digest = sealed
+    whole = _tree(path)
+    bad = bytearray(whole["shards/train/000001.arrow"])
+    bad[len(bad) // 2] ^= 1
+    (path / "shards/train/000001.arrow").write_bytes(bad)
+    (path / "shards/train/000002.json").write_bytes(b"no record")
+    (path / "shards/heldout/000000.arrow").unlink()
+    asked = []
+
+    def recapture(split: str, shard: int) -> Sequence[Row]:
+        asked.append((split, shard))
+        if split == "heldout":
+            return synthetic_rows(open_store(path).manifest, 2, 1)
+        return rows[shard * 3 : shard * 3 + 3]
+
+    found = verify_store(path)
+    assert found.damaged == (("train", 1), ("train", 2), ("heldout", 0)) and "DAMAGED" in found.text()
+    result = repair_store(path, found.damaged, recapture)
+    assert (result.digest, result.resealed) == (digest, False)
+    # Shard 2 has lost its record alone, which is made from the shard: no teacher runs for it.
+    assert asked == [("train", 1), ("heldout", 0)]
+    kept = {
+        "quarantine/train/000001.arrow": bytes(bad),
+        "quarantine/train/000001.json": whole["shards/train/000001.json"],
+        "quarantine/train/000002.json": b"no record",
+        "quarantine/heldout/000000.json": whole["shards/heldout/000000.json"],
+    }
+    assert _tree(path) == whole | kept
+    after = verify_store(path)
+    assert after.ok and set(after.quarantined) == set(kept) and after.strangers == ()
+    assert "quarantine 4 files" in after.text()
+
+
+def test_repair_with_other_bits_names_them_or_seals_anew(sealed: tuple[Path, list[Row], str]) -> None:
+    path, _, digest = sealed
+    bad = bytearray((path / "shards/train/000001.arrow").read_bytes())
+    record = open_store(path).commit("train", 1)
+    bad[int(record.offsets[0]) + int(record.lengths[0]) // 2] ^= 1  # in its first row; two can be read
+    (path / "shards/train/000001.arrow").write_bytes(bad)
+    broken = _tree(path)
+
+    def recapture(split: str, shard: int) -> Sequence[Row]:
+        again = synthetic_rows(open_store(path).manifest, 9, 0)[3:6] if split == "train" else []
+        teacher = again[1].teacher
+        assert teacher is not None
+        teacher.entropy[3] += 1e-4
+        return again
+
+    with pytest.raises(
+        StoreError, match=r"shard 000001.*row 4 differs in entropy \(1 of 16 values\).*--reseal"
+    ):
+        repair_store(path, [("train", 1)], recapture)
+    assert _tree(path) == broken, "nothing was touched"
+    result = repair_store(path, [("train", 1)], recapture, reseal=True)
+    assert result.resealed and result.digest != digest and open_store(path).digest == result.digest
+    assert verify_store(path).ok
+    assert (path / "quarantine/INDEX.json").read_bytes() == broken["INDEX.json"]
+    # Once more: the older file in quarantine is not replaced.
+    (path / "shards/train/000001.arrow").write_bytes(bad)
+    repair_store(path, [("train", 1)], recapture)
+    assert (path / "quarantine/train/000001.arrow.1").read_bytes() == bytes(bad)
+
+
+def test_repair_that_was_killed_goes_on(
+    sealed: tuple[Path, list[Row], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rows, digest = sealed
+    whole = _tree(path)
+    (path / "shards/train/000001.arrow").write_bytes(b"broken")
+
+    def recapture(split: str, shard: int) -> Sequence[Row]:
+        return rows[shard * 3 : shard * 3 + 3]
+
+    for step in file_system.STEPS:
+        for ending in (".arrow", ".json"):
+
+            def stop(found: str, final: StorePath, wanted: tuple[str, str] = (step, ending)) -> None:
+                if (found, final.name[-len(wanted[1]) :]) == wanted:
+                    raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(file_system, "reached", stop)
+                repair_store(path, verify_store(path).damaged, recapture)
+                (path / "shards/train/000001.arrow").write_bytes(b"broken")
+                repair_store(path, verify_store(path).damaged, recapture)
+    repair_store(path, verify_store(path).damaged, recapture)
+    assert verify_store(path).ok and open_store(path).digest == digest
+    assert {name: data for name, data in _tree(path).items() if "quarantine" not in name} == whole
+    shutil.rmtree(path / "quarantine")
+
+
+def test_writing_overlaps_with_making_and_waits_at_its_bound(
+    empty: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, manifest = empty
+    go, written = threading.Event(), []
+
+    def slow(path: Path, manifest: Manifest, split: str, shard: int, rows: Sequence[Row]) -> None:
+        go.wait(20)
+        written.append(shard)
+
+    monkeypatch.setattr(background, "write_shard", slow)
+    with BackgroundWriter(path, manifest) as writer:
+        writer.put("train", 0, [])  # being written
+        while not writer._waiting.empty():
+            time.sleep(0.001)
+        writer.put("train", 1, [])  # waits
+        third = threading.Thread(target=writer.put, args=("train", 2, []))
+        third.start()
+        third.join(0.1)
+        assert third.is_alive() and written == [], "one too many: whoever makes it has to wait"
+        go.set()
+        third.join(20)
+    assert written == [0, 1, 2]
+
+
+def test_a_failed_write_fails_the_next_put_and_the_end(empty: tuple[Path, Manifest]) -> None:
+    path, manifest = empty
+    before = _tree(path)
+    invalid = _rows(manifest)
+    invalid[1].token_ids[0] = 300
+    with pytest.raises(StoreError, match="token_ids is 300"), BackgroundWriter(path, manifest) as writer:
+        writer.put("train", 0, invalid)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:  # never blocks, however much is put
+            writer.put("train", 1, _rows(manifest))
+    assert {name for name in _tree(path) if "train" in name} <= {"shards/train/000001.arrow"} | set(before)
+    with pytest.raises(StoreError, match="token_ids is 300"), BackgroundWriter(path, manifest) as writer:
+        writer.put("train", 2, invalid)
+    assert committed_shards(path, "train") == set()
+
+
+def test_leaving_by_an_exception_publishes_nothing_more(
+    empty: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, manifest = empty
+    begun, go = threading.Event(), threading.Event()
+
+    def held(step: str, final: StorePath) -> None:
+        begun.set()
+        go.wait(20)
+
+    monkeypatch.setattr(file_system, "reached", held)
+    with (
+        pytest.raises(ValueError, match="of the one who makes rows"),
+        BackgroundWriter(path, manifest) as writer,
+    ):
+        writer.put("train", 0, _rows(manifest))
+        begun.wait(20)
+        writer.put("train", 1, _rows(manifest))
+        threading.Timer(0.2, go.set).start()
+        raise ValueError("of the one who makes rows")
+    assert committed_shards(path, "train") == {0}, (
+        "the one that was being written is whole, the other not there"
+    )

@@ -1,0 +1,193 @@
+"""`sparsekd store ACTION` as it is typed: what it says, what it refuses, what it leaves behind."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
+from sparsekd.trainer.cli import main
+from sparsekd.trainer.config import ObjectiveConfig
+from sparsekd.trainer.errors import ConfigError
+from sparsekd.trainer.store_cli import ACTIONS
+from sparsekd.trainer.student.checks import resolved_objective
+
+sys.path.append(str(Path(__file__).parent))
+import test_import_formats as formats
+
+
+@pytest.fixture
+def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_synthetic_store(Path("a"), synthetic_manifest(), {"train": 6, "heldout": 2}, seed=0)
+    write_synthetic_store(Path("b"), synthetic_manifest(dataset={"name": "b"}), {"train": 3}, seed=9)
+    return tmp_path
+
+
+def test_each_action_has_help_and_says_what_comes_next(
+    stores: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["store"]) == 0 and main(["store", "--help"]) == 0
+    overview = capsys.readouterr().out
+    for name in ACTIONS:
+        assert f"  {name} " in overview
+        assert main(["store", name, "--help"]) == 0
+        assert f"usage: sparsekd store {name}" in capsys.readouterr().out
+    for words, expected in {
+        "inspect a --positions 1": "next: sparsekd store verify a",
+        "verify a": "next: sparsekd train store.path=a student.path=STUDENT",
+        "stats a --rows 2 --plot a.png": "next: sparsekd train store.path=a student.path=STUDENT",
+        "subset a c --fraction 0.9 --seed 1": "next: sparsekd store inspect c   then: sparsekd train "
+        "store.path=c",
+        "reencode a d --k 2 --drop-draws": "next: sparsekd store compare a d",
+        "compare a d": "next: sparsekd store stats d",
+        "merge a b e": "next: sparsekd store inspect e",
+        "export a f --split heldout --text": "pandas.read_parquet('f/heldout-000000.parquet')",
+    }.items():
+        assert main(["store", *words.split()]) == 0, capsys.readouterr().err
+        out = capsys.readouterr().out
+        assert expected in out.strip().splitlines()[-1], words
+    assert Path("a.png").read_bytes().startswith(b"\x89PNG")
+    assert open_store(Path("d")).manifest.record.k == 2 and open_store(Path("e")).rows("train") == 9
+    for name in "cde":
+        assert main(["store", "verify", name]) in (0, 2)  # few positions may not tell the alignment
+        assert "sound: every byte" in capsys.readouterr().out
+
+
+def test_bad_words_are_one_sentence(stores: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, expected in {
+        "shrink a": "'shrink' is not an action; there are inspect, verify",
+        "inspect": "required: path",
+        "inspect a b": "b is not expected behind its paths of store inspect",
+        "inspect a --teacher": "--teacher belongs to store verify, not to store inspect",
+        "inspect a --colour": "--colour is not a flag of store inspect",
+        "inspect a --rows 0": "0 is below 1",
+        "stats a --rows many": "'many' is no whole number",
+        "stats a train.steps=3": "takes no settings, found train.steps=3",
+        "stats nowhere": "not a logit store",
+        "merge a b": "needs two stores or more",
+        "subset a c": "needs a choice",
+        "subset a c --rows 1:x --split train": "is no list of numbers",
+        "subset a c --split train --rows 3:3": "names no number",
+        "reencode a c": "changes nothing",
+        "reencode a c --k 9": "k = 9 cannot be made",
+        "reencode a b --k 4 --drop-draws": "b is another store",
+        "compare a b": "rows of train is 6 and 3",
+        "import x c": "required: --format",
+        "import x c --format pickle": "invalid choice: 'pickle'",
+        "import x c --format vllm": "needs --tokenizer",
+        "import x c --format megatron": "needs --tokens: a token store",
+        "import x c --format vllm --tokenizer t --tokens a": "--tokens does not belong",
+        "import x c --format distillkit --tokenizer t": "compression_config.yaml is not there",
+        "export a a": "a is no export",
+        "verify a teacher.path=x": "takes no settings",
+        "verify a --reseal": "--reseal says what --repair may do",
+    }.items():
+        assert main(["store", *words.split()]) == 2, words
+        error = capsys.readouterr().err
+        assert expected in error and error.startswith("sparsekd store: ") and error.count("\n") == 1, error
+    assert not Path("c").exists()
+
+
+def test_progress_goes_to_stderr_now_and_then(
+    stores: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsekd.trainer.store_cli.SECONDS_BETWEEN_LINES", 0.0)
+    assert main(["store", "stats", "a"]) == 0
+    assert "store stats: 8/8 (100%) rows" in capsys.readouterr().err
+
+
+def _tokenizer() -> Path:
+    """A tokenizer of 300 ids that transformers loads."""
+    source = Path("a/tokenizer/tokenizer.json").read_text()
+    folder = Path("hub")
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(source)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w0"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_imports_by_name(stores: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hub = _tokenizer()
+    formats._write_distillkit(Path("distillkit"), formats._texts(4), formats.FITTED)
+    Path("distillkit/compression_config.yaml").write_text(yaml.safe_dump(formats.FITTED))
+    lines = [json.dumps(formats._nemo_line(8 + number, number, padded=2)[0]) for number in range(3)]
+    Path("nemo.jsonl").write_text("\n".join(lines))
+    Path("vllm.jsonl").write_text(json.dumps(formats._answer(7, 0)[0]))
+    for kind, source, k in (
+        ("distillkit", "distillkit", 9),
+        ("nemo", "nemo.jsonl", 5),
+        ("vllm", "vllm.jsonl", 4),
+    ):
+        words = f"store import {source} new-{kind} --format {kind} --codec exact --teacher-name big"
+        assert main([*words.split(), "--tokenizer", str(hub)]) == 0, capsys.readouterr().err
+        out = capsys.readouterr().out
+        assert "not given  log R" in out and f"next: sparsekd store verify new-{kind}" in out
+        manifest = open_store(Path(f"new-{kind}")).manifest
+        assert manifest.record.k == k and manifest.record.rest == "derived"
+        assert manifest.teacher is not None and manifest.teacher.name == "big"
+        assert manifest.tokenizer.vocabulary_size == 300 and manifest.tokenizer.eos_token_id == 0
+        assert main(["store", "inspect", f"new-{kind}"]) == 0
+        assert "1 - the head's sum" in capsys.readouterr().out
+
+
+def test_megatron_s_samples_meet_the_rows_of_a_token_store(
+    stores: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    formats._write_tars(Path("tars"), 1, 2)
+    manifest = synthetic_manifest(k=0, n=0, sequence_length=formats.LENGTH)
+    write_synthetic_store(Path("tokens"), manifest, {"train": 9}, seed=0)
+    words = [
+        "store",
+        "import",
+        "tars",
+        "new",
+        "--format",
+        "megatron",
+        "--tokens",
+        "tokens",
+        "--codec",
+        "exact",
+    ]
+    assert main([*words, "--k", "4"]) == 2
+    assert "lists 3 ids" in capsys.readouterr().err
+    assert main(words) == 0, capsys.readouterr().err
+    assert "tokens and loss masks" in capsys.readouterr().out
+    store, tokens = open_store(Path("new")), open_store(Path("tokens"))
+    assert store.rows("train") == 8 and store.manifest.dataset["token_store"] == tokens.digest
+    assert store.manifest.dataset["imported"]["megatron"]["identifiers"] == {"seed": 1}
+    for number in range(8):
+        row, source = store.read_row("train", number), tokens.read_row("train", number)
+        np.testing.assert_array_equal(row.token_ids, source.token_ids)
+        np.testing.assert_array_equal(row.loss_mask, source.loss_mask)
+        ids, values = formats._sample(number)
+        np.testing.assert_array_equal(row.teacher.head_ids, ids[:, :3])
+        np.testing.assert_allclose(row.teacher.head_logprobs, values[:, :3], rtol=1e-3)
+    write_synthetic_store(Path("few"), manifest, {"train": 7}, seed=0)
+    assert main([*words[:3], "other", *words[4:6], "--tokens", "few"]) == 2
+    assert "more samples than split train of few has rows (7)" in capsys.readouterr().err
+    assert not Path("other").exists()
+
+
+def test_training_asks_an_imported_store_only_for_what_it_holds() -> None:
+    def asked(rest: str, **settings: object) -> str:
+        record = synthetic_manifest(k=4, n=0, temperatures=(1.0,)).record
+        config = ObjectiveConfig(**settings)  # type: ignore[arg-type]
+        return resolved_objective(config, dataclasses.replace(record, rest=rest)).target_mode
+
+    assert asked("exact") == asked("derived") == "tail_bucket"
+    assert asked("unknown") == asked("unknown", target_mode="renormalized") == "renormalized"
+    with pytest.raises(ConfigError, match=r"record\.rest is derived.*set objective\.temperature=1"):
+        asked("derived", temperature=2.0)
+    for mode in ("tail_bucket", "truncated", "sampled"):
+        with pytest.raises(
+            ConfigError, match=r"record\.rest is unknown.*objective\.target_mode=renormalized"
+        ):
+            asked("unknown", target_mode=mode)
+    assert asked("unknown", kd_weight=0.0, ce_weight=1.0, target_mode="truncated") == "truncated"

@@ -1,0 +1,116 @@
+"""`store verify PATH --repair`: damaged shards, and only these, are captured again by their teacher."""
+
+from dataclasses import asdict
+from functools import partial
+
+from sparsekd.logit_store.manifest import Manifest, TeacherIdentity
+from sparsekd.logit_store.paths import store_path
+from sparsekd.logit_store.reader import LogitStore, open_store
+from sparsekd.logit_store.repair import repair_store
+from sparsekd.logit_store.row import Row
+from sparsekd.logit_store.verify import VerifyResult
+from sparsekd.trainer.config import Config, TeacherConfig, require
+from sparsekd.trainer.distributed import Ranks, ranks
+from sparsekd.trainer.errors import ConfigError, DataError
+from sparsekd.trainer.teacher.capture import captured_rows
+from sparsekd.trainer.teacher.model import Teacher, check_teacher_tokenizer, load_teacher
+from sparsekd.trainer.teacher.verify import as_captured, runnable
+from sparsekd.trainer.teacher.weights import model_folder, teacher_identity, weights_digest
+
+
+def run(config: Config, found: VerifyResult, *, reseal: bool) -> None:
+    """Repairs the shards that a verification found damaged.
+
+    The teacher runs with the settings in the manifest. A shard that comes out to the byte as it was sealed is
+    proof enough; one that does not is an error, unless `reseal` says to take it.
+
+    Args:
+        config: The teacher's place, and the token store.
+        found: What `verify_store` found.
+        reseal: Whether shards that come out different are taken, and the store gets another digest.
+
+    Raises:
+        ConfigError: A needed key is missing, or there is more than one rank.
+        DataError: It is a token store, the tokens are others, or the teacher is.
+        ModelError: The teacher cannot be loaded or does not fit.
+        StoreError: What is damaged is no shard, or a shard comes out different.
+    """
+    if found.digest is None or len(found.problems) == 0 or not found.damaged:
+        raise DataError(
+            f"{found.path} has no damaged shard that could be captured again; "
+            f"{found.problems[0] if found.problems else 'it is sound.'}"
+        )
+    store = open_store(found.path)
+    identity = store.manifest.teacher
+    if identity is None:
+        raise DataError(
+            f"{found.path} is a token store, and no teacher can make its rows: move the files of the damaged "
+            "shards and INDEX.json away and run the `prepare` command that wrote it."
+        )
+    path = require(config.teacher.path, "teacher.path", "by store verify --repair, to run the teacher again")
+    tokens = _tokens(config, store)
+    settings, launch = as_captured(config, identity)
+    if weights_digest(model_folder(path, settings.revision)) != identity.weights_digest:
+        raise DataError(
+            f"The files of teacher.path={path} are not those that made {found.path} ({identity.name}, "
+            f"weights {identity.weights_digest[:12]}): give that teacher, or capture the whole store with "
+            "this one."
+        )
+    with ranks(launch, timeout_minutes=config.engine.timeout_minutes) as place:
+        if place.world_size > 1:
+            raise ConfigError("store verify --repair runs as one process; start it without torchrun or srun.")
+        settings = runnable(settings, place.device, store.manifest.tokenizer.vocabulary_size)
+        check_teacher_tokenizer(settings, path, store)
+        differing = _differences(settings, path, identity, place, launch.threads_per_rank)
+        if differing:
+            print(f"repair: not as at the capture: {'; '.join(differing)}", flush=True)
+            if reseal:
+                raise DataError(
+                    f"--reseal would put records of another making under the manifest of {found.path} "
+                    f"({'; '.join(differing)}): repair it as it was captured, or capture it again."
+                )
+        teacher = load_teacher(settings, path, tokens, place.device)
+        print(f"repair: {len(found.damaged)} shards are captured again", flush=True)
+        again = partial(_again, settings, store.manifest, tokens, teacher)
+        result = repair_store(store.path, found.damaged, again, reseal=reseal)
+    for name in result.quarantined:
+        print(f"repair: kept {name}")
+    digest = (
+        f"sealed anew, digest {result.digest}" if result.resealed else f"digest {result.digest} as before"
+    )
+    print(f"repair: {len(result.repaired)} shards are sound again; {digest}")
+    print(f"next: sparsekd store verify {found.path}", flush=True)
+
+
+def _again(
+    settings: TeacherConfig, manifest: Manifest, tokens: LogitStore, teacher: Teacher, split: str, shard: int
+) -> list[Row]:
+    print(f"repair: split {split}, shard {shard:06d}", flush=True)
+    return captured_rows(settings, manifest, tokens, teacher, (split, shard))
+
+
+def _tokens(config: Config, store: LogitStore) -> LogitStore:
+    path = require(config.store.tokens, "store.tokens", "by store verify --repair, as the teacher's text")
+    tokens = open_store(store_path(path))
+    wanted = store.manifest.dataset.get("token_store")
+    if tokens.digest != wanted:
+        raise DataError(
+            f"store.tokens={path} (digest {tokens.digest[:12]}) is not the token store that {store.path} was "
+            f"captured from ({str(wanted)[:12]}): give that one."
+        )
+    return tokens
+
+
+def _differences(
+    settings: TeacherConfig, path: str, identity: TeacherIdentity, place: Ranks, threads: int
+) -> list[str]:
+    """What the manifest would say otherwise if the store were captured now; names are for people only."""
+    now = asdict(
+        teacher_identity(
+            settings, path, device_type=place.device.type, threads=threads, revision=identity.revision
+        )
+    )
+    then = asdict(identity)
+    return [
+        f"{name} {then[name]} -> {now[name]}" for name in then if name != "name" and then[name] != now[name]
+    ]
