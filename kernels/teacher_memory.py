@@ -65,7 +65,7 @@ def peak_bytes(
         chunk_positions: C; None takes `positions_rule`.
     """
     chunk = min(chunk_positions or positions_rule(impl, vocabulary_size), max(positions, 1))
-    result = positions * (8 * k + 8 * n + 4 * (grid + 3))
+    result = positions * (8 * k + 12 * n + 4 * (grid + 3))
     if impl == "torch":
         # Logits, powers, those over T, and the cumulative sums in float64.
         slabs = 2 + (draw_temperature != 1.0) + (2 if n else 1)
@@ -74,4 +74,4 @@ def peak_bytes(
     # The logits, the list of keys before and after its sorting (values and places), masses and their sums.
     of_chunk = chunk * (4 * stride + 24 * list_room(k) + 12 * parts)
     # Draws one by one while they are coalesced: sorted ids, places, flags and counts.
-    return max(of_chunk + result, positions * 40 * n + result)
+    return max(of_chunk + result, positions * 48 * n + result)

@@ -24,6 +24,7 @@ class TeacherStatistics(NamedTuple):
         rest_entropy: float32 [N], nats, of the rest renormalised at temperature 1; 0 where it is empty.
         true_logprob: float32 [N], of the label; 0 where there is none.
         entropy: float32 [N], nats, of the whole distribution at the draw temperature.
+        tail_logprobs: float32 [N, n], of the drawn ids, as those of the head; -inf pads.
     """
 
     head_ids: Tensor
@@ -34,6 +35,7 @@ class TeacherStatistics(NamedTuple):
     rest_entropy: Tensor
     true_logprob: Tensor
     entropy: Tensor
+    tail_logprobs: Tensor
 
 
 class TeacherInputs(NamedTuple):
@@ -71,6 +73,21 @@ def coalesce_draws(drawn: Tensor) -> tuple[Tensor, Tensor]:
     ids.scatter_(1, place, drawn.int())
     counts.scatter_add_(1, place, (drawn >= 0).int())
     return ids, counts
+
+
+def values_of_draws(ids: Tensor, drawn: Tensor, values: Tensor) -> Tensor:
+    """What each distinct id was drawn with, float [N, n]; -inf where there is none.
+
+    Args:
+        ids: int32 [N, n], from `coalesce_draws`.
+        drawn: int32 [N, n], the draws that it was given.
+        values: float [N, n], one for each draw, equal for equal ids.
+    """
+    if drawn.numel() == 0:
+        return values
+    ordered, order = drawn.sort(dim=1)
+    place = torch.searchsorted(ordered, ids.clamp_min(0)).clamp_max(drawn.shape[1] - 1)
+    return torch.where(ids >= 0, values.gather(1, order.gather(1, place)), -torch.inf)
 
 
 def whole_entropy(

@@ -76,6 +76,8 @@ def _one_chunk(
     }
     log_rest = [masses[temperature].log_sum for temperature in temperatures]
     drawn = masses[draw_temperature]
+    tail_columns = drawn.tail_ids.clamp_min(0).long()
+    tail_logprobs = rest.gather(1, tail_columns) + torch.where(some, maximum, 0.0)[:, None]
     return TeacherStatistics(
         head_ids=head_ids.int(),
         head_logprobs=head_logprobs.float(),
@@ -85,6 +87,7 @@ def _one_chunk(
         rest_entropy=masses[1.0].entropy.float(),
         true_logprob=torch.where(labels >= 0, true_logprob, 0.0).float(),
         entropy=whole_entropy(head_logprobs, drawn.log_sum, drawn.entropy, draw_temperature).float(),
+        tail_logprobs=torch.where(drawn.tail_ids >= 0, tail_logprobs, -torch.inf).float(),
     )
 
 

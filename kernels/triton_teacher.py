@@ -21,7 +21,13 @@ from torch import Tensor
 from sparsekd.kernels.gemm import plain_precision, prepare_operand, wide_product
 from sparsekd.kernels.memory import row_stride
 from sparsekd.kernels.teacher_memory import MOST_ENTRIES, PART, list_room
-from sparsekd.kernels.teacher_record import TeacherInputs, TeacherStatistics, coalesce_draws, whole_entropy
+from sparsekd.kernels.teacher_record import (
+    TeacherInputs,
+    TeacherStatistics,
+    coalesce_draws,
+    values_of_draws,
+    whole_entropy,
+)
 from sparsekd.kernels.teacher_torch import torch_statistics
 from sparsekd.kernels.triton_teacher_rows import collect_kernel, draw_kernel, scan_kernel, settle_kernel
 
@@ -78,6 +84,7 @@ class _Rows(NamedTuple):
     head_ids: Tensor  # int32 [N, k]
     head_logprobs: Tensor  # float32 [N, k]
     drawn: Tensor  # int32 [N, n], draws one by one; -1 where the rest is empty
+    drawn_logprobs: Tensor  # float32 [N, n], l of each; -inf where the rest is empty
     label: Tensor  # float32 [N], l of the label
     normaliser: Tensor  # float32 [N], logsumexp of z
     reference: Tensor  # float32 [N], z from which the sums count
@@ -121,6 +128,7 @@ def _run_kernels(inputs: TeacherInputs, sums: SumsOfRest) -> _Rows:
         head_ids=new(count, k, dtype=torch.int32),
         head_logprobs=new(count, k),
         drawn=new(count, n, dtype=torch.int32),
+        drawn_logprobs=new(count, n),
         label=new(count),
         normaliser=new(count),
         reference=new(count),
@@ -214,10 +222,12 @@ def _run_kernels(inputs: TeacherInputs, sums: SumsOfRest) -> _Rows:
             draw_kernel[(length, triton.cdiv(n, block_n))](
                 slab,
                 bias,
+                of.normaliser,
                 of.reference,
                 cumulative,
                 uniforms[part],
                 of.drawn,
+                of.drawn_logprobs,
                 stride,
                 size,
                 parts,
@@ -265,6 +275,7 @@ def _record(inputs: TeacherInputs, sums: SumsOfRest, rows: _Rows) -> TeacherStat
         rest_entropy=entropy(1.0).float(),
         true_logprob=rows.label,
         entropy=whole.float(),
+        tail_logprobs=values_of_draws(ids, rows.drawn, rows.drawn_logprobs),
     )
 
 

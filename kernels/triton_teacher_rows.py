@@ -282,10 +282,12 @@ def settle_kernel(
 def draw_kernel(
     slab_ptr,  # float32 [C, stride], punched
     bias_ptr,  # float32 [stride]
+    normaliser_ptr,  # float32 [C]
     reference_ptr,  # float32 [C]
     cumulative_ptr,  # float64 [C, P]
     uniforms_ptr,  # float64 [C, n]
     drawn_ptr,  # int32 [C, n] out: the id of each draw, -1 where the rest is empty
+    drawn_logprobs_ptr,  # float32 [C, n] out: its l, -inf where the rest is empty
     slab_stride,
     vocabulary_size,
     parts,  # P
@@ -337,3 +339,6 @@ def draw_kernel(
     first = tl.min(tl.where(reached, lane, PART), 1)
     drawn = tl.where(some & (first < PART), below * PART + first, -1)
     tl.store(drawn_ptr + row * draws + draw, drawn, mask=draw < draws)
+    logit = tl.max(tl.where(lane == first[:, None], logits, float("-inf")), 1)
+    logprob = tl.where(drawn >= 0, logit - tl.load(normaliser_ptr + row), float("-inf"))
+    tl.store(drawn_logprobs_ptr + row * draws + draw, logprob, mask=draw < draws)

@@ -79,6 +79,7 @@ class StoreConfig:
         [1.0, 2.0, 4.0], "Grid of temperatures for which the rest's log mass is exact.", minimum=0.05
     )
     draw_temperature: float = option(1.0, "Temperature of the draws; one of the grid.", minimum=0.05)
+    tail_logprobs: bool = option(False, "Keep the draws' log-probabilities, too; no loss of ours reads them.")
     seed: int = option(0, "Seed of the draws (with each row's token ids and the position).", minimum=0)
     codec: str = option(
         DEFAULT_CODEC,

@@ -93,6 +93,9 @@ def test_record_against_the_oracle(impl, dtype, k, draw_temperature):
         assert drawn == sorted(set(drawn)) and not set(drawn) & set(order[:k])
         assert found.tail_ids[t, len(drawn) :].eq(-1).all() and not any(counts[len(drawn) :])
         assert sum(counts) == (0 if k == 67 else 5) and all(counts[: len(drawn)])
+        there = found.tail_logprobs[t, : len(drawn)].double()
+        assert torch.allclose(there, l[drawn], rtol=0, atol=3e-6)
+        assert found.tail_logprobs[t, len(drawn) :].eq(-math.inf).all()
         # Inverse CDF over ascending ids.
         law = torch.tensor([0.0 if v in order[:k] else float(p[v]) for v in range(67)], dtype=torch.float64)
         if k < 67:
@@ -126,6 +129,7 @@ def test_types_shapes_and_no_positions(impl):
             ((count,), torch.float32),
             ((count,), torch.float32),
             ((count,), torch.float32),
+            ((count, 5), torch.float32),
         ]
 
 

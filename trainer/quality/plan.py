@@ -125,7 +125,14 @@ def bytes_per_token(config: Config, corpus: Corpus) -> dict[str, float]:
         splits=("train", "heldout"),
         dataset={},
         tokenizer=TokenizerIdentity("plan", size, "", None, None),
-        record=RecordSpec(spec.k, spec.n, tuple(sorted(spec.temperatures)), spec.draw_temperature, spec.seed),
+        record=RecordSpec(
+            spec.k,
+            spec.n,
+            tuple(sorted(spec.temperatures)),
+            spec.draw_temperature,
+            spec.seed,
+            tail_logprobs=spec.tail_logprobs,
+        ),
         teacher=TeacherIdentity("plan", None, "", "", "", "", {}) if captured else None,
         codec=CodecSpec(spec.codec, {"mass": spec.mass} if spec.codec == "compact" else {}),
     )

@@ -106,6 +106,7 @@ def _create(
         temperatures=tuple(config.store.temperatures),
         draw_temperature=config.store.draw_temperature,
         seed=config.store.seed,
+        tail_logprobs=config.store.tail_logprobs,
     )
     identity = teacher_identity(
         config.teacher,

@@ -93,6 +93,8 @@ def _records_of_batch(
         chunk_positions=chunk_positions,
         impl=impl,
     )
+    if not record.tail_logprobs:
+        statistics = statistics._replace(tail_logprobs=statistics.tail_logprobs[:, :0])
     batch, length = token_ids.shape
     planes = TeacherStatistics(*(plane.unflatten(0, (batch, length)).cpu().numpy() for plane in statistics))
     return [

@@ -8,7 +8,7 @@ from sparsekd.kernels.teacher_memory import positions_rule
 from sparsekd.trainer.config import TeacherConfig, options
 from sparsekd.trainer.errors import ConfigError
 from sparsekd.trainer.teacher.settings import resolved_settings
-from sparsekd.trainer.teacher.verify import _runnable
+from sparsekd.trainer.teacher.verify import runnable
 
 CPU = torch.device("cpu")
 
@@ -35,9 +35,9 @@ def test_a_store_of_a_gpu_is_verified_without_one(
 ) -> None:
     captured = TeacherConfig(impl="triton", chunk_positions=37)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert _runnable(captured, CPU, 50257) == captured and not capsys.readouterr().out
+    assert runnable(captured, CPU, 50257) == captured and not capsys.readouterr().out
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert _runnable(captured, CPU, 50257) == TeacherConfig(impl="torch", chunk_positions=37)
+    assert runnable(captured, CPU, 50257) == TeacherConfig(impl="torch", chunk_positions=37)
     assert "captured with impl triton, verified with impl torch on cpu" in capsys.readouterr().out
 
 
