@@ -72,12 +72,13 @@ def test_records_are_what_the_model_says_of_each_document_alone(
     teacher = make_teacher(tmp_path / "teacher", kind)
     grid = [1.0, 2.0, 4.0]
     changes = {"store__k": k, "store__n": n, "store__draw_temperature": draw_temperature, "store__seed": 11}
+    changes["store__tail_logprobs"] = n > 0
     changes["store__codec"] = "exact"  # what the pass gives, without the rounding of a codec
     changes["teacher__attention"] = "eager" if kind == "gemma2" else "sdpa"  # Gemma 2 has no other
     capture(config_for(tokens, teacher, tmp_path / "store", **changes))
     source, store = open_store(tokens), open_store(tmp_path / "store")
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64, attn_implementation="eager")
-    planes = ("head_logprobs", "log_rest", "rest_entropy", "true_logprob", "entropy")
+    planes = ("head_logprobs", "log_rest", "rest_entropy", "true_logprob", "entropy", "tail_logprobs")
     found: dict[str, list[np.ndarray]] = {name: [] for name in planes}
     expected: dict[str, list[np.ndarray]] = {name: [] for name in planes}
     drawn_equal = drawn_all = segments = 0
@@ -118,6 +119,11 @@ def test_records_are_what_the_model_says_of_each_document_alone(
                 if document >= 0:
                     truth[:-1] = logprobs[np.arange(len(ids) - 1), ids[1:]]
                 values["true_logprob"] = truth
+                drawn = record.tail_ids[span]
+                if n:
+                    there = np.take_along_axis(logprobs, np.maximum(drawn, 0).astype(np.int64), axis=1)
+                    found["tail_logprobs"].append(record.tail_logprobs[span][drawn >= 0].astype(np.float64))
+                    expected["tail_logprobs"].append(there[drawn >= 0])
                 for name, value in values.items():
                     found[name].append(getattr(record, name)[span].astype(np.float64).ravel())
                     expected[name].append(value.ravel())
@@ -136,7 +142,7 @@ def test_records_are_what_the_model_says_of_each_document_alone(
                         and np.array_equal(record.tail_counts[span][place][used], counts)
                     )
     assert segments > store.rows("train") + store.rows("heldout")  # rows do hold several documents
-    for name in planes:
+    for name in planes[: len(planes) - (n == 0)]:
         left, right = np.concatenate(found[name]), np.concatenate(expected[name])
         assert len(left) == len(right)
         if len(left):
