@@ -10,11 +10,13 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
 
-from sparsekd.trainer.config import TrackingConfig
+from sparsekd.trainer.config import Config, TrackingConfig
+from sparsekd.trainer.distributed import Ranks
 from sparsekd.trainer.errors import writing
 
 METRICS_NAME = "metrics.jsonl"
@@ -116,6 +118,40 @@ class Tracker:
         """Makes all lines durable; called before the checkpoint that counts on them."""
         with writing(self._path):
             os.fsync(self._file.fileno())
+
+
+class NoTracker:
+    """What the other ranks log to."""
+
+    def __enter__(self) -> "NoTracker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def log(self, record: object) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+
+def tracker_of(folder: Path, config: Config, step: int, here: Ranks) -> Tracker | NoTracker:
+    """The tracker of a run that goes on from `step`; metrics are written by the first rank alone."""
+    if not here.is_first:
+        return NoTracker()
+    cut_metrics(folder, step=step)
+    return Tracker(
+        folder,
+        name=config.run.name,
+        tracking=config.tracking,
+        settings=asdict(config),
+        steps=config.train.steps,
+        start_step=step,
+    )
 
 
 def line(record: Record, *, steps: int, seconds_left: float | None) -> str:

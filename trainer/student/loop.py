@@ -4,7 +4,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import deepspeed
@@ -27,18 +27,14 @@ from sparsekd.trainer.student.batches import (
 )
 from sparsekd.trainer.student.checkpoint import Commit
 from sparsekd.trainer.student.data_plan import heldout_rows, micro_batches, mixed_seed, step_rows
-from sparsekd.trainer.student.engine import (
-    backward,
-    local_gradient_norm,
-    set_learning_rate,
-)
+from sparsekd.trainer.student.engine import backward, local_gradient_norm, set_learning_rate
 from sparsekd.trainer.student.evaluation import heldout_sums
 from sparsekd.trainer.student.run_folder import CHECKPOINTS_NAME, adopt, failures_recorded, write_done
 from sparsekd.trainer.student.schedule import learning_rate
 from sparsekd.trainer.student.setup import Plan, announce, build, load_start, make_plan, resolve_start
 from sparsekd.trainer.student.skipping import RowsOrNothing
 from sparsekd.trainer.student.sums import all_reduced, no_sums, sums_of
-from sparsekd.trainer.tracking import Tracker, cut_metrics
+from sparsekd.trainer.tracking import NoTracker, Tracker, tracker_of
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -107,7 +103,7 @@ def _train(
     read_heldout = functools.partial(_batch_of, functools.partial(plan.store.read_row, "heldout"), plan, here)
     heldout = heldout_rows(wanted=train.evaluate_rows, rows=plan.store.rows("heldout"))
     with (
-        together(here, lambda: _tracker(folder, config, begin.step, here)) as tracker,
+        together(here, lambda: tracker_of(folder, config, begin.step, here)) as tracker,
         ReadAhead(_steps_ahead(plan, config, begin, state.rows, here), depth=train.prefetch_steps) as ahead,
     ):
         state.began = time.perf_counter()
@@ -192,7 +188,7 @@ def _step(
 
 
 def _log_step(
-    tracker: "Tracker | _NoTracker",
+    tracker: Tracker | NoTracker,
     ahead: ReadAhead[list[MicroBatch]],
     state: _State,
     rate: float,
@@ -242,7 +238,7 @@ def _stop_on_bad_numbers(state: _State, plan: Plan, here: Ranks) -> None:
 
 def _save(
     engine: deepspeed.DeepSpeedEngine,
-    tracker: "Tracker | _NoTracker",
+    tracker: Tracker | NoTracker,
     state: _State,
     config: Config,
     plan: Plan,
@@ -273,7 +269,7 @@ def _save(
     tracker.say(f"checkpoint {path} ({time.perf_counter() - began:.1f} s)")
 
 
-def _tell_left_out(tracker: "Tracker | _NoTracker", state: _State, here: Ranks) -> None:
+def _tell_left_out(tracker: Tracker | NoTracker, state: _State, here: Ranks) -> None:
     """Logs, once each, the damaged rows that were left out since the last look."""
     for row, reason in state.rows.newly_left_out(state.step, here):
         record: dict[str, str | int] = {"kind": "skipped", "step": state.step, "tokens": state.tokens}
@@ -294,39 +290,6 @@ def _steps_ahead(
 def _batch_of(read: Callable[[int], Row], plan: Plan, here: Ranks, rows: Sequence[int]) -> MicroBatch:
     batch = micro_batch([read(row) for row in rows], rest=plan.rest)
     return pinned(batch) if here.device.type == "cuda" else batch
-
-
-class _NoTracker:
-    """What the other ranks log to."""
-
-    def __enter__(self) -> "_NoTracker":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def log(self, record: object) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        pass
-
-    def sync(self) -> None:
-        pass
-
-
-def _tracker(folder: Path, config: Config, step: int, here: Ranks) -> "Tracker | _NoTracker":
-    if not here.is_first:
-        return _NoTracker()
-    cut_metrics(folder, step=step)
-    return Tracker(
-        folder,
-        name=config.run.name,
-        tracking=config.tracking,
-        settings=asdict(config),
-        steps=config.train.steps,
-        start_step=step,
-    )
 
 
 def _say(here: Ranks, text: str) -> None:
