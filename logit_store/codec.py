@@ -7,7 +7,7 @@ Shapes: L positions of a row, S segments, k head entries, n draws, G grid temper
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from sparsekd.logit_store.frames import ZSTD_LEVEL, PlaneError, compress_frame, 
 from sparsekd.logit_store.frequency import check_compact, mass_of
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.planes import TOKEN_PLANES, smallest_unsigned
+from sparsekd.logit_store.quantise import without_deep
 from sparsekd.logit_store.ragged import cut_to_mass
 from sparsekd.logit_store.row import Row, TeacherRecord, empty_record
 
@@ -52,6 +53,7 @@ class Codec:
         errors: a decoded record -> for each plane of values, by how much (nats, float32 of the plane's shape)
             an entry may differ from what was written; what was written is `stored_record` of it.
         mass_tolerance: by how much decoded probabilities of a position may sum to more than 1.
+        drops_deep: whether entries far below the first of their position are stored as -inf.
     """
 
     planes: Callable[[Manifest], tuple[str, ...]]
@@ -60,6 +62,7 @@ class Codec:
     check_parameters: Callable[[Mapping[str, Any], Manifest], None]
     errors: Callable[[TeacherRecord, Manifest], dict[str, NDArray[np.float32]]]
     mass_tolerance: float = MASS_TOLERANCE
+    drops_deep: bool = False
 
     def decode(self, planes: Mapping[str, Any], manifest: Manifest, out: TeacherRecord | None = None) -> Row:
         """Returns the row of stored planes.
@@ -85,9 +88,20 @@ def new_record(manifest: Manifest) -> TeacherRecord:
 
 
 def stored_record(record: TeacherRecord, manifest: Manifest) -> TeacherRecord:
-    """Returns what a store keeps of a record before it rounds: cut short where its codec has a mass."""
+    """Returns what a store keeps of a record before it rounds, as far as its codec leaves entries out.
+
+    Heads end where a codec has a mass; entries too deep for a codec's steps are -inf.
+    """
     mass = mass_of(manifest)
-    return record if mass is None else cut_to_mass(record, manifest.record, mass)
+    if mass is not None:
+        record = cut_to_mass(record, manifest.record, mass)
+    if not CODECS[manifest.codec.name].drops_deep:
+        return record
+    return replace(
+        record,
+        head_logprobs=without_deep(record.head_logprobs),
+        tail_logprobs=without_deep(record.tail_logprobs),
+    )
 
 
 def codec_of(manifest: Manifest) -> Codec:
@@ -123,6 +137,7 @@ CODECS = {
         decode_into=codec_tkq8.decode,
         check_parameters=_no_parameters,
         errors=codec_tkq8.errors,
+        drops_deep=True,
     ),
     "plain": Codec(
         planes=codec_exact.record_planes,
@@ -130,6 +145,7 @@ CODECS = {
         decode_into=codec_plain.decode,
         check_parameters=_no_parameters,
         errors=codec_tkq8.errors,
+        drops_deep=True,
     ),
     "compact": Codec(
         planes=codec_exact.record_planes,
@@ -137,6 +153,7 @@ CODECS = {
         decode_into=codec_tkq8.decode,
         check_parameters=check_compact,
         errors=codec_tkq8.errors,
+        drops_deep=True,
     ),
     "fp16": Codec(
         planes=codec_exact.record_planes,

@@ -4,7 +4,7 @@ A row stays whole, whatever is chosen: its tokens are the context of its records
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -30,11 +30,20 @@ KEY_BYTES = 8
 """Of a row's key: two of a billion different rows collide with probability 0.03, and then they are
 compared."""
 
+SEED_BYTES = 8
+"""Of the seed that a row's key depends on."""
+
+LARGEST_NUMBER = 2**63 - 2
+"""Of a row or document: one past it still is an int64."""
+
+Numbers = Sequence[int | range]
+"""Numbers and ranges of them, which need not fit in memory."""
+
 
 def row_key(row: Row, seed: int = 0) -> int:
     """Returns a number from 0 to 2^64 - 1 that depends on the row's token ids and the seed alone."""
     tokens = row.token_ids.astype("<i4").tobytes()
-    digest = hashlib.blake2b(tokens, digest_size=KEY_BYTES, key=seed.to_bytes(8, "little")).digest()
+    digest = hashlib.blake2b(tokens, digest_size=KEY_BYTES, key=seed.to_bytes(SEED_BYTES, "little")).digest()
     return int.from_bytes(digest, "little")
 
 
@@ -43,8 +52,8 @@ def subset_store(
     target: StorePath,
     *,
     split: str | None = None,
-    rows: Sequence[int] | None = None,
-    documents: Sequence[int] | None = None,
+    rows: Numbers | None = None,
+    documents: Numbers | None = None,
     fraction: float | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
@@ -63,7 +72,7 @@ def subset_store(
             outside of them.
         fraction: expected share of the rows, above 0 and at most 1; a row is taken when its key, which
             depends on its token ids and the seed, is below it. So a row's lot does not depend on its place.
-        seed: of the fraction.
+        seed: of the fraction, from 0 to 2^64 - 1.
         progress: told of rows that were looked at, and after each shard.
 
     Raises:
@@ -77,11 +86,15 @@ def subset_store(
     splits = [split] if split is not None else [name for name in store.manifest.splits if store.rows(name)]
     if fraction is not None and not 0 < fraction <= 1:
         raise StoreError(f"fraction is {fraction}, expected a number above 0 and at most 1.")
-    wanted = None if documents is None else np.unique(np.asarray(documents, np.int64))
+    if not 0 <= seed < 2 ** (8 * SEED_BYTES):
+        raise StoreError(f"seed is {seed}, expected a whole number from 0 to 2^64 - 1.")
+    wanted = None if documents is None else _spans(documents, "documents")
     chosen: dict[str, NDArray[np.int64]]
     if rows is not None:
-        chosen = {_only(splits, store): _row_numbers(store, _only(splits, store), rows)}
-        step: dict[str, object] = {"row_numbers": _ranges(chosen[splits[0]])}
+        only, spans = _only(splits, store), _spans(rows, "rows")
+        _check_rows(store, only, spans)
+        chosen = {only: np.concatenate([np.arange(start, end) for start, end in spans])}
+        step: dict[str, object] = {"row_numbers": spans.tolist()}
     elif fraction is None and wanted is None:
         if split is None:
             raise StoreError(f"subset of {source} needs a choice: a split, rows, documents or a fraction.")
@@ -91,11 +104,11 @@ def subset_store(
 
         def is_taken(row: Row) -> bool:
             if wanted is not None:
-                return bool(np.isin(row.segment_documents, wanted).any())
+                return bool(_within(row.segment_documents, wanted).any())
             return row_key(row, seed) < limit
 
         chosen = _search(store, splits, is_taken, progress)
-        step = {"fraction": fraction, "seed": seed} if wanted is None else {"documents": _ranges(wanted)}
+        step = {"fraction": fraction, "seed": seed} if wanted is None else {"documents": wanted.tolist()}
     if not sum(map(len, chosen.values())):
         raise StoreError(f"No row of {source} is chosen: choose others; nothing was written.")
 
@@ -272,21 +285,46 @@ def _only(splits: Sequence[str], store: LogitStore) -> str:
     return splits[0]
 
 
-def _row_numbers(store: LogitStore, split: str, rows: Sequence[int]) -> NDArray[np.int64]:
-    numbers = np.unique(np.asarray(rows, np.int64))
-    bad = numbers[(numbers < 0) | (numbers >= store.rows(split))]
-    if bad.size:
-        raise StoreError(f"{store.path}, split {split} has no row {bad[0]}: it has {store.rows(split)} rows.")
-    return numbers
+def _check_rows(store: LogitStore, split: str, spans: NDArray[np.int64]) -> None:
+    count, (start, end) = store.rows(split), spans[-1].tolist()
+    if end > count:
+        raise StoreError(f"{store.path}, split {split} has no row {max(start, count)}: it has {count} rows.")
 
 
 def _masked(row: Row, documents: NDArray[np.int64]) -> Row:
-    return replace(row, loss_mask=row.loss_mask & np.isin(document_of_position(row), documents))
+    return replace(row, loss_mask=row.loss_mask & _within(document_of_position(row), documents))
 
 
-def _ranges(numbers: NDArray[np.int64]) -> list[list[int]]:
-    """Returns ascending numbers as [first, one past the last] pairs."""
-    breaks = np.flatnonzero(np.diff(numbers) != 1)
-    starts = numbers[np.append(0, breaks + 1)]
-    ends = numbers[np.append(breaks, len(numbers) - 1)]
-    return [[int(start), int(end) + 1] for start, end in zip(starts, ends, strict=True)]
+def _spans(numbers: Numbers, name: str) -> NDArray[np.int64]:
+    """Returns numbers as ascending [first, one past the last] pairs, int64 [N, 2], with gaps between them.
+
+    Raises:
+        StoreError: there is none, or one that no row or document can have.
+    """
+    pairs: list[list[int]] = []
+    for start, end in sorted(_pairs(numbers)):
+        if start < 0 or end - 1 > LARGEST_NUMBER:
+            bad = start if start < 0 else end - 1
+            raise StoreError(f"{name} holds {bad}, expected numbers from 0 to {LARGEST_NUMBER}.")
+        if pairs and start <= pairs[-1][1]:
+            pairs[-1][1] = max(pairs[-1][1], end)
+        else:
+            pairs.append([start, end])
+    if not pairs:
+        raise StoreError(f"{name} is empty: name at least one number, or leave {name} away.")
+    return np.asarray(pairs, np.int64)
+
+
+def _pairs(numbers: Numbers) -> Iterator[tuple[int, int]]:
+    for item in [numbers] if isinstance(numbers, range) else numbers:
+        if isinstance(item, range) and item.step == 1:
+            if item.start < item.stop:
+                yield item.start, item.stop
+        else:
+            yield from ((int(one), int(one) + 1) for one in (item if isinstance(item, range) else [item]))
+
+
+def _within(numbers: NDArray[np.int64], spans: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Returns which numbers [M] are in one of the spans [N, 2]."""
+    place = np.searchsorted(spans[:, 0], numbers, side="right") - 1
+    return (place >= 0) & (numbers < spans[place, 1])

@@ -25,12 +25,20 @@ from sparsekd.logit_store.derive import Progress, no_progress
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.inspect import evenly, section, table
 from sparsekd.logit_store.paths import StorePath
+from sparsekd.logit_store.quantise import without_deep
+from sparsekd.logit_store.ragged import log_sum_exp
 from sparsekd.logit_store.reader import LogitStore, open_store
-from sparsekd.logit_store.reencode import log_sum_exp
 from sparsekd.logit_store.row import Row, TeacherRecord
 from sparsekd.logit_store.spread import Spread
 
 PERCENTILES = (50.0, 99.0, 99.9)
+
+REST_CAVEATS = {
+    "exact": "",
+    "derived": "its rest is 1 - the head's sum, not measured: a divergence is as good as that, at T = 1 only",
+    "unknown": "its rest is unknown, its head sums to 1: a divergence tells little, and may be inf",
+}
+"""What people must know of a divergence from or to records that a capture of sparsekd did not make."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +106,20 @@ class Comparison:
                 facts.append(f"largest at T = {item.temperature:<4g}{split}, row {row}, position {position}")
         note = "over the ids that both heads hold and one outcome for all others: a lower bound"
         names = [_name("first", self.first), _name("second", self.second)]
+        caveats = [
+            f"{which:<7} {caveat}"
+            for which, store in (("first", self.first), ("second", self.second))
+            if (caveat := REST_CAVEATS[store.manifest.record.rest])
+        ]
         return "\n".join(
-            [*names, "", section("How far they are apart", [*table(header, lines), note]), "", *facts]
+            [
+                *names,
+                *caveats,
+                "",
+                section("How far they are apart", [*table(header, lines), note]),
+                "",
+                *facts,
+            ]
         )
 
 
@@ -214,7 +234,8 @@ def divided(
         temperature: T.
         column: of T in the record's grid.
     """
-    head = record.head_logprobs[counted].astype(np.float64) / temperature
+    # Without what some codecs store as -inf: where one store has it and the other has not, both count as 0.
+    head = without_deep(record.head_logprobs[counted]).astype(np.float64) / temperature
     rest = record.log_rest[counted, column].astype(np.float64)[:, None]
     whole = log_sum_exp(np.concatenate([head, rest], axis=1))[:, None]
     alone = shared < 0

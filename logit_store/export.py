@@ -1,20 +1,7 @@
 """A store as plain Parquet, one line per position, for pandas, polars and DuckDB.
 
 Nothing here reads it back: the store stays the source. Lists hold what is used alone; a value that does not
-exist (the token after a document's last, and its log-probability) is null.
-
-| column | type | content |
-| --- | --- | --- |
-| `row`, `position` | int64, int32 | place in the split |
-| `document` | int64 | number of the document; -1 is padding |
-| `token_id`, `next_token_id` | int32 | the token at the position, and the one its record speaks of |
-| `text` | string | the token, where texts are asked for |
-| `loss_mask` | bool | whether the loss counts the next token |
-| `head_ids`, `head_logprobs` | list of int32, float | by descending log-probability |
-| `tail_ids`, `tail_counts` | list of int32 | the distinct draws |
-| `tail_logprobs` | list of float | of the draws, where the store keeps them |
-| `log_rest_T` | float | one column for each temperature, such as `log_rest_1`, `log_rest_0_5` |
-| `rest_entropy`, `true_logprob`, `entropy` | float | as in the store |
+exist (the token after a document's last, and its log-probability) is null. docs/store.md has the columns.
 """
 
 from collections.abc import Callable

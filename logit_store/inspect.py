@@ -273,6 +273,7 @@ def _examples(store: LogitStore, samples: dict[str, dict[int, Row]], positions: 
     if not counted:
         return ""
     lines: list[str] = []
+    positions = min(positions, sum(len(places) for *_, places in counted))
     for number in range(positions):
         split, index, row, places = counted[number * len(counted) // positions]
         # Spread over the rows as well, at a place that is not always the same.
@@ -296,7 +297,7 @@ def _example(
     temperatures = store.manifest.record.temperatures
     lines.append(f"    true   {np.exp(record.true_logprob[place]):6.1%}  {spell([true])}")
     ids, values = record.head_ids[place], np.exp(record.head_logprobs[place])
-    for rank in range(min(CANDIDATES_SHOWN, len(ids))):
+    for rank in range(min(CANDIDATES_SHOWN, int((ids != NO_ID).sum()))):  # a head may be cut short
         name = "head" if rank == 0 else ""
         mark = "  <- true" if ids[rank] == true else ""
         lines.append(f"    {name:<6} {values[rank]:6.1%}  {spell([int(ids[rank])])}{mark}")

@@ -16,6 +16,9 @@ from sparsekd.logit_store.errors import StoreError
 
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
+_CREDENTIALS = re.compile(r"(?<=://)(?:[^/@]*:[^/@]*@|[^/@:]*:(?!\d+/)[^@]*@)")
+"""What precedes a host or bucket as `KEY:SECRET@`; also where the secret holds a slash, which is refused."""
+
 OBJECT_STORES = ("s3", "gcs", "abfs")
 """pyarrow's names of file systems where a file appears whole when its upload is completed, or not at all."""
 
@@ -38,7 +41,8 @@ class RemotePath:
         return RemotePath(self.file_system, self.root, f"{self.key}/{name}")
 
     def __str__(self) -> str:
-        # Without what followed a question mark: there may be keys in it, and this goes into messages.
+        # Without what followed a question mark or preceded an @: there may be keys in it, and this goes into
+        # messages.
         return f"{self.root}{self.key}"
 
     def __repr__(self) -> str:
@@ -91,8 +95,9 @@ def store_path(text: str | StorePath) -> StorePath:
     `s3://bucket/folder` is one on S3 or a server that speaks its language, `gs://` and `hdfs://` likewise by
     pyarrow, other addresses by fsspec where it is installed. Credentials and endpoint come from where the
     file system's own tools take them (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, ...), or follow a question
-    mark as pyarrow has it: `s3://bucket/folder?region=eu-west-1`. `file://` and everything without an address
-    is a local path.
+    mark as pyarrow has it: `s3://bucket/folder?region=eu-west-1`. Those that precede the bucket, as in
+    `s3://KEY:SECRET@bucket/folder`, work, and are not part of what is shown. `file://` and everything without
+    an address is a local path.
 
     Raises:
         StoreError: there is no such file system, or it cannot be reached.
@@ -105,28 +110,32 @@ def store_path(text: str | StorePath) -> StorePath:
     scheme = match[1].lower()
     if scheme == "file":
         return Path(text[len("file://") :])
-    shown = text.partition("?")[0]
+    address = text.partition("?")[0]
+    shown = _CREDENTIALS.sub("", address, count=1)
     try:
         file_system, key = FileSystem.from_uri(text)
     except (ArrowException, ValueError, OSError) as error:
         if "nrecognized filesystem type" not in str(error):
-            raise StoreError(f"{shown} cannot be opened: {_first_line(error)}.") from error
-        file_system, key = _by_fsspec(shown, scheme)
+            # Not from the error: what --traceback shows of it holds the address as it was given.
+            reason = _first_line(error).replace(text, shown)
+            raise StoreError(f"{shown} cannot be opened: {reason}.") from None
+        file_system, key = _by_fsspec(address, shown, scheme)
     key = key.rstrip("/")
     root = shown.rstrip("/").removesuffix(key)
     return RemotePath(file_system, root if root != shown.rstrip("/") else f"{scheme}://", key)
 
 
-def _by_fsspec(shown: str, scheme: str) -> tuple[FileSystem, str]:
+def _by_fsspec(address: str, shown: str, scheme: str) -> tuple[FileSystem, str]:
     try:
         # An optional library, so not imported at the top of a module.
         fsspec: Any = importlib.import_module("fsspec")
-        found, key = fsspec.core.url_to_fs(shown)
+        found, key = fsspec.core.url_to_fs(address)
     except (ImportError, ValueError) as error:
         raise StoreError(
-            f"{shown}: neither pyarrow nor fsspec opens {scheme}:// addresses here ({_first_line(error)}); "
-            "use a local path or s3://, or install fsspec's library for it."
-        ) from error
+            f"{shown}: neither pyarrow nor fsspec opens {scheme}:// addresses here "
+            f"({_first_line(error).replace(address, shown)}); use a local path or s3://, or install fsspec's "
+            "library for it."
+        ) from None
     return PyFileSystem(FSSpecHandler(found)), key.strip("/")
 
 

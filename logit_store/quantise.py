@@ -30,8 +30,8 @@ _SIGN, _MAGNITUDE, _INFINITE_BITS = np.uint16(0x8000), np.uint16(0x7FFF), 0x7C00
 """Of the bits of a half: its sign, all others, and what they are for an infinity (more for NaN)."""
 
 DEEPEST = np.float32(128)
-"""Entries more nats below the first of their position are stored as so many below it: e^-128 is 0
-in float32, and a masked logit of -1e9 would leave no code for the others."""
+"""Entries more nats below the first of their position are stored as -inf: e^-128 is 0 in float32, and a
+masked logit of -1e9 would leave no code for the others."""
 
 LEAST_SPAN = 1 / 64
 """Smallest span as a share of |top|: below 1 / 126 two codes could decode to the same float32."""
@@ -79,11 +79,11 @@ def encode_range(
     highest = values[:, 0] if descending else values.max(axis=1)
     lowest = values[:, -1] if descending else values.min(axis=1)
     infinite = None
-    if (np.isneginf(lowest) | (lowest < highest - DEEPEST)).any():
-        infinite = np.isneginf(values)
+    if (np.isneginf(lowest) | too_deep(lowest, highest)).any():
         highest = np.where(np.isneginf(highest), np.float32(0), highest)
+        infinite = np.isneginf(values) | too_deep(values, highest[:, None])
         # An entry of -inf takes no part in the range; its code is set at the end.
-        values = np.where(infinite, highest[:, None], np.maximum(values, highest[:, None] - DEEPEST))
+        values = np.where(infinite, highest[:, None], values)
         lowest = values.min(axis=1)
     # Many passes over one buffer, so that a block of positions stays in the processor's cache.
     buffer = np.subtract(values, highest[:, None])
@@ -103,6 +103,20 @@ def encode_range(
     with np.errstate(divide="ignore", invalid="ignore"):
         top = np.where(true_sum > 0, highest + np.log(true_sum / decoded_sum), -np.inf)
     return half_below(np.minimum(top, 0).astype(np.float32)), span, codes
+
+
+def too_deep(values: NDArray[np.float32], highest: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Returns where values are so far below the highest of their position that they are stored as -inf.
+
+    With some slack, so that an entry which was decoded at the end of its range is not too deep.
+    """
+    return values < highest - DEEPEST * np.float32(1 + SLACK)
+
+
+def without_deep(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns values [N, E] with -inf for those that `encode_range` stores as it."""
+    highest = values.max(axis=1, keepdims=True, initial=-np.inf)
+    return np.where(too_deep(values, highest), np.float32(-np.inf), values)
 
 
 def _step_of(span: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -144,7 +158,8 @@ def range_error(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Returns float32 [N, E]: by how much decoded values may differ from those that were encoded.
 
     Half a step at the entry's depth, the half steps of the whole range for the common shift of `top`, and the
-    rounding of `top` (at most one half, downward) and `span`.
+    rounding of `top` (at most one half, downward) and `span`. No bound for -inf, which may have been anything
+    too deep, of a probability below e^-128; but 0 in a position of -inf alone, which was just that.
     """
     with np.errstate(invalid="ignore"):
         highest = values.max(axis=1, keepdims=True, initial=-np.inf)
@@ -158,8 +173,8 @@ def range_error(values: NDArray[np.float32]) -> NDArray[np.float32]:
         )
         rounding = 2 * HALF_ROUNDING * np.abs(highest) + HALF_SMALLEST + 2e-6 * (1 + np.abs(values))
         error = half_step + 1.2 * shift + rounding
-        error = np.where(depth >= DEEPEST - 1, np.inf, error)  # it may have been anywhere below
-    return np.where(np.isneginf(values), 0, error).astype(np.float32)
+        unknown = np.where(np.isneginf(highest), 0, np.inf)
+    return np.where(np.isneginf(values), unknown, error).astype(np.float32)
 
 
 def running_sums(steps: NDArray[np.uint8], entries: int) -> NDArray[np.uint8]:

@@ -205,21 +205,28 @@ class LogitStore:
         place = shard_file(self.path, split, shard)
         where = row_place(self.path, split, index, self.manifest.rows_per_shard)
         message: bytes | memoryview = b""
+        failure: OSError | None = None
         # Once more: a network or a cable may have failed, not the disk.
         for _ in range(2):
             try:
-                message = self._access.read(place, offset, length)
+                message, failure = self._access.read(place, offset, length), None
             except FileNotFoundError:
                 raise DamagedStoreError(f"{place} is missing: {REMEDY}.") from None
-            except OSError:
-                message = b""
+            except OSError as error:
+                message, failure = b"", error
             if zlib.crc32(message) == crc32 and len(message) == length:
                 return message
             self._access.forget(place, offset)
+        if failure is not None:
+            reason = failure.strerror or str(failure).strip().partition("\n")[0].rstrip(".")
+            raise DamagedStoreError(
+                f"{where}: bytes {offset} to {offset + length - 1} of {place.name} cannot be read "
+                f"({reason or 'no reason was given'}): see to the disk or the connection, then {REMEDY}."
+            ) from failure
         if len(message) < length:
             raise DamagedStoreError(
                 f"{where}: {place.name} has {size_of(place)} bytes, expected {offset + length} or more: "
-                f"the file is cut off or cannot be read; {REMEDY}."
+                f"the file is cut off; {REMEDY}."
             )
         damage = find_damage(bytes(message), self._schema, offset, index)
         raise DamagedStoreError(f"{where}: stored bytes differ from their checksum in {damage}; {REMEDY}.")
@@ -233,8 +240,8 @@ class LogitStore:
         Args:
             split: name of the row space.
             index: number of the row in it.
-            out: arrays that the record is written to (see `codec.new_record`); None makes new ones, whose
-                fresh memory costs a third of the time of a read.
+            out: arrays that the record is written to (see `codec.new_record`), so that many reads take the
+                memory of one; None makes new ones.
 
         Raises:
             DamagedStoreError: the bytes are not those that were written.

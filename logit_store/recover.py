@@ -10,6 +10,8 @@ import itertools
 import os
 import time
 import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +38,7 @@ from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.shard import (
     REMEDY,
     CommitRecord,
+    RowCounts,
     commit_file,
     commit_to_content,
     count_rows,
@@ -54,6 +57,9 @@ QUARANTINE_NAME = "quarantine"
 LOOKS = 3
 SECONDS_BETWEEN_LOOKS = 0.5
 """At a remote file that seems unsound, before it is put in quarantine."""
+
+RowsOf = Callable[[str, int], Sequence[Row]]
+"""Gives the rows of (split, shard), of which only the text counts; none where the plan has no such shard."""
 
 
 def quarantine(path: StorePath, file: StorePath, split: str) -> StorePath:
@@ -75,14 +81,55 @@ def in_quarantine(path: StorePath) -> list[str]:
     return [f"{QUARANTINE_NAME}/{name}" for name in files_below(path / QUARANTINE_NAME)]
 
 
-def record_of_file(path: StorePath, manifest: Manifest, split: str, shard: int) -> CommitRecord:
+def keep_copy(path: StorePath, file: StorePath) -> StorePath:
+    """Copies a file that is about to be replaced to `quarantine`, over nothing; returns the copy's place.
+
+    A copy that is there already is not made again.
+    """
+    folder = path / QUARANTINE_NAME
+    make_folder(folder)
+    with explained(file):
+        data = file.read_bytes()
+    for number in itertools.count():
+        target = folder / (f"{file.name}.{number}" if number else file.name)
+        try:
+            publish_bytes(target, data)
+        except NameTakenError:
+            continue
+        return target
+    raise AssertionError("unreachable")
+
+
+def sum_of_counts(counts: Sequence[RowCounts]) -> RowCounts:
+    """Returns the counts over all rows, from those of each."""
+    return RowCounts(*(sum(column) for column in zip(*map(astuple, counts), strict=True)))
+
+
+def is_same_text(left: Row, right: Row) -> bool:
+    """Returns whether two rows are of the same tokens, losses and documents, whatever a teacher said."""
+    return all(
+        np.array_equal(getattr(left, name), getattr(right, name))
+        for name in ("token_ids", "loss_mask", "segment_starts", "segment_documents")
+    )
+
+
+def record_of_file(
+    path: StorePath, manifest: Manifest, split: str, shard: int, text: Sequence[Row] | None = None
+) -> CommitRecord:
     """Returns the commit record of a shard's file, made from the file alone.
 
     Every row is checked as a reader checks it, and the file must be, to the byte, what Arrow writes of these
     rows: header, batches, footer.
 
+    Args:
+        path: of the store.
+        manifest: of that store.
+        split: name of the row space.
+        shard: number of the shard in it.
+        text: the rows that it must be about, whatever their teacher; None takes any.
+
     Raises:
-        DamagedStoreError: it is not, or the file is another shard's or another store's.
+        DamagedStoreError: it is not, or the file is another shard's or another store's, or of another text.
         StoreError: it cannot be read, or a row breaks a rule.
     """
     place = shard_file(path, split, shard)
@@ -94,7 +141,8 @@ def record_of_file(path: StorePath, manifest: Manifest, split: str, shard: int) 
         raise DamagedStoreError(f"{place} does not begin as this shard of this store must: {REMEDY}.")
     schema, full_schema = row_schema(manifest), shard_schema(manifest, split, shard)
     first = shard * manifest.rows_per_shard
-    rows: list[Row] = []
+    # Numbers alone are kept: all decoded rows of a shard are many times its file.
+    counts: list[RowCounts] = []
     batches: list[tuple[int, int, int]] = []
     plane_bytes = dict.fromkeys(schema.names[2:], 0)
     # Written again to nowhere, to know where each batch lies and that nothing else is in the file.
@@ -113,7 +161,10 @@ def record_of_file(path: StorePath, manifest: Manifest, split: str, shard: int) 
                 batch.validate(full=True)
                 message = batch.serialize().to_pybytes()
                 where = row_place(path, split, first + index, manifest.rows_per_shard)
-                rows.append(decode_row(message, manifest, schema, first + index, where))
+                row = decode_row(message, manifest, schema, first + index, where)
+                if text is not None and not (index < len(text) and is_same_text(row, text[index])):
+                    raise DamagedStoreError(f"{where} holds another text than is written here: {REMEDY}.")
+                counts.append(count_rows([row]))
                 _, _, found = read_batch(message, schema)
                 planes = {name: stored.to_pybytes() for name, stored in found.items()}
                 # From the planes alone, so that not a byte around them is taken over; with their checksums,
@@ -127,8 +178,10 @@ def record_of_file(path: StorePath, manifest: Manifest, split: str, shard: int) 
         except (pa.ArrowException, OSError, EOFError, ValueError, IndexError, AttributeError) as error:
             raise DamagedStoreError(f"{place} cannot be read as an Arrow file: {REMEDY}.") from error
         writer.close()
-    if again.hexdigest() != digest or not 1 <= len(rows) <= manifest.rows_per_shard:
-        raise DamagedStoreError(f"{place} is not the file that its {len(rows)} rows make: {REMEDY}.")
+    if again.hexdigest() != digest or not 1 <= len(counts) <= manifest.rows_per_shard:
+        raise DamagedStoreError(f"{place} is not the file that its {len(counts)} rows make: {REMEDY}.")
+    if text is not None and len(counts) != len(text):
+        raise DamagedStoreError(f"{place} has {len(counts)} rows, expected {len(text)}: {REMEDY}.")
     offsets, lengths, crc32s = zip(*batches, strict=True)
     return CommitRecord(
         split=split,
@@ -139,15 +192,24 @@ def record_of_file(path: StorePath, manifest: Manifest, split: str, shard: int) 
         offsets=np.array(offsets, np.int64),
         lengths=np.array(lengths, np.int64),
         crc32=np.array(crc32s, np.uint32),
-        counts=count_rows(rows),
+        counts=sum_of_counts(counts),
         plane_bytes=plane_bytes,
     )
 
 
-def adopt_shard(path: StorePath, manifest: Manifest, split: str, shard: int) -> bool:
+def adopt_shard(
+    path: StorePath, manifest: Manifest, split: str, shard: int, text: Sequence[Row] | None = None
+) -> bool:
     """Commits a shard's file that has no commit record, or puts it in quarantine where it is not sound.
 
     May be called while the file's own writer is still alive: both write the same record.
+
+    Args:
+        path: of the store.
+        manifest: of that store.
+        split: name of the row space.
+        shard: number of the shard in it.
+        text: the rows that it must be about, whatever their teacher; None takes any.
 
     Returns:
         Whether the shard is committed now.
@@ -156,7 +218,7 @@ def adopt_shard(path: StorePath, manifest: Manifest, split: str, shard: int) -> 
     # Where uploads replace one another, a file that is read meanwhile is half of each.
     for _ in range(1 if files_of(place).is_exclusive else LOOKS):
         try:
-            record = record_of_file(path, manifest, split, shard)
+            record = record_of_file(path, manifest, split, shard, text)
         except StoreError:
             if exists(commit):
                 return True
@@ -171,8 +233,13 @@ def adopt_shard(path: StorePath, manifest: Manifest, split: str, shard: int) -> 
     return False
 
 
-def adopt_orphans(path: StorePath, manifest: Manifest) -> tuple[int, int]:
+def adopt_orphans(path: StorePath, manifest: Manifest, text_of: RowsOf | None = None) -> tuple[int, int]:
     """Adopts every shard file of an unsealed store that has no commit record.
+
+    Args:
+        path: of the store.
+        manifest: of that store.
+        text_of: gives the rows that a shard must be about; None takes any.
 
     Returns:
         (files adopted, files put in quarantine).
@@ -184,7 +251,9 @@ def adopt_orphans(path: StorePath, manifest: Manifest) -> tuple[int, int]:
             stem, _, ending = name.partition(".")
             if ending != "arrow" or not stem.isdecimal() or f"{stem}.json" in names:
                 continue
-            if adopt_shard(path, manifest, split, int(stem)):
+            # Asked for outside of the check: what is wrong with the text says nothing about the shard.
+            text = None if text_of is None else text_of(split, int(stem))
+            if adopt_shard(path, manifest, split, int(stem), text):
                 adopted += 1
             else:
                 refused += 1

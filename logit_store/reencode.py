@@ -1,12 +1,7 @@
 """The same records in another codec, or with a smaller head: neither needs the teacher.
 
-A head entry that is dropped joins the rest, and what is stored about the rest gains it exactly. With l its
-log-probability at temperature 1, D the dropped entries, R and H the old rest's mass and entropy:
-
-    R'_T = R_T + sum_D exp(l / T)                                           for each T of the grid
-    H'   = log R'_1 - (sum_D exp(l) l + R_1 (log R_1 - H)) / R'_1
-
-the second because sum over a rest of p log p is R_1 (log R_1 - H).
+A head entry that is dropped joins the rest, and what is stored about the rest gains it exactly
+(`ragged.join_rest`).
 
 Shapes: L positions of a row, k head entries, G grid temperatures, D dropped entries.
 """
@@ -22,6 +17,7 @@ from sparsekd.logit_store.frequency import compact_parameters, mass_of
 from sparsekd.logit_store.inspect import evenly
 from sparsekd.logit_store.manifest import CodecSpec, RecordSpec
 from sparsekd.logit_store.paths import StorePath
+from sparsekd.logit_store.ragged import join_rest, log_sum_exp
 from sparsekd.logit_store.reader import LogitStore, open_store
 from sparsekd.logit_store.row import Row, TeacherRecord
 
@@ -62,19 +58,8 @@ def narrowed_record(
             entropy=_entropy(values - shift).astype(np.float32),
             true_logprob=_bounded(record.true_logprob, shift[:, 0]),
         )
-    rest = record.log_rest.astype(np.float64)
-    grown = np.stack(
-        [
-            np.logaddexp(rest[:, column], log_sum_exp(dropped / temperature))
-            for column, temperature in enumerate(spec.temperatures)
-        ],
-        axis=1,
-    )
-    at_one = spec.temperatures.index(1.0)
-    entropy = _joined_entropy(
-        dropped, rest[:, at_one], record.rest_entropy.astype(np.float64), grown[:, at_one]
-    )
-    return replace(narrowed, log_rest=grown.astype(np.float32), rest_entropy=entropy.astype(np.float32))
+    log_rest, rest_entropy = join_rest(record, dropped, spec.temperatures)
+    return replace(narrowed, log_rest=log_rest, rest_entropy=rest_entropy)
 
 
 def reencode_store(
@@ -94,13 +79,15 @@ def reencode_store(
         target: the new store.
         codec: name of the new codec; None keeps codec and parameters.
         mass: of `compact`, where heads end; its table of frequent ids is counted in a sample of the rows.
+            None keeps the mass of heads that were cut short already, and otherwise whole heads.
         k: head entries to keep; None keeps all.
         drop_draws: leave the sampled tail away.
         progress: told after each shard.
 
     Raises:
         StoreError: k is larger than the store's, the draws would belong to another rest, or the grid lacks
-            temperature 1, without which the new rest's entropy is not known.
+            temperature 1, without which the new rest's entropy is not known; or heads were cut short at a
+            smaller mass than is asked for. Nothing was written then.
     """
     store = open_store(source)
     spec = _check(store, k, drop_draws)
@@ -133,31 +120,29 @@ def reencode_store(
     return write_store(target, manifest, store.tokenizer_path, rows, progress)
 
 
-def log_sum_exp(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns log sum exp over the last axis, [..., D] -> [...]; -inf where there is nothing but -inf."""
-    if values.shape[-1] == 0:
-        return np.full(values.shape[:-1], -np.inf)
-    highest = values.max(axis=-1)
-    shift = np.where(np.isneginf(highest), 0.0, highest)
-    with np.errstate(divide="ignore"):
-        return np.log(np.exp(values - shift[..., None]).sum(axis=-1)) + shift
-
-
 def _new_codec(store: LogitStore, codec: str | None, mass: float | None) -> CodecSpec:
     """Returns the codec of the new store."""
     same = store.manifest.codec
     if codec is None and mass is None:
         return same
     name = same.name if codec is None else codec
+    cut_at = mass_of(store.manifest)
     if name != "compact":
         if mass is not None:
             raise StoreError(f"The codec {name} keeps heads whole: give --mass with --codec compact alone.")
-        if mass_of(store.manifest) is not None and store.manifest.record.k:
+        if cut_at is not None:
             raise StoreError(
-                f"{store.path} has heads that were cut short at a mass of {mass_of(store.manifest):g}, "
-                f"which {name} cannot hold: keep its codec, or capture again."
+                f"{store.path} has heads that were cut short at a mass of {cut_at:g}, which {name} cannot "
+                "hold: keep its codec, or capture again."
             )
         return CodecSpec(name, {})
+    if cut_at is not None:
+        mass = cut_at if mass is None else mass
+        if not mass <= cut_at:
+            raise StoreError(
+                f"{store.path} has heads that were cut short at a mass of {cut_at:g}, so they cannot reach "
+                f"{mass:g}: give --mass of at most {cut_at:g}, or capture again."
+            )
     counts = np.zeros(store.manifest.tokenizer.vocabulary_size, np.int64)
     for split in store.manifest.splits:
         for index in evenly(store.rows(split), SAMPLE_ROWS):
@@ -190,21 +175,6 @@ def _check(store: LogitStore, k: int | None, drop_draws: bool) -> RecordSpec:
             "larger rest is not known: keep k, or capture the teacher again."
         )
     return replace(spec, k=new_k, n=new_n, tail_logprobs=spec.tail_logprobs and new_n > 0)
-
-
-def _joined_entropy(
-    dropped: NDArray[np.float64],  # [L, D] log-probabilities
-    log_rest: NDArray[np.float64],  # [L] of the old rest
-    entropy: NDArray[np.float64],  # [L] of the old rest
-    log_joined: NDArray[np.float64],  # [L] of the new rest
-) -> NDArray[np.float64]:
-    """Returns the entropy [L] of old rest and dropped entries together, in nats; 0 where both are empty."""
-    mass = np.exp(log_rest)
-    terms = (np.exp(dropped) * _finite(dropped)).sum(axis=1) + mass * (_finite(log_rest) - entropy)
-    nothing = np.isneginf(log_joined)
-    whole = np.where(nothing, 1.0, np.exp(log_joined))
-    joined = _finite(log_joined) - terms / whole
-    return np.where(nothing, 0.0, np.maximum(joined, 0.0))
 
 
 def _entropy(logprobs: NDArray[np.float64]) -> NDArray[np.float64]:

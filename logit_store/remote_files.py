@@ -10,10 +10,12 @@ Tested against an S3 server and a local file system behind pyarrow's interface; 
 
 import contextlib
 import hashlib
+import os
 import tempfile
 import threading
 import uuid
 from collections import OrderedDict
+from typing import IO
 
 import pyarrow as pa
 from pyarrow.fs import FileSelector, FileType
@@ -90,8 +92,8 @@ class RemoteFiles:
 
     def publish(self, final: RemotePath, produce: Produce, *, replace: bool) -> str:
         file_system.reached("opened", final)
-        # To a local file first: closing an upload completes it, so nothing may fail while one is open but
-        # the upload itself, and that never completes half a file.
+        # To a local file first, so that little can fail while an upload is open: pyarrow cannot abort one,
+        # and closing it, which leaving the block or the process does, completes it with what there is.
         with tempfile.TemporaryFile() as spool:
             file = HashingFile(spool.fileno())
             produce(file)
@@ -113,9 +115,11 @@ class RemoteFiles:
                 if target is not final:
                     target.file_system.move(target.key, final.key)
             except BaseException:
-                if target is not final:
-                    with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):
+                    if target is not final:
                         target.file_system.delete_file(target.key)
+                    else:
+                        self._remove_half(final, spool)
                 raise
         file_system.reached("read back", final)
         return digest
@@ -138,6 +142,23 @@ class RemoteFiles:
                 "version wrote it, or the upload failed; use a new folder, or remove this file if nothing "
                 "refers to it."
             )
+
+    def _remove_half(self, final: RemotePath, spool: IO[bytes]) -> None:
+        """Removes an upload that was completed with the beginning of `spool` alone.
+
+        Whatever else has the name is another writer's, and stays.
+        """
+        self.forget(final)
+        size = self.size(final)
+        if size >= os.fstat(spool.fileno()).st_size:
+            return
+        begin = hashlib.sha256()
+        spool.seek(0)
+        while size and (piece := spool.read(min(size, READ_BYTES))):
+            begin.update(piece)
+            size -= len(piece)
+        if self.sha256(final) == begin.hexdigest():
+            final.file_system.delete_file(final.key)
 
     def _infos(self, folder: RemotePath, *, recursive: bool) -> list[pa.fs.FileInfo]:
         selector = FileSelector(folder.key, recursive=recursive, allow_not_found=True)

@@ -16,7 +16,7 @@ from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.files import HashingFile, exists, publish, publish_bytes, signed_json
 from sparsekd.logit_store.paths import StorePath
 from sparsekd.logit_store.reader import LogitStore, open_store
-from sparsekd.logit_store.recover import quarantine, record_of_file
+from sparsekd.logit_store.recover import keep_copy, quarantine, record_of_file
 from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.shard import (
     CommitRecord,
@@ -25,7 +25,7 @@ from sparsekd.logit_store.shard import (
     shard_file,
     write_rows,
 )
-from sparsekd.logit_store.writer import INDEX_NAME, seal, write_shard
+from sparsekd.logit_store.writer import INDEX_NAME, seal
 
 Recapture = Callable[[str, int], Sequence[Row]]
 """Makes the rows of (split, shard) anew."""
@@ -38,7 +38,7 @@ class RepairResult:
     Attributes:
         digest: of the store now.
         repaired: (split, shard) of each shard that is sound again.
-        quarantined: new places of the files that were replaced.
+        quarantined: places where the files that were replaced are kept.
         resealed: whether the digest is another than before.
     """
 
@@ -53,7 +53,9 @@ def repair_store(
 ) -> RepairResult:
     """Makes damaged shards of a sealed store anew. Killed, the same call goes on.
 
-    A shard whose file is sound gets its commit record back without a recapture.
+    A shard whose file is sound gets its commit record back without a recapture. Until all shards are there
+    the index stays as it was, so that those which came out different are damaged for every reader, and are
+    made again by a call that goes on; then the new index takes its place in one step.
 
     Args:
         path: of the store.
@@ -67,7 +69,7 @@ def repair_store(
     """
     store = open_store(path)
     moved: list[StorePath] = []
-    resealed = False
+    resealed = False  # some shard is not the one in the index any more
     for split, shard in damaged:
         record = _sound_record(store, split, shard)
         if record is not None:
@@ -76,12 +78,15 @@ def repair_store(
             continue
         rows = recapture(split, shard)
         record = _record_of_rows(store, split, shard, rows)
-        if _is_sealed(store, record):
-            _replace(store, record, rows, moved)
-        elif reseal:
-            store, resealed = _reseal(store, split, shard, rows, moved), True
-        else:
+        is_sealed = _is_sealed(store, record)
+        if not (is_sealed or reseal):
             raise StoreError(_difference(store, record, rows))
+        _replace(store, record, rows, moved)
+        resealed = resealed or not is_sealed
+    if resealed:
+        moved.append(keep_copy(path, path / INDEX_NAME))
+        seal(path, {name: store.shards(name) for name in store.manifest.splits}, replace=True)
+        store = open_store(path)
     return RepairResult(
         digest=store.digest,
         repaired=tuple(damaged),
@@ -111,7 +116,7 @@ def _is_sealed(store: LogitStore, record: CommitRecord) -> bool:
 
 
 def _replace(store: LogitStore, record: CommitRecord, rows: Sequence[Row], moved: list[StorePath]) -> None:
-    """Puts the sealed shard back. Between the two steps it is missing, which is as damaged as before."""
+    """Puts a shard in its place. Between the two steps it is missing, which is as damaged as before."""
     path, split, shard = store.path, record.split, record.shard
     final, commit = shard_file(path, split, shard), commit_file(path, split, shard)
     _take_away(store, [commit, final], split, moved)
@@ -121,19 +126,6 @@ def _replace(store: LogitStore, record: CommitRecord, rows: Sequence[Row], moved
 
     publish(final, produce)
     publish_bytes(commit, signed_json(commit_to_content(record)))
-
-
-def _reseal(
-    store: LogitStore, split: str, shard: int, rows: Sequence[Row], moved: list[StorePath]
-) -> LogitStore:
-    """Puts another shard in the place of the sealed one and seals anew. Killed meanwhile, the store is not
-    sealed, and the command that wrote it goes on with it."""
-    path = store.path
-    moved.append(quarantine(path, path / INDEX_NAME, ""))
-    _take_away(store, [commit_file(path, split, shard), shard_file(path, split, shard)], split, moved)
-    write_shard(path, store.manifest, split, shard, rows)
-    seal(path, {name: store.shards(name) for name in store.manifest.splits})
-    return open_store(path)
 
 
 def _take_away(store: LogitStore, files: Sequence[StorePath], split: str, moved: list[StorePath]) -> None:

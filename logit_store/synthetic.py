@@ -23,6 +23,7 @@ from sparsekd.logit_store.manifest import (
     TokenizerIdentity,
     digest_of_files,
 )
+from sparsekd.logit_store.ragged import log_sum_exp
 from sparsekd.logit_store.row import NO_ID, PADDING_DOCUMENT, Row, TeacherRecord, segment_lengths
 from sparsekd.logit_store.writer import create_store, seal, write_shard
 
@@ -221,14 +222,6 @@ def _record(
         "true_logprob": np.where(followed, true, 0).astype(np.float32),
         "entropy": _entropy(at_draw).astype(np.float32),
     }
-
-
-def log_sum_exp(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns log sum exp over the last axis; -inf where there is nothing but -inf."""
-    highest = values.max(axis=-1)
-    shift = np.where(np.isneginf(highest), 0, highest)
-    with np.errstate(divide="ignore"):
-        return np.log(np.exp(values - shift[..., None]).sum(axis=-1)) + shift
 
 
 def _entropy(logprobs: NDArray[np.float64]) -> NDArray[np.float64]:

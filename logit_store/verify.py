@@ -24,10 +24,11 @@ from sparsekd.logit_store.files import (
 from sparsekd.logit_store.manifest import MANIFEST_NAME, Manifest
 from sparsekd.logit_store.paths import StorePath, store_path
 from sparsekd.logit_store.reader import LogitStore, open_store
-from sparsekd.logit_store.recover import QUARANTINE_NAME, in_quarantine
+from sparsekd.logit_store.recover import QUARANTINE_NAME, in_quarantine, sum_of_counts
 from sparsekd.logit_store.row import NO_ID, PADDING_DOCUMENT, Row, document_of_position
 from sparsekd.logit_store.shard import (
     REMEDY,
+    RowCounts,
     count_rows,
     decode_row,
     read_batch,
@@ -205,7 +206,9 @@ class _Alignment:
                 last = np.where(head == NO_ID, 0, values).min(axis=1, initial=0)
                 errors = codec_of(self._manifest).errors(record, self._manifest)
                 of_head = errors["head_logprobs"][here]
-                slack = np.where(in_head, (of_head * is_head).sum(axis=1), of_head.max(axis=1, initial=0))
+                # No bound for an entry that was stored as -inf; it must not reach the others of its position.
+                of_true = np.where(is_head, of_head, 0).sum(axis=1)
+                slack = np.where(in_head, of_true, of_head.max(axis=1, initial=0))
                 slack += errors["true_logprob"][here] + LOGPROB_TOLERANCE
                 wrong = np.where(in_head, np.abs(true - stored), true - last) > slack
                 self.inconsistent += int(wrong.sum())
@@ -303,7 +306,7 @@ def _verify_shard(
         problems.append(str(error))
         return 0, 0
     before = len(problems)
-    sound: list[Row] = []
+    sound: list[RowCounts] = []  # of each row that is; all decoded rows of a shard would fill the memory
     for index in store.shard_rows(split, shard):
         where = row_place(store.path, split, index, manifest.rows_per_shard)
         try:
@@ -312,13 +315,14 @@ def _verify_shard(
             for position, (plane, stored) in enumerate(planes.items()):
                 if zlib.crc32(stored) != crc32[position]:
                     raise DamagedStoreError(f"{where}, plane {plane}: its own checksum differs.")
-            sound.append(decode_row(message, manifest, schema, index, where))
+            row = decode_row(message, manifest, schema, index, where)
         except StoreError as error:
             problems.append(str(error))
             continue
+        sound.append(count_rows([row]))
         if manifest.teacher is not None:
-            alignment.add(sound[-1])
-    if len(sound) == record.rows and count_rows(sound) != record.counts:
+            alignment.add(row)
+    if len(sound) == record.rows and sum_of_counts(sound) != record.counts:
         problems.append(f"{place} holds other numbers of tokens than its commit record says.")
     if digest != record.file_sha256 and len(problems) == before:
         part = "" if right_header else ", in its header"

@@ -4,6 +4,7 @@ A shard exists when its commit record does. Equal rows give equal files, whoever
 two writers of one shard cannot harm each other and a killed run is continued by running it again.
 """
 
+import contextlib
 import random
 import re
 import time
@@ -117,8 +118,9 @@ def write_shard(
     """Writes one shard and commits it, or does nothing when it is committed.
 
     Whatever goes wrong, a half-written file never has a shard's name, and no temporary file stays behind. A
-    file that has the name but no commit record is adopted where it is sound, also where its bytes are others
-    than these rows give, and put in quarantine where it is not (see `recover`).
+    file that has the name but no commit record is adopted where it is sound and of the same text, also where
+    the teacher's bits are others than these rows', and put in quarantine where it is not (see `recover`). So
+    is a commit record without its shard.
 
     Args:
         path: of a store made by `create_store`.
@@ -138,20 +140,30 @@ def write_shard(
     if not 1 <= len(rows) <= manifest.rows_per_shard:
         raise StoreError(f"{where}: {len(rows)} rows were given, expected 1 to {manifest.rows_per_shard}.")
     final, commit = shard_file(path, split, shard_index), commit_file(path, split, shard_index)
-    is_there, is_committed = exists(final), exists(commit)
+    # The record first: another writer makes it last, so that its shard must be there at the second look.
+    is_committed, is_there = exists(commit), exists(final)
     if is_there and is_committed:
         return
     is_sealed = exists(path / INDEX_NAME)
     if is_sealed and not is_committed:
-        raise StoreError(f"{where} is not part of the store, which is sealed: write to a new folder.")
-    if is_there and adopt_shard(path, manifest, split, shard_index):
+        raise StoreError(
+            f"{where} is not part of the store, which is sealed: write to a new folder, or, if it has lost "
+            f"the shard's commit record, run `sparsekd store verify {path} --repair`."
+        )
+    if is_there and adopt_shard(path, manifest, split, shard_index, rows):
         return
+    if is_committed and not is_sealed:
+        # Before the shard: were it there with a record of other bytes, nobody would look at the two again.
+        _take_away_record(path, commit, split)
     records: list[CommitRecord] = []
 
     def produce(file: HashingFile) -> None:
         records.append(write_rows(file, path, manifest, split, shard_index, rows))
         if is_sealed and signed_json(commit_to_content(records[-1])) != commit.read_bytes():
-            raise StoreError(f"{where} is sealed with other rows than these: write to a new folder.")
+            raise StoreError(
+                f"{where} is sealed with other rows than these: write to a new folder, or make the shard "
+                f"again with `sparsekd store verify {path} --repair`."
+            )
 
     try:
         publish(final, produce)
@@ -159,7 +171,7 @@ def write_shard(
         if is_sealed:
             raise
         # Another writer was faster, with a teacher that does not give the same bits: its shard is as good.
-        if adopt_shard(path, manifest, split, shard_index):
+        if adopt_shard(path, manifest, split, shard_index, rows):
             return
         publish(final, produce)
     _commit(path, split, records[-1], produce, is_sealed=is_sealed)
@@ -179,6 +191,14 @@ def _commit(path: StorePath, split: str, record: CommitRecord, produce: Produce,
             publish_bytes(commit, text)
     if not files_of(commit).is_exclusive:
         _settle(path, record, text, produce)
+
+
+def _take_away_record(path: StorePath, commit: StorePath, split: str) -> None:
+    try:
+        quarantine(path, commit, split)
+    except StoreError:
+        if exists(commit):  # else another writer, which saw the same, was faster
+            raise
 
 
 def _settle(path: StorePath, record: CommitRecord, text: bytes, produce: Produce) -> None:
@@ -208,12 +228,14 @@ def _settle(path: StorePath, record: CommitRecord, text: bytes, produce: Produce
             continue
         if stored == found.file_sha256:
             return
-        if found.file_sha256 == record.file_sha256:
-            publish(final, produce, replace=True)
-        elif look < SETTLE_TRIES // 2:
-            time.sleep(random.uniform(0.05, 0.5))
-        else:  # it died between the two
-            publish_bytes(commit_file(path, record.split, record.shard), text, replace=True)
+        # A third writer may replace what this one uploads before it is read back: then look again.
+        with contextlib.suppress(NameTakenError):
+            if found.file_sha256 == record.file_sha256:
+                publish(final, produce, replace=True)
+            elif look < SETTLE_TRIES // 2:
+                time.sleep(random.uniform(0.05, 0.5))
+            else:  # it died between the two
+                publish_bytes(commit_file(path, record.split, record.shard), text, replace=True)
     raise StoreError(
         f"{final} and its commit record are of different writers and stay so: stop all but one of the "
         "commands that write this store, and run it again."
@@ -232,7 +254,7 @@ def committed_shards(path: StorePath, split: str) -> set[int]:
     }
 
 
-def seal(path: StorePath, shards_per_split: Mapping[str, int]) -> str:
+def seal(path: StorePath, shards_per_split: Mapping[str, int], *, replace: bool = False) -> str:
     """Writes the index, after which the store can be read; does nothing when it is sealed so already.
 
     Each shard's commit record, length and header are checked; its content is not read, see `verify_store`.
@@ -240,6 +262,7 @@ def seal(path: StorePath, shards_per_split: Mapping[str, int]) -> str:
     Args:
         path: of the store.
         shards_per_split: for each split of the manifest, how many shards it must have.
+        replace: whether an index of other shards gives way, in one step.
 
     Returns:
         The store's digest, sha256 (hex): equal for equal stores.
@@ -272,13 +295,13 @@ def seal(path: StorePath, shards_per_split: Mapping[str, int]) -> str:
     }
     data = signed_json(content)
     index = path / INDEX_NAME
-    if exists(index) and index.read_bytes() != data:
+    if not replace and exists(index) and index.read_bytes() != data:
         raise StoreError(
             f"{path} was sealed before with other shards, or its {INDEX_NAME} is damaged: remove "
             f"{INDEX_NAME} if "
             "the shards of now are meant."
         )
-    publish_bytes(index, data)
+    publish_bytes(index, data, replace=replace)
     return signed_digest(data)
 
 
@@ -307,8 +330,8 @@ def _seal_split(path: StorePath, manifest: Manifest, split: str, shards: int) ->
         some = ", ".join(f"{number:06d}" for number in missing[:5])
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise StoreError(
-            f"{path}, split {split}: {len(missing)} of {shards} shards are not committed ({some}{more}); run "
-            "the command that writes the store again, it makes the missing ones."
+            f"{path}, split {split}: {len(missing)} of {shards} shards are not committed ({some}{more}); "
+            + (_repair(path) or "run the command that writes the store again, it makes the missing ones.")
         )
     if foreign := sorted(present - set(range(shards))):
         raise StoreError(
@@ -355,8 +378,8 @@ def _check_shard_file(path: StorePath, manifest: Manifest, record: CommitRecord)
     length = size_of(place)
     if length != record.file_bytes:
         raise DamagedStoreError(
-            f"{place} has {length} bytes, but its commit record says {record.file_bytes}: remove both files "
-            "and run the command that writes the store again."
+            f"{place} has {length} bytes, but its commit record says {record.file_bytes}: "
+            + (_repair(path) or "remove both files and run the command that writes the store again.")
         )
     header = shard_header(manifest, record.split, record.shard)
     with explained(place):
@@ -364,8 +387,14 @@ def _check_shard_file(path: StorePath, manifest: Manifest, record: CommitRecord)
     if not begins_right:
         raise DamagedStoreError(
             f"{place} does not begin as shard {record.shard:06d} of split {record.split} of this store must: "
-            "it is damaged or another shard; remove it and its commit record and run again."
+            "it is damaged or another shard; "
+            + (_repair(path) or "remove it and its commit record and run again.")
         )
+
+
+def _repair(path: StorePath) -> str:
+    """Returns the remedy of a damaged store that is sealed, or nothing: then it can still be written."""
+    return f"run `sparsekd store verify {path} --repair`." if exists(path / INDEX_NAME) else ""
 
 
 def _require_same_manifest(path: StorePath, manifest: Manifest) -> None:

@@ -448,20 +448,21 @@ def _at_least(lowest: int) -> Callable[[str], int]:
     return parse
 
 
-def _numbers(text: str | None, flag: str) -> list[int] | None:
-    """Returns the numbers of a list such as 0:100,250; None for None."""
+def _numbers(text: str | None, flag: str) -> list[range] | None:
+    """Returns the numbers of a list such as 0:100,250 as ranges; None for None."""
     if text is None:
         return None
-    numbers: list[int] = []
+    numbers: list[range] = []
     for part in text.split(","):
         first, colon, last = part.strip().partition(":")
         try:
-            numbers += range(int(first), int(last)) if colon else [int(first)]
+            start = int(first)
+            numbers.append(range(start, int(last) if colon else start + 1))
         except ValueError:
             raise ConfigError(
                 f"{flag} {text!r} is no list of numbers and ranges such as 0:100,250."
             ) from None
-    if not numbers:
+    if not any(part.start < part.stop for part in numbers):
         raise ConfigError(f"{flag} {text!r} names no number.")
     return numbers
 

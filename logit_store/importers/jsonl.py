@@ -50,7 +50,7 @@ def array_of(value: Any, dtype: type, dimensions: int, name: str, where: str) ->
     """
     try:
         array = np.asarray(value)
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter: an integer beyond float64 among fractions
         array = np.empty(0, object)
     numbers = array.dtype.kind in ("iu" if dtype is np.int64 else "iuf") or array.size == 0
     if array.ndim != dimensions or not numbers or array.dtype == object:

@@ -68,11 +68,7 @@ def put_in_order(document: Document, rest: str, vocabulary_size: int) -> Checked
         f"is not an id of the tokenizer, which has 0 to {vocabulary_size - 1}",
     )
     values = np.where(used, document.head_logprobs, -np.inf)
-    # Values as they are stored decide the order; ties go by id.
     ids = np.where(used, document.head_ids, vocabulary_size)
-    order = np.lexsort((ids, -values.astype(np.float32)), axis=1)
-    ids, values = np.take_along_axis(ids, order, axis=1), np.take_along_axis(values, order, axis=1)
-    used = ids < vocabulary_size
     together = np.sort(ids, axis=1)
     twice = (together[:, 1:] == together[:, :-1]) & (together[:, 1:] < vocabulary_size)
     if twice.any():
@@ -95,6 +91,8 @@ def put_in_order(document: Document, rest: str, vocabulary_size: int) -> Checked
         excess = np.maximum(mass - 1, 0)
         shift = np.log(np.maximum(mass, 1))
         values, true = values - shift[:, None], np.minimum(true - shift, 0)
+    ids, values = _by_value(ids, values)
+    used = ids < vocabulary_size
     return Checked(
         ids=np.where(used, ids, NOT_LISTED),
         values=values,
@@ -131,6 +129,7 @@ def record_of(document: Document, checked: Checked, rest: str, k: int, vocabular
     if rest == "unknown":
         shift = np.where(known, log_sum_exp(values), math.log(k) - log_v)
         values, true = np.minimum(values - shift[:, None], 0), true - shift
+        ids, values = _by_value(ids, values)
         log_rest = np.full(length, -np.inf)
     else:
         left = np.maximum(1 - np.exp(values).sum(axis=1), 0)
@@ -158,6 +157,16 @@ def record_of(document: Document, checked: Checked, rest: str, k: int, vocabular
         true_logprob=true.astype(np.float32),
         entropy=np.maximum(entropy, 0).astype(np.float32),
     )
+
+
+def _by_value(
+    ids: NDArray[np.int64], values: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Returns both [T, K] by descending value, equal values by ascending id."""
+    # Equal is what float32 cannot tell apart, for so values are stored. A shift moves them across its steps
+    # and makes unequal ones equal, or equal ones unequal: sort behind it, not before.
+    order = np.lexsort((ids, -values.astype(np.float32)), axis=1)
+    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(values, order, axis=1)
 
 
 def _refuse(

@@ -29,6 +29,9 @@ from sparsekd.logit_store.importers.jsonl import read_objects
 CLAMPED = -9999.0
 """What vLLM writes for -inf."""
 
+ID_LIMIT = 1 << 63
+"""Ids are below it, in any vocabulary: what int64 cannot hold is damage."""
+
 
 def open_vllm(path: Path) -> Source:
     """Opens a file, or a folder of files, of answers.
@@ -81,6 +84,10 @@ def _document(where: str, holder: Mapping[str, Any]) -> Document:
         )
     if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
         raise StoreError(f"{where}: prompt_token_ids are no list of integers.")
+    if outside := [token for token in tokens if not -ID_LIMIT <= token < ID_LIMIT]:
+        raise StoreError(
+            f"{where}: prompt_token_ids hold {outside[0]}, which is no id: the answer is damaged, ask again."
+        )
     if not isinstance(positions, list) or len(positions) != len(tokens):
         found = len(positions) if isinstance(positions, list) else "no"
         raise StoreError(
@@ -113,11 +120,16 @@ def _entries(where: str, place: int, listed: Any, token: int) -> tuple[list[int]
     for name, entry in listed.items():
         try:
             number, value, rank = int(name), float(entry["logprob"]), int(entry["rank"])
-        except (TypeError, ValueError, KeyError) as error:
+        except (TypeError, ValueError, KeyError, OverflowError) as error:
             raise StoreError(
                 f"{where}, prompt_logprobs {place}, entry {name!r} has no logprob or rank: it is no entry "
                 "of vLLM."
             ) from error
+        if not -ID_LIMIT <= number < ID_LIMIT:
+            raise StoreError(
+                f"{where}, prompt_logprobs {place}, entry {name!r} is no id: the answer is damaged, ask "
+                "again."
+            )
         values[number], ranks[number] = (-np.inf if value <= CLAMPED else value), rank
     own = values[token]
     # Behind as many ids as there are, the token is not one of the most likely: it is there for its own sake.

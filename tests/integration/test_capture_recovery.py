@@ -6,6 +6,7 @@ import shutil
 import sys
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,14 @@ from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.files import files_below
 from sparsekd.logit_store.paths import store_path
 from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.verify import AlignmentCheck, VerifyResult
+from sparsekd.logit_store.writer import write_shard
 from sparsekd.trainer.cli import main
 from sparsekd.trainer.config import Config
 from sparsekd.trainer.corpus.prepare import run as prepare
+from sparsekd.trainer.errors import DataError
 from sparsekd.trainer.teacher.capture import run as capture
+from sparsekd.trainer.teacher.repair import run as repair
 from sparsekd.trainer.teacher.verify import run as verify
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -157,3 +162,51 @@ def test_a_failed_write_ends_the_capture(
     with pytest.raises(StoreError, match="No room"):
         capture(config_for(tokens, llama, tmp_path / "store"))
     assert written == [0] and not (tmp_path / "store/INDEX.json").exists()
+
+
+@pytest.mark.parametrize("lost", ["000001.json", "000001.arrow", "000001.arrow's end"])
+def test_a_sealed_store_that_is_damaged_is_left_to_its_repair(
+    tokens: Path, llama: Path, tmp_path: Path, lost: str
+) -> None:
+    config = config_for(tokens, llama, tmp_path / "store")
+    capture(config)
+    place = tmp_path / "store/shards/train" / lost.removesuffix("'s end")
+    content = place.read_bytes()
+    place.unlink()
+    if lost.endswith("'s end"):
+        place.write_bytes(content[:-9])
+    else:
+        (place.parent / "000002.arrow").write_bytes(b"not sound")
+        (place.parent / "000002.json").unlink()
+    before = files_of(tmp_path / "store")
+    with pytest.raises((DataError, StoreError), match=r"store verify \S+store --repair"):
+        capture(config)
+    assert files_of(tmp_path / "store") == before
+
+
+def test_capture_keeps_no_shard_of_another_text(
+    tokens: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_for(tokens, llama, tmp_path / "store")
+    capture(config)
+    whole = files_of(tmp_path / "store")
+    manifest, store = open_store(tmp_path / "store").manifest, tmp_path / "store"
+    rows = [open_store(store).read_row("train", index) for index in range(manifest.rows_per_shard)]
+    for name in ("shards/train/000000.json", "shards/train/000000.arrow", "INDEX.json"):
+        (store / name).unlink()
+    write_shard(store, manifest, "train", 0, rows[::-1])
+    (store / "shards/train/000000.json").unlink()
+    stranger = (store / "shards/train/000000.arrow").read_bytes()
+    capsys.readouterr()
+    capture(config)
+    assert "0 units were whole and are kept, 1 were not and are in quarantine/" in capsys.readouterr().out
+    assert files_of(store) == whole | {"quarantine/train/000000.arrow": stranger}
+
+
+def test_repair_says_why_there_is_nothing_to_repair(tmp_path: Path) -> None:
+    shifted = AlignmentCheck(1000, 0.1, 0.9, 0.1, -1.0, -1.0, 0.0)
+    found = VerifyResult(tmp_path, "0" * 64, 9, 3, 99, (), (), (), (), shifted)
+    with pytest.raises(DataError, match=r"; its records do not describe the tokens that follow"):
+        repair(Config(), found, reseal=False)
+    with pytest.raises(DataError, match=r"; it is sound\.$"):
+        repair(Config(), replace(found, alignment=None), reseal=False)

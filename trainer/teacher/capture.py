@@ -16,16 +16,18 @@ from numpy.typing import NDArray
 from transformers.utils.logging import disable_progress_bar
 
 from sparsekd.logit_store.background import BackgroundWriter
+from sparsekd.logit_store.files import exists
 from sparsekd.logit_store.frequency import compact_parameters
+from sparsekd.logit_store.inspect import evenly
 from sparsekd.logit_store.manifest import CodecSpec, Manifest, RecordSpec
 from sparsekd.logit_store.paths import StorePath, store_path
 from sparsekd.logit_store.reader import LogitStore, open_store
 from sparsekd.logit_store.recover import adopt_orphans
 from sparsekd.logit_store.row import Row, TeacherRecord
-from sparsekd.logit_store.writer import committed_shards, create_store, seal
+from sparsekd.logit_store.writer import INDEX_NAME, committed_shards, create_store, seal
 from sparsekd.trainer.config import Config, TeacherConfig, require
 from sparsekd.trainer.distributed import Ranks, broadcast_object, ranks, together
-from sparsekd.trainer.errors import ConfigError
+from sparsekd.trainer.errors import ConfigError, DataError
 from sparsekd.trainer.teacher.model import Teacher, check_teacher_tokenizer, load_teacher
 from sparsekd.trainer.teacher.records import records_of_rows
 from sparsekd.trainer.teacher.settings import resolved_settings
@@ -48,6 +50,7 @@ def run(config: Config) -> None:
     Raises:
         ConfigError: A needed key is missing, or two keys contradict each other.
         ModelError: The teacher cannot be loaded or does not fit the tokens.
+        DataError: The store is sealed and lacks files.
         StoreError: A store cannot be read or written, or is another than this run would write.
         UserError: Another rank met such a problem.
     """
@@ -123,7 +126,16 @@ def _create(
         codec=_codec(config, tokens),
     )
     create_store(path, manifest, tokens.tokenizer_path)
-    adopted, refused = adopt_orphans(path, manifest)
+    if exists(path / INDEX_NAME):
+        # Nothing of a sealed store is moved: what it lacks is damage, and must come back to the byte.
+        if missing := missing_units(path, _units(tokens)):
+            raise DataError(
+                f"{path} is sealed, but {len(missing)} of its units lack a file (the first is split "
+                f"{missing[0][0]}, shard {missing[0][1]:06d}): run `sparsekd store verify {path} --repair "
+                f"teacher.path={teacher_path} store.tokens={tokens.path}`."
+            )
+        return manifest
+    adopted, refused = adopt_orphans(path, manifest, partial(_text, tokens))
     if adopted or refused:
         print(
             f"capture: of a killed run, {adopted} units were whole and are kept, {refused} were not and are "
@@ -133,15 +145,25 @@ def _create(
     return manifest
 
 
+def _text(tokens: LogitStore, split: str, shard: int) -> list[Row]:
+    """The rows of a unit without a teacher; none where there is no such unit."""
+    if shard >= tokens.shards(split):
+        return []
+    return [tokens.read_row(split, index) for index in tokens.shard_rows(split, shard)]
+
+
+def _units(tokens: LogitStore) -> list[Unit]:
+    return [(split, shard) for split in tokens.manifest.splits for shard in range(tokens.shards(split))]
+
+
 def _codec(config: Config, tokens: LogitStore) -> CodecSpec:
     """The codec with its parameters: `compact` numbers ids by how often they occur in the tokens."""
     if config.store.codec != "compact":
         return CodecSpec(config.store.codec, {})
     counts = np.zeros(tokens.manifest.tokenizer.vocabulary_size, np.int64)
     for split in tokens.manifest.splits:
-        rows = tokens.rows(split)
-        for index in np.unique(np.linspace(0, rows - 1, min(rows, FREQUENCY_ROWS)).round().astype(int)):
-            counts += np.bincount(tokens.read_row(split, int(index)).token_ids, minlength=len(counts))
+        for index in evenly(tokens.rows(split), FREQUENCY_ROWS):
+            counts += np.bincount(tokens.read_row(split, index).token_ids, minlength=len(counts))
     return CodecSpec("compact", compact_parameters(counts, mass=config.store.mass))
 
 
@@ -153,7 +175,7 @@ def _work(
     Ranks meet after each round, so that a failure ends all of them; one of the writing thread is raised by
     the next unit that is handed to it.
     """
-    units = [(split, shard) for split in manifest.splits for shard in range(tokens.shards(split))]
+    units = _units(tokens)
     missing: list[Unit] = broadcast_object(missing_units(path, units) if place.is_first else None)
     done_before = len(units) - len(missing)
     if place.is_first and done_before:

@@ -36,10 +36,12 @@ def run(config: Config, found: VerifyResult, *, reseal: bool) -> None:
         StoreError: What is damaged is no shard, or a shard comes out different.
     """
     if found.digest is None or len(found.problems) == 0 or not found.damaged:
-        raise DataError(
-            f"{found.path} has no damaged shard that could be captured again; "
-            f"{found.problems[0] if found.problems else 'it is sound.'}"
-        )
+        reason = "it is sound."
+        if found.problems:
+            reason = found.problems[0]
+        elif not found.ok:
+            reason = "its records do not describe the tokens that follow them: capture it to a new folder."
+        raise DataError(f"{found.path} has no damaged shard that could be captured again; {reason}")
     store = open_store(found.path)
     identity = store.manifest.teacher
     if identity is None:

@@ -37,6 +37,12 @@ def unzip(frame):
     return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
 
 
+def parts_of(plane):
+    many = [4 * m + np.cumsum(np.frombuffer(plane, "<u4", m)) for m in range(1, min(99, len(plane) // 4))]
+    ends = next(ends for ends in many if ends[-1] == len(plane))
+    return [unzip(plane[a:b]) for a, b in zip([4 * len(ends), *ends], ends, strict=False)]
+
+
 def uint(largest):
     return "<u1" if largest < 256 else "<u2" if largest < 65536 else "<u4"
 
@@ -44,110 +50,86 @@ def uint(largest):
 def decode(planes, manifest):
     spec, codec, options = manifest["record"], manifest["codec"]["name"], manifest["codec"]["parameters"]
     L, V, k, n = manifest["sequence_length"], manifest["tokenizer"]["vocabulary_size"], spec["k"], spec["n"]
-    bits, zipped, mass = max(1, (V - 1).bit_length()), codec not in ("plain", "exact"), options.get("mass")
-    queues = {}  # plane -> what is left of it: bytes, or a list of parts
+    G, bits, zipped = len(spec["temperatures"]), max(1, (V - 1).bit_length()), codec not in ("plain", "exact")
+    single = () if zipped else planes  # these have one part, of which arrays are cut off
+    single = [*single, "loss_mask", "segment_starts", "segment_documents"]
+    left = {p: parts_of(planes[p]) for p in planes if p not in single}
+    left |= {p: [planes[p] if codec == "plain" else unzip(planes[p])] for p in single}
 
-    def take(plane, kind, count=-1, parts=1):
-        """The next array of a plane that has so many parts."""
-        if plane not in queues:
-            data = planes[plane]
-            if zipped and plane not in ("loss_mask", "segment_starts", "segment_documents"):
-                ends = 4 * parts + np.cumsum(np.frombuffer(data, "<u4", parts))
-                queues[plane] = [unzip(data[a:b]) for a, b in zip([4 * parts, *ends], ends, strict=False)]
-            else:
-                queues[plane] = data if codec == "plain" else unzip(data)
-        if isinstance(queues[plane], list):
-            return np.frombuffer(queues[plane].pop(0), kind, count)
-        array = np.frombuffer(queues[plane], kind, count)
-        queues[plane] = queues[plane][array.nbytes :]
+    def take(plane, kind, count=-1):
+        data = left[plane].pop(0)
+        array = np.frombuffer(data, kind, -1 if zipped else count)
+        left[plane] += [] if zipped else [data[array.nbytes :]]
         return array
 
-    def words(plane, kind, count, parts=2):
-        """16-bit numbers, low and high bytes apart where the codec does so; the float32 of `exact`."""
+    def words(plane, kind, count):
         if not zipped:
-            return take(plane, kind if codec == "plain" else "<f4", count)
-        return np.stack([take(plane, "u1", count, parts), take(plane, "u1", count)], 1).reshape(-1).view(kind)
-
-    def ids(plane, count, parts):
-        if codec == "exact":
-            return take(plane, uint(V - 1), count).astype(int)
-        low = take(plane, "u1" if zipped or bits <= 8 else "<u2", count, parts).astype(int)
-        if zipped and bits > 8:
-            low = low + 256 * take(plane, "u1", count).astype(int)
-        packed = take(plane, "u1", (bits - 16) * -(-count // 8)).reshape(bits - 16, -1) if bits > 16 else []
-        for bit, line in enumerate(packed):
-            low = low + (np.unpackbits(line, bitorder="little")[:count].astype(int) << (16 + bit))
-        return low
+            return take(plane, "<f4" if codec == "exact" else kind, count)
+        return np.stack([take(plane, "u1"), take(plane, "u1")], axis=1).reshape(-1).view(kind)
 
     def nats(plane):
-        return words(plane, "<u2", L) if codec == "exact" else words(plane, "<u2", L).astype(int)
+        return words(plane, "<u2", L) if codec == "exact" else words(plane, "<u2", L) / np.float32(512)
 
-    def values(plane, used, differences=False):
-        """Log-probabilities of the used places; differences: the first of each position is not told."""
-        if codec in ("exact", "fp16"):
-            return spread(used, words(plane, "<f2", used.sum() if zipped else used.size), -np.inf)
-        top, span = words(plane, "<f2", L, 5), words(plane, "<f2", L)
-        if differences and zipped:
-            told = used & (np.arange(used.shape[1]) > 0)
-            codes = np.cumsum(spread(told, take(plane, "u1", told.sum()), 0), axis=1)
-        else:
-            codes = spread(used, take(plane, "u1", used.sum() if zipped else used.size), 0)
-        step = (span.astype("f4") / np.float32(64516))[:, None]
-        value = top.astype("f4")[:, None] - step * codes.astype("f4") ** 2
-        return np.where(used & (codes < 255), value, np.float32(-np.inf))
+    def ids(plane, count):
+        if codec == "exact":
+            return take(plane, uint(V - 1), count).astype(int)
+        found = take(plane, "<u2" if bits > 8 and not zipped else "u1", count).astype(int)
+        if bits > 8 and zipped:
+            found += take(plane, "u1").astype(int) << 8
+        packed = take(plane, "u1", (bits - 16) * -(-count // 8)).reshape(bits - 16, -1) if bits > 16 else []
+        for bit, line in enumerate(packed, 16):
+            found += np.unpackbits(line, count=count, bitorder="little").astype(int) << bit
+        return found
 
-    def spread(used, array, filler):
-        """Entries to their places; where a codec stores all places, those that are not used are cleared."""
-        out = np.full(used.shape, filler, np.float32 if filler else int)
-        out[used] = array if array.size == used.sum() and zipped else array.reshape(used.shape)[used]
+    def place(used, array, filler=0):
+        """All places, of entries that are stored for the used ones or for all."""
+        out = np.full(used.shape, filler, array.dtype if filler else int)
+        out[used] = array if array.size == used.sum() else array.reshape(used.shape)[used]
         return out
 
-    old, id_parts = np.arange(V), min(2, -(-bits // 8)) + (bits > 16)
+    def values(plane, used):
+        if codec in ("exact", "fp16"):
+            return place(used, words(plane, "<f2", used.size), -np.inf)
+        top, span = (words(plane, "<f2", L).astype("f4")[:, None] for _ in range(2))
+        if zipped and plane == "head_logprobs":
+            told = used & (np.arange(k) > 0)
+            codes = np.cumsum(place(told, take(plane, "u1")), axis=1)
+        else:
+            codes = place(used, take(plane, "u1", used.size))
+        value = top - span / np.float32(64516) * codes.astype("f4") ** 2
+        return np.where(used & (codes < 255), value, -np.inf)
+
+    old = np.arange(V)
     if options.get("frequent_ids"):
         table = np.frombuffer(unzip(base64.b64decode(options["frequent_ids"])), "u1").reshape(4, -1)
-        first = (256 ** np.arange(4)) @ table
+        first = 256 ** np.arange(4) @ table
         old = np.concatenate([first, np.setdiff1d(old, first)])
-    row = {"token_ids": old[ids("token_ids", L, id_parts)]}
-    row["loss_mask"] = np.unpackbits(take("loss_mask", "u1"), bitorder="little")[:L]
-    row["segment_starts"], row["segment_documents"] = (
-        take("segment_starts", "<u4"),
-        take("segment_documents", "<i8"),
-    )
+    row = {"token_ids": old[ids("token_ids", L)], "segment_starts": take("segment_starts", "<u4")}
+    row["loss_mask"] = np.unpackbits(take("loss_mask", "u1"), count=L, bitorder="little")
+    row["segment_documents"] = take("segment_documents", "<i8")
     if manifest["teacher"] is None:
         return row
     if k:
-        used = np.ones((L, k), bool)
-        if mass is not None:
-            used = np.arange(k) < take("head_ids", uint(k), L, 1 + id_parts)[:, None]
-        found = old[ids("head_ids", int(used.sum()), id_parts)]
-        row["head_ids"] = np.full((L, k), -1)
-        row["head_ids"][used] = found
-        row["head_logprobs"] = values("head_logprobs", used, differences=True)
+        sizes = np.full(L, k) if options.get("mass") is None else take("head_ids", uint(k))
+        used = np.arange(k) < sizes[:, None]
+        row["head_ids"] = place(used, old[ids("head_ids", used.sum())], -1)
+        row["head_logprobs"] = values("head_logprobs", used)
     if n and zipped:
-        used = np.arange(n) < take("tail_ids", uint(n), L, 1 + id_parts)[:, None]
-        gaps = spread(used, ids("tail_ids", int(used.sum()), id_parts), 0)
-        row["tail_ids"] = np.where(used, np.cumsum(gaps, axis=1), -1)
+        used = np.arange(n) < take("tail_ids", uint(n))[:, None]
+        row["tail_ids"] = np.where(used, np.cumsum(place(used, ids("tail_ids", used.sum())), axis=1), -1)
         last = used & ~np.pad(used[:, 1:], ((0, 0), (0, 1)))
-        counts = spread(used & ~last, take("tail_counts", uint(n)), 0)
+        counts = place(used & ~last, take("tail_counts", uint(n)))
         row["tail_counts"] = counts + last * (n - counts.sum(axis=1, keepdims=True))
     elif n:
         row["tail_counts"] = take("tail_counts", uint(n)).reshape(L, n)
         used = row["tail_counts"] > 0
-        row["tail_ids"] = np.where(used, ids("tail_ids", L * n, id_parts).reshape(L, n), -1)
+        row["tail_ids"] = place(used, ids("tail_ids", L * n), -1)
     if spec.get("tail_logprobs"):
         row["tail_logprobs"] = values("tail_logprobs", used)
-    grid = len(spec["temperatures"])
-    if zipped:
-        row["log_rest"] = np.stack([words("log_rest", "<f2", L, 2 * grid) for _ in range(grid)], axis=1)
-    else:
-        row["log_rest"] = words("log_rest", "<f2", L * grid).reshape(L, grid)
-    row["rest_entropy"], row["true_logprob"], row["entropy"] = (
-        nats("rest_entropy"),
-        words("true_logprob", "<f2", L),
-        nats("entropy"),
-    )
+    rest = [words("log_rest", "<f2", L) for _ in range(G)]
+    row["log_rest"] = np.stack(rest, axis=1) if zipped else np.concatenate(rest).reshape(L, G)
+    row["true_logprob"] = words("true_logprob", "<f2", L)
+    row["rest_entropy"], row["entropy"] = nats("rest_entropy"), nats("entropy")
     if zipped and k == 0:
-        row["entropy"] = (row["entropy"] + row["rest_entropy"]) % 65536
-    if codec != "exact":
-        row["rest_entropy"], row["entropy"] = row["rest_entropy"] / 512, row["entropy"] / 512
+        row["entropy"] = (row["entropy"] + row["rest_entropy"]) % 128  # 65,536 steps
     return row

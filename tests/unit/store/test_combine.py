@@ -134,6 +134,22 @@ def test_documents_are_taken_with_their_rows_and_nothing_else_counts(tmp_path: P
         np.testing.assert_array_equal(row.loss_mask, source.loss_mask & inside)
 
 
+def test_ranges_stay_ranges(tmp_path: Path, whole: Path) -> None:
+    wanted = range(2, 3 * 10**9)  # more numbers than fit in memory
+    subset_store(whole, tmp_path / "a", split="train", documents=wanted)
+    subset_store(whole, tmp_path / "b", split="train", documents=[4, range(2, 9), range(9, wanted.stop), 3])
+    found = [_rows(open_store(tmp_path / name)) for name in "ab"]
+    assert found[0] and all(_same(*pair) for pair in zip(*found, strict=True))
+    for row in found[0]:
+        assert np.isin(document_of_position(row)[row.loss_mask], range(2, 1000)).all()
+    for name in "ab":
+        (step,) = open_store(tmp_path / name).manifest.dataset["provenance"]
+        assert step["documents"] == [[2, wanted.stop]]
+    subset_store(whole, tmp_path / "c", split="train", rows=[range(0, 8, 3), range(6, 8), 1])
+    (step,) = open_store(tmp_path / "c").manifest.dataset["provenance"]
+    assert step["row_numbers"] == [[0, 2], [3, 4], [6, 8]] and open_store(tmp_path / "c").rows("train") == 5
+
+
 def test_a_bad_choice_is_one_sentence(tmp_path: Path, whole: Path) -> None:
     cases = [
         ({}, "needs a choice"),
@@ -142,6 +158,14 @@ def test_a_bad_choice_is_one_sentence(tmp_path: Path, whole: Path) -> None:
         ({"rows": [0], "fraction": 0.5}, "give one of them"),
         ({"fraction": 1.5}, "fraction is 1.5"),
         ({"documents": [10**6]}, "No row of"),
+        ({"rows": [], "split": "train"}, "rows is empty: name at least one"),
+        ({"rows": range(3, 3), "split": "train"}, "rows is empty: name at least one"),
+        ({"documents": []}, "documents is empty: name at least one"),
+        ({"rows": [-1], "split": "train"}, "rows holds -1, expected numbers from 0"),
+        ({"rows": [range(2, 3 * 10**9)], "split": "train"}, "has no row 8: it has 8 rows"),
+        ({"documents": [10**23]}, f"documents holds {10**23}, expected numbers from 0"),
+        ({"documents": [range(5, 10**23)]}, "documents holds 9+, expected numbers from 0"),
+        ({"fraction": 0.5, "seed": 10**23}, f"seed is {10**23}, expected a whole number from 0"),
         ({"split": "test"}, "no split 'test'"),
     ]
     for choice, words in cases:

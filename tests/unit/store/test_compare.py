@@ -97,3 +97,29 @@ def test_different_texts_are_refused_by_place(tmp_path: Path) -> None:
     write_synthetic_store(tmp_path / "other", synthetic_manifest(n=0), {"train": 4}, seed=0)
     with pytest.raises(StoreError, match=r"tokenizer\.digest"):
         compare_stores(one, tmp_path / "other")
+
+
+def test_a_rest_that_was_not_measured_is_said(tmp_path: Path) -> None:
+    rows = dense_rows(dense_logprobs(2, seed=0), 4)
+    assert rows[0].teacher is not None
+    for rest in ("derived", "unknown", "exact"):
+        record = dataclasses.replace(
+            dense_manifest(4).record, temperatures=(1.0,), draw_temperature=1.0, rest=rest
+        )
+        ones = [
+            dataclasses.replace(
+                row, teacher=dataclasses.replace(row.teacher, log_rest=row.teacher.log_rest[:, :1])
+            )
+            for row in rows
+        ]
+        write_rows(tmp_path / rest, dataclasses.replace(dense_manifest(4), record=record), {"train": ones})
+    for one, other, expected in (
+        ("exact", "exact", []),
+        ("exact", "derived", ["second  its rest is 1 - the head's sum"]),
+        ("unknown", "exact", ["first   its rest is unknown"]),
+        ("unknown", "derived", ["first   its rest is unknown", "second  its rest is 1 - the head's sum"]),
+    ):
+        text = compare_stores(tmp_path / one, tmp_path / other).text()
+        found = [line for line in text.splitlines() if "its rest is" in line]
+        assert len(found) == len(expected)
+        assert all(line.startswith(words) for line, words in zip(found, expected, strict=True))

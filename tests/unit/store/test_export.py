@@ -1,5 +1,6 @@
 """`store export` read back by pyarrow and pandas."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 
 from sparsekd.logit_store import export
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.export import export_store
+from sparsekd.logit_store.export import export_schema, export_store
+from sparsekd.logit_store.manifest import CodecSpec
 from sparsekd.logit_store.reader import open_store
 from sparsekd.logit_store.row import document_of_position
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
@@ -56,6 +58,34 @@ def test_every_value_is_there(tmp_path: Path, monkeypatch, k: int, n: int) -> No
                 used = record.tail_counts[place] > 0
                 np.testing.assert_array_equal(lines["tail_ids"][place], record.tail_ids[place][used])
                 np.testing.assert_array_equal(lines["tail_counts"][place], record.tail_counts[place][used])
+
+
+def test_heads_cut_short_are_exported_as_far_as_they_go(tmp_path: Path) -> None:
+    codec = CodecSpec("compact", {"mass": 0.5, "frequent_ids": ""})
+    write_synthetic_store(
+        tmp_path / "store", synthetic_manifest(k=8, n=0, codec=codec), {"train": 3, "heldout": 1}, seed=0
+    )
+    files = export_store(tmp_path / "store", tmp_path / "out", text=True)
+    table, store = pd.read_parquet(files[0]), open_store(tmp_path / "store")
+    lengths = set()
+    for index in range(3):
+        record = store.read_row("train", index).teacher
+        lines = table[table["row"] == index].reset_index(drop=True)
+        for place in range(16):
+            used = record.head_ids[place] >= 0
+            lengths.add(int(used.sum()))
+            np.testing.assert_array_equal(lines["head_ids"][place], record.head_ids[place][used])
+            np.testing.assert_array_equal(lines["head_logprobs"][place], record.head_logprobs[place][used])
+        np.testing.assert_array_equal(lines["log_rest_1"], record.log_rest[:, 0])
+    assert len(lengths) > 1, "of unequal length"
+
+
+def test_the_documented_columns_are_the_file_s(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[3] / "docs/store.md").read_text().split("## export")[1].split("## ")[0]
+    table = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    documented = [name for cell in table for name in re.findall("`([a-z_0-9]+)`", cell)]
+    manifest = synthetic_manifest(tail_logprobs=True, temperatures=(0.5, 1.0))
+    assert documented == export_schema(manifest, text=True).names
 
 
 def test_an_export_goes_on_and_is_not_mixed_with_another(tmp_path: Path) -> None:

@@ -132,6 +132,56 @@ def test_rounded_sums_above_one_are_scaled_and_reported(tmp_path: Path) -> None:
     assert "sum to more than 1" in result.text()
 
 
+def _listing(values: np.ndarray, ids: np.ndarray) -> Document:
+    """Returns a document whose every position lists these ids with these values."""
+    length = 4
+    mask = np.ones(length, np.bool_)
+    mask[-1] = False
+    return Document(
+        where="here",
+        token_ids=np.zeros(length, np.int64),
+        loss_mask=mask,
+        head_ids=np.tile(ids, (length, 1)),
+        head_logprobs=np.tile(values, (length, 1)),
+        true_logprob=np.full(length, np.nan),
+    )
+
+
+@pytest.mark.parametrize("rest", ["derived", "unknown"])
+def test_values_that_a_shift_makes_equal_go_by_id(tmp_path: Path, rest: str) -> None:
+    # Next to each other below 1/2, where steps are half as wide as where the shift brings them.
+    near = np.float32(-0.5)
+    values = np.array([np.nextafter(near, np.float32(0)), near], np.float64)
+    run(tmp_path, [_listing(values, np.array([9, 3]))], rest=rest)
+    record = open_store(tmp_path / "store").read_row("train", 0).teacher
+    assert record.head_logprobs[0, 0] == record.head_logprobs[0, 1] and record.head_ids[0].tolist() == [3, 9]
+
+
+@pytest.mark.parametrize("rest", ["derived", "unknown"])
+def test_near_equal_values_are_in_the_order_of_what_is_stored(tmp_path: Path, rest: str) -> None:
+    random = np.random.default_rng(5)
+    documents = []
+    for _ in range(40):
+        logits = random.standard_normal(128) * 2e-6 - (20 if rest == "unknown" else 0)
+        shift = np.log(128) - 0.1 if rest == "derived" else 0  # a sum of about 1.1
+        documents.append(_listing(logits - shift, random.permutation(300)[:128]))
+    manifest = synthetic_manifest(vocabulary_size=300)
+    tokenizer = write_synthetic_tokenizer(tmp_path / "more", 300)
+    run(tmp_path, documents, rest=rest, tokenizer=manifest.tokenizer, tokenizer_files=tokenizer)
+    record = open_store(tmp_path / "store").read_row("train", 0).teacher
+    order = np.lexsort((record.head_ids, -record.head_logprobs), axis=1)
+    np.testing.assert_array_equal(order, np.tile(np.arange(128), (len(order), 1)))
+
+
+@pytest.mark.parametrize("codec", ["exact", "tkq8", "plain", "compact"])
+def test_an_imported_store_verifies(tmp_path: Path, codec: str) -> None:
+    documents = [document(9 + number, 6, number)[0] for number in range(6)]
+    documents[2].head_logprobs[:] += 0.01  # sums above 1
+    run(tmp_path, documents, codec=CodecSpec(codec, {}), k=5)
+    found = verify_store(tmp_path / "store")
+    assert found.ok and found.problems == (), found.text()
+
+
 def test_documents_stay_whole_and_rows_are_filled(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     lengths = [int(length) for length in random.integers(2, 17, 40)]

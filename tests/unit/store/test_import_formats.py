@@ -344,6 +344,15 @@ def test_vllm_s_damage_is_named(tmp_path: Path) -> None:
     assert "has no logprob or rank" in message(
         prompt_logprobs=[None, {str(tokens[1]): {"rank": 1}}, *positions[2:]]
     )
+    huge = {**positions[1], str(2**63): {"logprob": -3.0, "rank": 3}}
+    assert f"prompt_logprobs 1, entry '{2**63}' is no id" in message(
+        prompt_logprobs=[None, huge, *positions[2:]]
+    )
+    endless = {str(tokens[1]): {"logprob": -3.0, "rank": float("inf")}}
+    assert "has no logprob or rank" in message(prompt_logprobs=[None, endless, *positions[2:]])
+    assert f"prompt_token_ids hold {2**63}" in message(
+        prompt_token_ids=[2**63, *(int(token) for token in tokens[1:])]
+    )
 
 
 # Megatron-LM

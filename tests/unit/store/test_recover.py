@@ -1,14 +1,19 @@
 """Shards without a record are adopted or put in quarantine, damaged ones made again; the writing thread."""
 
+import copy
+import dataclasses
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 
-from sparsekd.logit_store import background, file_system
+from sparsekd.logit_store import background, file_system, recover, verify
 from sparsekd.logit_store.background import BackgroundWriter
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import Manifest
@@ -46,7 +51,15 @@ def empty(tmp_path: Path) -> tuple[Path, Manifest]:
 
 def _rows(manifest: Manifest, seed: int = 0) -> list[Row]:
     """Rows of one shard. Another seed stands for a teacher whose bits differ from pass to pass."""
-    return synthetic_rows(manifest, 3, seed)
+    return _other_bits(synthetic_rows(manifest, 3, 0), seed)
+
+
+def _other_bits(rows: Sequence[Row], seed: int) -> list[Row]:
+    """The same text, with other entropies."""
+    for row in rows:
+        assert row.teacher is not None
+        row.teacher.entropy[:] *= 1 - seed / 100
+    return list(rows)
 
 
 def test_the_record_made_from_a_file_is_the_writers(empty: tuple[Path, Manifest]) -> None:
@@ -128,8 +141,9 @@ def test_the_slower_of_two_writers_with_other_bits_gives_way(
     assert raced and committed_shards(path, "train") == {0}
     seal(path, {"train": 1, "heldout": 0})
     assert verify_store(path).ok
-    stored = open_store(path).read_row("train", 0)
-    assert (stored.token_ids == _rows(manifest, 9)[0].token_ids).all()
+    stored, expected = open_store(path).read_row("train", 0).teacher, _rows(manifest, 9)[0].teacher
+    assert stored is not None and expected is not None
+    assert np.allclose(stored.entropy, expected.entropy, atol=1e-3) and seal(path, {"train": 1, "heldout": 0})
 
 
 def test_a_record_without_its_shard_gives_way(empty: tuple[Path, Manifest]) -> None:
@@ -140,6 +154,88 @@ def test_a_record_without_its_shard_gives_way(empty: tuple[Path, Manifest]) -> N
     seal(path, {"train": 1, "heldout": 0})
     result = verify_store(path)
     assert result.ok and result.quarantined == ("quarantine/train/000000.json",)
+
+
+@pytest.mark.parametrize("step", ["opened", "folder synced"])
+def test_a_record_without_its_shard_gives_way_also_to_a_killed_writer(
+    empty: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    path, manifest = empty
+    write_shard(path, manifest, "train", 0, _rows(manifest))
+    (path / SHARD).unlink()
+
+    def stop(found: str, final: StorePath) -> None:
+        if found == step and final.suffix == (".arrow" if step == "folder synced" else ".json"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(file_system, "reached", stop)
+        write_shard(path, manifest, "train", 0, _rows(manifest, 9))
+    assert committed_shards(path, "train") == set(), "the shard stands beside no record of other bytes"
+    write_shard(path, manifest, "train", 0, _rows(manifest, 5))
+    seal(path, {"train": 1, "heldout": 0})
+    assert verify_store(path).ok
+
+
+@pytest.mark.parametrize("differing", ["rows", "token_ids", "loss_mask", "segment_documents"])
+def test_a_shard_of_another_text_is_not_adopted(empty: tuple[Path, Manifest], differing: str) -> None:
+    path, manifest = empty
+    rows = _rows(manifest)
+    if differing == "rows":
+        other = rows[:2]
+    else:
+        values = getattr(rows[1], differing).copy()
+        if differing == "loss_mask":
+            values[values.argmax()] = False
+        else:
+            values[0] += 1
+        other = [rows[0], dataclasses.replace(rows[1], **{differing: values}), rows[2]]
+    for take in (
+        lambda: write_shard(path, manifest, "train", 0, rows),
+        lambda: adopt_orphans(path, manifest, lambda split, shard: rows),
+    ):
+        write_shard(path, manifest, "train", 0, other)
+        (path / RECORD).unlink()
+        stranger = (path / SHARD).read_bytes()
+        take()
+        assert (path / "quarantine/train/000000.arrow").read_bytes() == stranger
+        write_shard(path, manifest, "train", 0, rows)
+        seal(path, {"train": 1, "heldout": 0})
+        store = open_store(path)
+        assert store.rows("train") == 3
+        assert recover.is_same_text(store.read_row("train", 1), rows[1])
+        for name in ("INDEX.json", SHARD, RECORD, "quarantine/train/000000.arrow"):
+            (path / name).unlink()
+
+
+def test_a_shard_behind_the_plan_is_not_adopted(empty: tuple[Path, Manifest]) -> None:
+    path, manifest = empty
+    write_shard(path, manifest, "train", 7, _rows(manifest))
+    (path / "shards/train/000007.json").unlink()
+    assert adopt_orphans(path, manifest, lambda split, shard: []) == (0, 1)
+
+
+@pytest.mark.parametrize("module", [recover, verify])
+def test_one_decoded_row_is_held_at_a_time(
+    sealed: tuple[Path, list[Row], str], monkeypatch: pytest.MonkeyPatch, module: ModuleType
+) -> None:
+    path, _, _ = sealed
+    living: list[weakref.ref[Row]] = []
+    held = []
+    plain = module.decode_row
+
+    def counted(*args: object) -> Row:
+        held.append(sum(row() is not None for row in living))
+        row = plain(*args)
+        living.append(weakref.ref(row))
+        return row
+
+    monkeypatch.setattr(module, "decode_row", counted)
+    if module is verify:
+        assert verify_store(path).ok
+    else:
+        record_of_file(path, open_store(path).manifest, "train", 0)
+    assert len(held) == (11 if module is verify else 3) and max(held) <= 1
 
 
 @pytest.fixture
@@ -211,6 +307,62 @@ def test_repair_with_other_bits_names_them_or_seals_anew(sealed: tuple[Path, lis
     (path / "shards/train/000001.arrow").write_bytes(bad)
     repair_store(path, [("train", 1)], recapture)
     assert (path / "quarantine/train/000001.arrow.1").read_bytes() == bytes(bad)
+
+
+def _two_cut_shards(path: Path) -> None:
+    whole = (path / "shards/train/000000.arrow").read_bytes()
+    (path / "shards/train/000000.arrow").write_bytes(whole[:-9])
+    (path / "shards/train/000002.arrow").unlink()
+
+
+def test_resealing_takes_several_shards_and_seals_once(sealed: tuple[Path, list[Row], str]) -> None:
+    path, rows, digest = sealed
+    index = (path / "INDEX.json").read_bytes()
+    _two_cut_shards(path)
+
+    def other(split: str, shard: int) -> Sequence[Row]:
+        return _other_bits(copy.deepcopy(rows[shard * 3 : shard * 3 + 3]), 9)
+
+    result = repair_store(path, verify_store(path).damaged, other, reseal=True)
+    assert result.repaired == (("train", 0), ("train", 2)) and result.resealed and result.digest != digest
+    assert verify_store(path).ok and open_store(path).digest == result.digest
+    assert (path / "quarantine/INDEX.json").read_bytes() == index
+    assert not (path / "quarantine/INDEX.json.1").exists()
+
+
+def test_resealing_that_was_killed_goes_on(
+    sealed: tuple[Path, list[Row], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rows, _ = sealed
+    index = (path / "INDEX.json").read_bytes()
+    seeds = iter(range(1, 99))
+
+    def other(split: str, shard: int) -> Sequence[Row]:
+        return _other_bits(copy.deepcopy(rows[shard * 3 : shard * 3 + 3]), next(seeds))  # never as before
+
+    def fail_at_two(split: str, shard: int) -> Sequence[Row]:
+        if shard == 2:
+            raise StoreError("the teacher went away")
+        return other(split, shard)
+
+    _two_cut_shards(path)
+    with pytest.raises(StoreError, match="went away"):
+        repair_store(path, verify_store(path).damaged, fail_at_two, reseal=True)
+    assert verify_store(path).damaged == (("train", 0), ("train", 2)), "in the eyes of every reader"
+    for step in file_system.STEPS:
+        for name in ("000000.arrow", "000002.arrow", "000002.json", "INDEX.json"):
+
+            def stop(found: str, final: StorePath, wanted: tuple[str, str] = (step, name)) -> None:
+                if (found, final.name) == wanted:
+                    raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(file_system, "reached", stop)
+                repair_store(path, verify_store(path).damaged, other, reseal=True)
+            if verify_store(path).ok:  # stopped when all was done
+                _two_cut_shards(path)
+    repair_store(path, verify_store(path).damaged, other, reseal=True)
+    assert verify_store(path).ok and (path / "quarantine/INDEX.json").read_bytes() == index
 
 
 def test_repair_that_was_killed_goes_on(

@@ -9,6 +9,7 @@ import pytest
 
 from sparsekd.logit_store.codec import CODECS
 from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.manifest import CodecSpec
 from sparsekd.logit_store.reader import LogitStore, open_store
 from sparsekd.logit_store.reencode import narrowed_record, reencode_store
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
@@ -142,3 +143,34 @@ def test_a_cut_off_run_goes_on_and_reads_finished_shards_no_more(tmp_path: Path,
     assert read == [6, 7, 8], "one row after the other, those of the missing shard alone"
     with pytest.raises(StoreError, match="another store"):
         reencode_store(tmp_path / "a", tmp_path / "new", k=1)
+
+
+def _ragged(path: Path, mass: float) -> LogitStore:
+    manifest = synthetic_manifest(k=8, n=0, codec=CodecSpec("compact", {"mass": mass, "frequent_ids": ""}))
+    write_synthetic_store(path, manifest, {"train": 4}, seed=0)
+    return open_store(path)
+
+
+def test_heads_that_were_cut_short_keep_their_mass_or_a_smaller_one(tmp_path: Path) -> None:
+    source = _ragged(tmp_path / "cut", 0.5)
+    for name, settings, mass in (
+        ("same", {"codec": "compact"}, 0.5),
+        ("asked", {"mass": 0.5}, 0.5),
+        ("less", {"mass": 0.3}, 0.3),
+        ("narrow", {"codec": "compact", "k": 3}, 0.5),
+    ):
+        reencode_store(tmp_path / "cut", tmp_path / name, **settings)
+        store = open_store(tmp_path / name)
+        assert store.manifest.codec.parameters["mass"] == mass
+        for index in range(4):
+            old, new = (item.read_row("train", index).teacher for item in (source, store))
+            kept = new.head_ids >= 0
+            np.testing.assert_array_equal(new.head_ids[kept], old.head_ids[:, : new.head_ids.shape[1]][kept])
+            if mass == 0.5 and name != "narrow":
+                np.testing.assert_array_equal(new.head_ids, old.head_ids)
+    for settings in ({"mass": 0.95}, {"codec": "compact", "mass": 0.95}, {"mass": float("nan")}):
+        with pytest.raises(StoreError, match=r"cut short at a mass of 0\.5, so .* --mass of at most 0\.5"):
+            reencode_store(tmp_path / "cut", tmp_path / "new", **settings)
+    with pytest.raises(StoreError, match="which tkq8 cannot hold"):
+        reencode_store(tmp_path / "cut", tmp_path / "new", codec="tkq8")
+    assert not (tmp_path / "new").exists(), "nothing was written"

@@ -16,7 +16,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow.fs import LocalFileSystem
 
-from sparsekd.logit_store import access, file_system
+from sparsekd.logit_store import access, file_system, remote_files, writer
 from sparsekd.logit_store.cache import FOLDER_VARIABLE, LIMIT_VARIABLE, Cache, default_cache
 from sparsekd.logit_store.errors import DamagedStoreError, NameTakenError, StoreError
 from sparsekd.logit_store.files import files_below, publish_bytes
@@ -82,6 +82,15 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return path, write_synthetic_store(path, synthetic_manifest(), ROWS, seed=0)
 
 
+def _other_bits(manifest: Manifest, seed: int) -> list[Row]:
+    """A shard's text, with what a teacher says whose bits differ from pass to pass."""
+    rows = synthetic_rows(manifest, 3, 0)
+    for row in rows:
+        assert row.teacher is not None
+        row.teacher.entropy[:] *= 1 - seed / 100
+    return rows
+
+
 def _shards(manifest: Manifest) -> list[tuple[str, int, list[Row]]]:
     train, heldout = synthetic_rows(manifest, 9, 0), synthetic_rows(manifest, 2, 1)
     return [
@@ -144,6 +153,19 @@ def test_words_that_name_places(s3: None) -> None:
     assert isinstance(place, RemotePath)
     assert str(place) == "s3://bucket/a/store" and place.parent / place.name == place
     assert str(store_path(str(place))) == str(place)
+    # Credentials open the store, and show nowhere.
+    secret = store_path("s3://KEY:SE%2FCRET@bucket/a@b/store?region=eu-west-1")
+    assert isinstance(secret, RemotePath) and secret.key == "bucket/a@b/store"
+    assert str(secret) == "s3://bucket/a@b/store" and secret.root == "s3://"
+    assert (secret / "x").parent == secret and "CRET" not in repr(secret)
+    for wrong in (
+        "s3://KEY:SE/CRET@bucket/a",
+        "s3://KEY:SE CRET@bucket/a?b=CRET",
+        "nothing://me:SE/CRET@host/a",
+    ):
+        with pytest.raises(StoreError, match=r"^(s3://bucket|nothing://host)/a") as raised:
+            store_path(wrong)
+        assert "CRET" not in str(raised.value) and raised.value.__cause__ is None
     with pytest.raises(StoreError, match=r"neither pyarrow nor fsspec opens nothing:// addresses"):
         store_path("nothing://bucket/a")
     with pytest.raises(StoreError, match=r"^s3://bucket/nowhere is not a logit store: it has no MANIFEST"):
@@ -188,11 +210,11 @@ def test_of_racing_writers_with_other_bits_one_is_left(
         ) -> None:
             if found == step and final.name == f"00000{shard}.arrow" and not raced:
                 raced.append(1)
-                write_shard(path, manifest, "train", shard, synthetic_rows(manifest, 3, 9))
+                write_shard(path, manifest, "train", shard, _other_bits(manifest, 9))
 
         with monkeypatch.context() as patch:
             patch.setattr(file_system, "reached", other)
-            write_shard(path, manifest, "train", shard, synthetic_rows(manifest, 3, shard))
+            write_shard(path, manifest, "train", shard, _other_bits(manifest, shard))
         assert raced
     # And without any order.
     start = threading.Barrier(2)
@@ -200,7 +222,7 @@ def test_of_racing_writers_with_other_bits_one_is_left(
     def write(seed: int) -> None:
         for shard in (2, 3):
             start.wait(60)
-            write_shard(path, manifest, "train", shard, synthetic_rows(manifest, 3, seed))
+            write_shard(path, manifest, "train", shard, _other_bits(manifest, seed))
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(write, (1, 2)))
@@ -308,3 +330,79 @@ def test_a_record_of_another_upload_is_not_taken(bucket: RemotePath, local: tupl
     publish_bytes(commit_file(path, "train", 1), other, replace=True)
     with pytest.raises(DamagedStoreError, match="is the record of shard 000002"):
         open_store(path).read_row("train", 3)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_an_interrupted_upload_leaves_no_half_file(
+    bucket: RemotePath, monkeypatch: pytest.MonkeyPatch, replace: bool
+) -> None:
+    monkeypatch.setattr(remote_files, "UPLOAD_BYTES", 6 << 20)
+    place, content = bucket / "a/000000.arrow", os.urandom(13 << 20)
+
+    def interrupted(step: str, final: StorePath) -> None:
+        if step == "uploading":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(file_system, "reached", interrupted)
+        publish_bytes(place, content, replace=replace)
+    assert not place.exists(), "closing has completed the upload with what there was"
+    publish_bytes(place, content)
+    assert place.read_bytes() == content
+
+
+def test_an_interrupted_upload_leaves_another_writers_file(
+    bucket: RemotePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_files, "UPLOAD_BYTES", 6 << 20)
+    place, content = bucket / "a/000000.arrow", os.urandom(13 << 20)
+    plain = remote_files.RemoteFiles._remove_half
+
+    def slow(self: remote_files.RemoteFiles, final: RemotePath, spool: Any) -> None:
+        with final.file_system.open_output_stream(final.key) as upload:  # of the other, in between
+            upload.write(b"whole")
+        plain(self, final, spool)
+
+    def interrupted(step: str, final: StorePath) -> None:
+        if step == "uploading":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(remote_files.RemoteFiles, "_remove_half", slow)
+    monkeypatch.setattr(file_system, "reached", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        publish_bytes(place, content)
+    assert place.read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("kept", ["record", "shard"])
+def test_a_third_writer_in_between_is_waited_for(
+    bucket: RemotePath, local: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, kept: str
+) -> None:
+    path, manifest = bucket / "third", synthetic_manifest()
+    create_store(path, manifest, local[0] / "tokenizer")
+    create_store(bucket / "other", manifest, local[0] / "tokenizer")
+    write_shard(bucket / "other", manifest, "train", 0, _other_bits(manifest, 9))
+    name = "publish" if kept == "record" else "publish_bytes"
+    plain, refused = getattr(writer, name), []
+
+    def others(step: str, final: StorePath) -> None:
+        # Another writer that died has left its record or its shard beside this one's.
+        if step == "read back" and final == commit_file(path, "train", 0) and not refused:
+            monkeypatch.setattr(file_system, "reached", lambda step, final: None)
+            place = shard_file if kept == "record" else commit_file
+            stray = place(bucket / "other", "train", 0).read_bytes()
+            publish_bytes(place(path, "train", 0), stray, replace=True)
+            monkeypatch.setattr(writer, name, third)
+
+    def third(*args: Any, **settings: Any) -> str:
+        if not refused:
+            refused.append(True)
+            raise NameTakenError("holds the bytes of a third writer")
+        return plain(*args, **settings)
+
+    monkeypatch.setattr(writer.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(file_system, "reached", others)
+    write_shard(path, manifest, "train", 0, _other_bits(manifest, 1))
+    assert refused
+    seal(path, {"train": 1, "heldout": 0})
+    assert verify_store(path).ok

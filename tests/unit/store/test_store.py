@@ -1,7 +1,9 @@
 """Writing and reading a whole store: order and number of writers leave no trace, gaps are refused."""
 
 import dataclasses
+import errno
 import json
+import os
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -343,3 +345,43 @@ def test_nothing_on_disk_tells_who_wrote_it(tmp_path: Path) -> None:
         assert str(tmp_path) not in text
         assert text == json.dumps(json.loads(text), sort_keys=True, indent=1) + "\n"
     assert not [item for item in path.rglob(writer.TEMPORARY_PREFIX + "*")]
+
+
+def test_a_read_that_fails_is_told_from_a_file_cut_off(tmp_path: Path, monkeypatch) -> None:
+    manifest = synthetic_manifest()
+    write_synthetic_store(tmp_path / "store", manifest, {"train": 9, "heldout": 2}, seed=0)
+    store = open_store(tmp_path / "store")
+
+    def fails(path: Path, offset: int, length: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(access, "read_range", fails)
+        with pytest.raises(DamagedStoreError, match=r"cannot be read \(Input/output error\)") as raised:
+            store.read_row("train", 0)
+    assert "expected" not in str(raised.value) and "cut off" not in str(raised.value)
+    place = tmp_path / "store/shards/train/000000.arrow"
+    place.write_bytes(place.read_bytes()[:300])
+    with pytest.raises(DamagedStoreError, match=r"has 300 bytes, expected \d+ or more: the file is cut off;"):
+        store.read_row("train", 0)
+
+
+def test_a_damaged_sealed_store_names_its_repair(tmp_path: Path) -> None:
+    manifest = synthetic_manifest()
+    write_synthetic_store(tmp_path / "store", manifest, {"train": 9, "heldout": 0}, seed=0)
+    path, shard = tmp_path / "store", tmp_path / "store/shards/train/000000.arrow"
+    whole, repair = shard.read_bytes(), f"sparsekd store verify {path} --repair"
+    plan = {"train": 3, "heldout": 0}
+    for damaged in (whole[:-1], whole.replace(b"ARROW1", b"ARROW2")):
+        shard.write_bytes(damaged)
+        with pytest.raises(DamagedStoreError, match=repair):
+            seal(path, plan)
+    shard.unlink()
+    with pytest.raises(StoreError, match=repair):
+        seal(path, plan)
+    with pytest.raises(StoreError, match=repair):
+        write_shard(path, manifest, "train", 0, synthetic_rows(manifest, 3, 9))
+    shard.with_suffix(".json").unlink()
+    with pytest.raises(StoreError, match=repair):
+        write_shard(path, manifest, "train", 0, synthetic_rows(manifest, 9, 0)[:3])
+    assert not (path / "quarantine").exists()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+from sparsekd.logit_store.manifest import CodecSpec
 from sparsekd.logit_store.reader import open_store
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
 from sparsekd.trainer.cli import main
@@ -59,6 +60,24 @@ def test_each_action_has_help_and_says_what_comes_next(
         assert "sound: every byte" in capsys.readouterr().out
 
 
+def test_a_store_with_heads_cut_short_is_shown_and_moved(
+    stores: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codec = CodecSpec("compact", {"mass": 0.5, "frequent_ids": ""})
+    write_synthetic_store(Path("cut"), synthetic_manifest(k=8, n=0, codec=codec), {"train": 4}, seed=0)
+    for words in (
+        "inspect cut --positions 99999999999999999999",
+        "stats cut",
+        "compare cut cut",
+        "reencode cut d --codec compact",
+    ):
+        assert main(["store", *words.split()]) == 0, capsys.readouterr().err
+    assert main(["store", "export", "cut", "f", "--text"]) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["store", "reencode", "cut", "e", "--mass", "0.95"]) == 2
+    assert "give --mass of at most 0.5" in capsys.readouterr().err and not Path("e").exists()
+
+
 def test_bad_words_are_one_sentence(stores: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, expected in {
         "shrink a": "'shrink' is not an action; there are inspect, verify",
@@ -74,6 +93,11 @@ def test_bad_words_are_one_sentence(stores: Path, capsys: pytest.CaptureFixture[
         "subset a c": "needs a choice",
         "subset a c --rows 1:x --split train": "is no list of numbers",
         "subset a c --split train --rows 3:3": "names no number",
+        "subset a c --fraction 0.5 --seed 99999999999999999999999": "seed is 99999999999999999999999",
+        "subset a c --documents 99999999999999999999999": "documents holds 99999999999999999999999, expected",
+        "subset a c --documents 4000000000:9000000000": "No row of a is chosen",
+        "subset a c --split train --rows 0:3000000000": "has no row 6: it has 6 rows",
+        "subset a c --split train --rows 9:99999999999999999999999": "rows holds 99999999999999999999998",
         "reencode a c": "changes nothing",
         "reencode a c --k 9": "k = 9 cannot be made",
         "reencode a b --k 4 --drop-draws": "b is another store",

@@ -1,18 +1,25 @@
 """Rows become tensors that mean the same, and are read ahead in their own order."""
 
+import itertools
 import random
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from sparsekd.kernels.objective import Objective
+from sparsekd.kernels.loss import sparse_kd_loss
+from sparsekd.kernels.objective import HeadTransform, Objective
+from sparsekd.logit_store.frequency import compact_parameters
+from sparsekd.logit_store.manifest import CodecSpec, Manifest
+from sparsekd.logit_store.reader import open_store
 from sparsekd.logit_store.row import Row
-from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
+from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_tokenizer
+from sparsekd.logit_store.writer import create_store, seal, write_shard
 from sparsekd.trainer.errors import DataError
 from sparsekd.trainer.student.batches import (
     IGNORED_LABEL,
@@ -30,7 +37,7 @@ def rows(count: int = 6) -> list[Row]:
     return synthetic_rows(MANIFEST, count, seed=1)
 
 
-def objective(**changes: float) -> Objective:
+def objective(**changes: Any) -> Objective:
     fields: dict[str, Any] = {
         "kd_weight": 1.0,
         "ce_weight": 0.0,
@@ -107,6 +114,89 @@ def test_values_are_checked_where_asked() -> None:
     batch.targets.log_rest[counted] = float("nan")
     with pytest.raises(DataError, match=rf"targets.log_rest at position {counted} is nan.*store verify"):
         check_values(batch, vocabulary_size=50, temperature=1.0)
+
+
+def compact_rows(path: Path, mass: float | None) -> tuple[Manifest, list[Row]]:
+    """Rows with impossible entries, read back from a store of `compact`."""
+    manifest = synthetic_manifest(
+        vocabulary_size=50,
+        sequence_length=12,
+        k=6,
+        n=0,
+        codec=CodecSpec("compact", compact_parameters(np.arange(50), mass=mass, table_ids=9)),
+    )
+    written = synthetic_rows(manifest, 6, seed=1)
+    for row in written:
+        assert row.teacher is not None
+        for first, mask in ((0, -np.inf), (1, -1e9)):
+            row.teacher.head_logprobs[first::3, 3:] = mask
+            row.teacher.head_ids[first::3, 3:].sort(axis=1)
+    create_store(path / "store", manifest, write_synthetic_tokenizer(path / "tokenizer", 50))
+    for shard in range(2):
+        write_shard(path / "store", manifest, "train", shard, written[3 * shard : 3 * shard + 3])
+    seal(path / "store", {"train": 2, "heldout": 0})
+    store = open_store(path / "store")
+    return manifest, [store.read_row("train", index) for index in range(6)]
+
+
+@pytest.mark.parametrize("mass", [None, 0.5, 0.9])
+def test_short_heads_and_impossible_entries_pass_the_check(tmp_path: Path, mass: float | None) -> None:
+    manifest, some = compact_rows(tmp_path, mass)
+    batch = micro_batch(some, rest=rest_formula_of(objective(), manifest))
+    assert batch.targets is not None
+    assert bool(torch.isneginf(batch.targets.head_logprobs).any())
+    assert bool((batch.targets.ids < 0).any()) == (mass is not None)
+    check_values(batch, vocabulary_size=50, temperature=1.0)
+    # Still not everything passes.
+    counted = int(batch.weights.nonzero()[3])
+    batch.targets.head_logprobs[counted, 0] = float("nan")
+    with pytest.raises(DataError, match=rf"targets.head_logprobs at position {counted}, column 0 is nan"):
+        check_values(batch, vocabulary_size=50, temperature=1.0)
+
+
+@pytest.mark.parametrize("mass", [None, 0.5, 0.9])
+@pytest.mark.parametrize(
+    ("target_mode", "divergence"),
+    [
+        ("truncated", "forward_kl"),
+        *itertools.product(
+            ["tail_bucket", "renormalized"],
+            ["forward_kl", "reverse_kl", "total_variation", "jensen_shannon", "skewed_reverse_kl"],
+        ),
+    ],
+)
+def test_losses_of_short_heads_are_those_of_the_dense_reference(
+    tmp_path: Path, mass: float | None, target_mode: str, divergence: str
+) -> None:
+    """What a ragged store gives back trains: finite loss and gradients, equal by relative norm."""
+    manifest, some = compact_rows(tmp_path, mass)
+    chosen = objective(target_mode=target_mode, divergence=divergence, ce_weight=0.5, temperature=2.0)
+    batch = micro_batch(some, rest=rest_formula_of(chosen, manifest))
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(72, 8, generator=generator, dtype=torch.float64)
+    matrix = torch.randn(50, 8, generator=generator, dtype=torch.float64)
+    found = {}
+    for impl in ("reference", "torch"):
+        hidden, weight = values.clone().requires_grad_(), matrix.clone().requires_grad_()
+        output = sparse_kd_loss(
+            hidden,
+            weight,
+            bias=None,
+            targets=batch.targets,
+            labels=batch.labels,
+            weights=batch.weights,
+            objective=chosen,
+            head=HeadTransform(vocabulary_size=50, scale=1.0, softcap=None),
+            impl=impl,
+            debug=True,
+        )
+        output.loss.backward()
+        assert hidden.grad is not None and weight.grad is not None
+        found[impl] = [output.loss.detach()[None], output.kd, output.ce, hidden.grad, weight.grad]
+    for left, right in zip(found["reference"], found["torch"], strict=True):
+        assert bool(torch.isfinite(left).all()) and bool(torch.isfinite(right).all())
+        assert float((left - right).norm()) <= 1e-5 * float(left.norm())
+        assert float(left.norm()) > 0
 
 
 def test_rows_that_fill_a_pass_do_not_count() -> None:

@@ -21,7 +21,7 @@ from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
 from sparsekd.logit_store.writer import create_store, seal, write_shard
 
 HERE = Path(__file__).parent
-VOCABULARY = 70_000  # two byte planes and a bit plane
+VOCABULARY = 70_000  # two byte planes and a bit plane, but for the kinds that name another
 TOKENIZER = {"tokenizer.json": b"{}\n"}
 
 # name -> (codec, fields of the manifest)
@@ -33,11 +33,18 @@ KINDS = {
     "compact": ("compact", {"k": 12, "n": 0}),
     "fp16": ("fp16", {"k": 5, "n": 7, "tail_logprobs": True}),
     "plain": ("plain", {"k": 5, "n": 7, "tail_logprobs": True}),
+    # One byte plane; two byte planes and two bit planes.
+    "tkq8-v256": ("tkq8", {"k": 5, "n": 7, "tail_logprobs": True, "vocabulary": 256}),
+    "plain-v256": ("plain", {"k": 5, "n": 7, "tail_logprobs": True, "vocabulary": 256}),
+    "tkq8-v262144": ("tkq8", {"k": 5, "n": 7, "tail_logprobs": True, "vocabulary": 262_144}),
+    "plain-v262144": ("plain", {"k": 5, "n": 7, "tail_logprobs": True, "vocabulary": 262_144}),
 }
 
 
 def golden_manifest(name: str) -> Manifest:
     codec, fields = KINDS[name]
+    fields = dict(fields)
+    vocabulary = fields.pop("vocabulary", VOCABULARY)
     parameters = {}
     if codec == "compact":
         parameters = compact_parameters(np.arange(VOCABULARY) * 7 % 1000, mass=0.4, table_ids=300)
@@ -45,7 +52,7 @@ def golden_manifest(name: str) -> Manifest:
         sequence_length=24,
         rows_per_shard=2,
         codec=CodecSpec(codec, parameters),
-        tokenizer=TokenizerIdentity("golden", VOCABULARY, digest_of_files(TOKENIZER.items()), None, 0),
+        tokenizer=TokenizerIdentity("golden", vocabulary, digest_of_files(TOKENIZER.items()), None, 0),
         **fields,
     )
 
@@ -58,20 +65,23 @@ def golden_rows(manifest: Manifest) -> dict[str, list[Row]]:
 def _with_edges(row: Row, manifest: Manifest) -> Row:
     """A row whose first positions are as odd as the rules allow."""
     record, k, n = row.teacher, manifest.record.k, manifest.record.n
+    vocabulary = manifest.tokenizer.vocabulary_size
     if record is None:
         return row
     changes = {field.name: getattr(record, field.name).copy() for field in dataclasses.fields(record)}
     # Position 0: certainty, an empty rest, no draws. Position 1: equal values. Position 2: nearly equal ones.
     changes["log_rest"][0], changes["rest_entropy"][0] = -np.inf, 0
     if k:
-        changes["head_ids"][:3] = np.arange(k) * 5000
+        # Steps of 5,000 where that many fit, as in the first stores; else such that the highest bit is used.
+        spacing = 5000 if vocabulary == VOCABULARY else (vocabulary - 2) // (k - 1)
+        changes["head_ids"][:3] = np.arange(k) * spacing
         changes["head_logprobs"][0] = [0.0] + [-np.inf] * (k - 1)
         changes["head_logprobs"][1] = np.float32(np.log(1e-3))
         changes["head_logprobs"][2] = np.log(1e-3) - np.arange(k, dtype=np.float32) * np.float32(1e-6)
     if n:
         changes["tail_ids"][0], changes["tail_counts"][0] = -1, 0
         changes["tail_logprobs"][0] = -np.inf
-        changes["tail_ids"][1] = [1, VOCABULARY - 1] + [-1] * (n - 2)
+        changes["tail_ids"][1] = [1, vocabulary - 1] + [-1] * (n - 2)
         changes["tail_counts"][1] = [1, n - 1] + [0] * (n - 2)
         changes["tail_logprobs"][1, 2:] = -np.inf
     return dataclasses.replace(row, teacher=dataclasses.replace(record, **changes))
