@@ -95,6 +95,7 @@ def test_its_gradients_are_those_of_the_loss(store, k, n, mode):
             kd_weight=1.0,
             ce_weight=0.0,
             divergence="forward_kl",
+            mixture=0.1,
             target_mode=mode,
             temperature=1.0,
             label_smoothing=0.0,

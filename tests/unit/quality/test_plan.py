@@ -116,7 +116,7 @@ def test_the_loss_has_a_line_for_each_implementation(capsys: pytest.CaptureFixtu
     plan.run(config)
     printed = capsys.readouterr().out
     vocabulary, positions, hidden = 151_936, 4096, 1024
-    backward = 8 * hidden * (vocabulary + positions)
+    backward = 4 * hidden * (2 * vocabulary + positions)
     # 4 C V + 4 B V + 4 V H + 4 N H with C = 512 and all positions in one buffer.
     triton = 4 * (512 + positions) * vocabulary + 4 * hidden * (vocabulary + positions)
     assert f"{12 * positions * vocabulary / 1e9:.2f} GB = 12 N V" in printed
