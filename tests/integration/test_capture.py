@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,28 +26,9 @@ from sparsekd.trainer.teacher.draws import row_uniforms
 from sparsekd.trainer.teacher.verify import run as verify
 
 sys.path.insert(0, str(Path(__file__).parent))
-from capture_world import LENGTH, VOCABULARY, config_for, files_of, make_teacher, make_tokens
+from capture_world import LENGTH, VOCABULARY, config_for, files_of, make_teacher
 
-pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A run in this process sets torch's variables; they must not reach the next one."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tokens(tmp_path_factory.mktemp("tokens"))
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
-    return make_teacher(tmp_path_factory.mktemp("llama") / "teacher", "llama", tokenizer=tokens / "tokenizer")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_environment")]
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:

@@ -1,11 +1,9 @@
 """`capture` after damage, kills and failures, and on S3: the store is the one of an undisturbed capture."""
 
 import logging
-import os
 import shutil
 import sys
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,28 +25,9 @@ from sparsekd.trainer.teacher.repair import run as repair
 from sparsekd.trainer.teacher.verify import run as verify
 
 sys.path.insert(0, str(Path(__file__).parent))
-from capture_world import LENGTH, config_for, files_of, make_teacher, make_tokens
+from capture_world import LENGTH, config_for, files_of, make_teacher
 
-pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A run in this process sets torch's variables; they must not reach the next one."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tokens(tmp_path_factory.mktemp("tokens"))
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
-    return make_teacher(tmp_path_factory.mktemp("llama") / "teacher", "llama", tokenizer=tokens / "tokenizer")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_environment")]
 
 
 def test_repair_captures_damaged_shards_again(
