@@ -23,8 +23,9 @@ and of log R to a half, which raises R by at most 1.8e-4."""
 ENTROPY_TOLERANCE = 1e-3
 """Nats by which an entropy may leave [0, log V]: sums of float32 terms."""
 
-_BLOCK_POSITIONS = 1024
-"""Positions looked at together: their ids and values, 256 KiB each at k = 64, stay in the cache."""
+_BLOCK_POSITIONS = 4096
+"""Positions looked at together, which bounds what a check takes beside the row (0.51 ms a row of 4,096 at
+k = 64; 0.57 in blocks of 1,024, 0.66 of 512)."""
 
 
 def check_row(row: Row, manifest: Manifest, *, mass_tolerance: float, where: str) -> None:
@@ -80,7 +81,7 @@ def _head_is_plainly_right(record: TeacherRecord, manifest: Manifest, mass_toler
     """Returns True where the rules of the head hold and nothing is unusual; False asks for a closer look.
 
     A closer look costs three times as much. This one passes over all entries of a block of positions at once,
-    blind to where positions begin, while the block is in the processor's cache.
+    blind to where positions begin.
     """
     entries, size = manifest.record.k, manifest.tokenizer.vocabulary_size
     rest = _log_rest_at_one(record, manifest)

@@ -46,8 +46,9 @@ from sparsekd.logit_store.quantise import (
 from sparsekd.logit_store.ragged import cut_to_mass
 from sparsekd.logit_store.row import NO_ID, Row, TeacherRecord
 
-BLOCK_POSITIONS = 1024
-"""Positions whose values are worked on together: their arrays stay in the processor's cache."""
+BLOCK_POSITIONS = 4096
+"""Positions whose values are worked on together, which bounds their arrays. Measured at k = 64 on one core:
+encoding a row of 4,096 took 1.96 ms (`plain`) so, 2.18 in blocks of 1,024 and 2.53 of 512."""
 
 HALVES = "fp16"
 """Name of the codec whose values are halves."""
