@@ -30,6 +30,10 @@ GRID = (1.0, 2.0, 4.0)  # temperatures of the record in table D
 ACCURACY_SHAPE = (256, 32768, 256)
 
 
+class CannotRunError(Exception):
+    """A contestant cannot take part in a case; the message is what its row says."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """One case: a table, a shape, a record, a dtype."""

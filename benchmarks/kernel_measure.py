@@ -17,7 +17,7 @@ from typing import Any
 
 import kernel_dense as dense
 import torch
-from kernel_cases import GRID, Inputs, Setting, in_float64, make_inputs
+from kernel_cases import GRID, CannotRunError, Inputs, Setting, in_float64, make_inputs
 from kernel_peers import Peer, Step
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -259,7 +259,7 @@ def brief(error: BaseException) -> str:
     words = re.sub(r"(/[\w.+-]+){2,}", "...", lines[0]).replace("|", "/")
     if len(words) > 80:
         words = words[:77] + "..."
-    kind = "" if isinstance(error, NotImplementedError) and words else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, CannotRunError) else f"{type(error).__name__}: "
     return f"{kind}{words}"
 
 

@@ -14,6 +14,7 @@ from kernel_cases import (
     CE_WEIGHT,
     GRID,
     KD_WEIGHT,
+    CannotRunError,
     Inputs,
     Setting,
     our_loss,
@@ -108,7 +109,7 @@ def _ours(
             plans = smaller_plans(setting, chosen, device)
             sliced = [plan for plan in plans if plan.slice_columns]
             if not sliced:
-                raise NotImplementedError("whole rows need the least memory at this shape")
+                raise CannotRunError("whole rows need the least memory at this shape")
             budget = (sliced[0] if memory == "slices" else plans[-1]).peak_bytes
 
         def step(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -376,7 +377,7 @@ def _torch_fused(chunk: int | None) -> Callable[[Setting, torch.device], Step]:
         fused = getattr(torch.nn.functional, "linear_cross_entropy", None)
         if fused is None or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
             version = torch.__version__.split("+")[0]
-            raise NotImplementedError(f"torch {version} has no linear_cross_entropy in chunks")
+            raise CannotRunError(f"torch {version} has no linear_cross_entropy in chunks")
         given = {} if chunk is None else {"batch_chunk_size": chunk, "chunking_method": None}
         options = torch.nn.LinearCrossEntropyOptions(**given)
         return lambda inputs: _gradients(

@@ -37,7 +37,7 @@ class LossShape(NamedTuple):
 
     Attributes:
         positions: N.
-        vocabulary_size: V, rows of the weight on this rank.
+        vocabulary_size: V, true rows of the weight; a rank's fair share where they are split over ranks.
         hidden_size: H.
         element_bytes: of hidden states and weight: 2, 4 or 8.
         temperature: T of the objective.
