@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 from store_data import DRAWN, TOP_K, Case
 
-from sparsekd.logit_store.codec import codec_of
-from sparsekd.logit_store.frequency import compact_parameters
+from sparsekd.logit_store.codecs.codec import codec_of
+from sparsekd.logit_store.codecs.frequency import compact_parameters
 from sparsekd.logit_store.manifest import CodecSpec, Manifest
-from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.protocol.reader import open_store
+from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import Row, TeacherRecord
 from sparsekd.logit_store.synthetic import write_synthetic_tokenizer
-from sparsekd.logit_store.writer import create_store, seal, write_shard
 
 SPLIT = "train"
 RAGGED_MASS = 0.99

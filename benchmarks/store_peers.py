@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from store_data import TOP_K, Case, record_of
 from store_layouts import Decoded, Layout, Read
 
-from sparsekd.logit_store.importers.distillkit import Compression, decode_values, unpack_bits
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.row import NO_ID, Row
+from sparsekd.trainer.importers.distillkit import Compression, decode_values, unpack_bits
 
 ALL_SIDES = "log R, entropies, true token's log-probability, mask, documents, checksums"
 ZSTD_LEVEL = 3

@@ -24,10 +24,10 @@ from store_data import Case, DataSet
 from transformers.utils.logging import disable_progress_bar
 
 from sparsekd.logit_store.manifest import CodecSpec, Manifest, RecordSpec
-from sparsekd.logit_store.reader import LogitStore, open_store
+from sparsekd.logit_store.protocol.reader import LogitStore, open_store
+from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import Row, TeacherRecord, position_ids
 from sparsekd.logit_store.synthetic import synthetic_manifest
-from sparsekd.logit_store.writer import create_store, seal, write_shard
 from sparsekd.trainer.causal_lm import hidden_states
 from sparsekd.trainer.config import TeacherConfig
 from sparsekd.trainer.teacher.model import Teacher, load_teacher

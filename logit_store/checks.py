@@ -8,8 +8,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsekd.logit_store.codecs.frequency import mass_of
 from sparsekd.logit_store.errors import InvalidRowError
-from sparsekd.logit_store.frequency import mass_of
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.row import NO_ID, PADDING_DOCUMENT, Row, TeacherRecord
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.paths import StorePath
+from sparsekd.logit_store.places.paths import StorePath
 
 FORMAT_VERSION = 1
 """Major version of the format. A reader refuses a newer one."""

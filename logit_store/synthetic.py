@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsekd.logit_store.codecs.ragged import log_sum_exp
 from sparsekd.logit_store.manifest import (
     ALIGNMENT,
     FORMAT_VERSION,
@@ -23,9 +24,8 @@ from sparsekd.logit_store.manifest import (
     TokenizerIdentity,
     digest_of_files,
 )
-from sparsekd.logit_store.ragged import log_sum_exp
+from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import NO_ID, PADDING_DOCUMENT, Row, TeacherRecord, segment_lengths
-from sparsekd.logit_store.writer import create_store, seal, write_shard
 
 _SHARPNESS = 3.0
 """Standard deviation of the made-up logits: at V = 1,000 an entropy of about 3 nats."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sparsekd.kernels.objective import HeadTransform
-from sparsekd.logit_store.paths import StorePath
+from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.trainer.errors import ModelError
 
 # What transformers' errors about an attention implementation have in common with no others.

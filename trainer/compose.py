@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import read_manifest
-from sparsekd.logit_store.paths import RemotePath, StorePath, store_path
+from sparsekd.logit_store.places.paths import RemotePath, StorePath, store_path
 from sparsekd.trainer.config import Config, Option, options, require
 from sparsekd.trainer.errors import ConfigError, FolderError
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from sparsekd.kernels.objective import DIVERGENCES, TARGET_MODES
-from sparsekd.logit_store.access import KINDS as ACCESS_KINDS
-from sparsekd.logit_store.codec import CODECS, DEFAULT_CODEC
+from sparsekd.logit_store.codecs.codec import CODECS, DEFAULT_CODEC
+from sparsekd.logit_store.places.access import KINDS as ACCESS_KINDS
 from sparsekd.trainer.errors import ConfigError
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekd.logit_store.reader import LogitStore
+from sparsekd.logit_store.protocol.reader import LogitStore
 from sparsekd.trainer.errors import ModelError
 
 # Enough for attention over several tokens in each document, and small beside a forward pass.

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from sparsekd.logit_store.derive import Progress
 from sparsekd.logit_store.manifest import read_manifest
-from sparsekd.logit_store.paths import StorePath, store_path
+from sparsekd.logit_store.places.paths import StorePath, store_path
+from sparsekd.logit_store.tools.derive import Progress
 from sparsekd.trainer.config import Config, StoreConfig, require
 from sparsekd.trainer.errors import ConfigError, TypedError, typed
 
 if TYPE_CHECKING:
-    from sparsekd.logit_store.verify import VerifyResult
+    from sparsekd.logit_store.tools.verify import VerifyResult
 
 SECONDS_BETWEEN_LINES = 5.0
 """Between lines of progress, where there is no terminal to write over."""
@@ -130,7 +130,7 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(flags: argparse.Namespace, _: list[str]) -> int:
-    from sparsekd.logit_store.inspect import inspect_text
+    from sparsekd.logit_store.tools.inspect import inspect_text
 
     print(inspect_text(store_path(flags.path), positions=flags.positions, sample_rows=flags.rows))
     print(f"next: sparsekd store verify {flags.path}")
@@ -153,7 +153,7 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(flags: argparse.Namespace, settings: list[str]) -> int:
-    from sparsekd.logit_store.verify import verify_store
+    from sparsekd.logit_store.tools.verify import verify_store
 
     if settings and not (flags.teacher or flags.repair):
         raise TypedError(
@@ -200,13 +200,13 @@ def _stats_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _stats(flags: argparse.Namespace, _: list[str]) -> int:
-    from sparsekd.logit_store.stats import store_stats
+    from sparsekd.logit_store.tools.stats import store_stats
 
     with _Progress("store stats") as progress:
         stats = store_stats(store_path(flags.path), split=flags.split, rows=flags.rows, progress=progress)
     print(stats.text())
     if flags.plot:
-        from sparsekd.logit_store.stats_plot import plot_stats
+        from sparsekd.logit_store.tools.stats_plot import plot_stats
 
         plot_stats(stats, Path(flags.plot))
         print(f"plot: {flags.plot}")
@@ -221,7 +221,7 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(flags: argparse.Namespace, _: list[str]) -> int:
-    from sparsekd.logit_store.compare import compare_stores
+    from sparsekd.logit_store.tools.compare import compare_stores
 
     with _Progress("store compare") as progress:
         result = compare_stores(
@@ -242,7 +242,7 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(flags: argparse.Namespace, _: list[str]) -> int:
-    from sparsekd.logit_store.combine import merge_stores
+    from sparsekd.logit_store.tools.combine import merge_stores
 
     *sources, target = (store_path(path) for path in flags.paths)
     if len(sources) < 2:
@@ -266,7 +266,7 @@ def _subset_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _subset(flags: argparse.Namespace, _: list[str]) -> int:
-    from sparsekd.logit_store.combine import subset_store
+    from sparsekd.logit_store.tools.combine import subset_store
 
     with _Progress("store subset") as progress:
         digest = subset_store(
@@ -293,7 +293,7 @@ def _reencode_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _reencode(flags: argparse.Namespace, _: list[str]) -> int:
-    from sparsekd.logit_store.reencode import reencode_store
+    from sparsekd.logit_store.tools.reencode import reencode_store
 
     if flags.codec is None and flags.mass is None and flags.k is None and not flags.drop_draws:
         raise ConfigError("store reencode changes nothing so: give --codec, --mass, --k or --drop-draws.")
@@ -355,8 +355,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(flags: argparse.Namespace, _: list[str]) -> int:
-    from sparsekd.logit_store.export import export_store
-    from sparsekd.logit_store.files import size_of
+    from sparsekd.logit_store.places.files import size_of
+    from sparsekd.logit_store.tools.export import export_store
 
     with _Progress("store export") as progress:
         files = export_store(

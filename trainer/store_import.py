@@ -6,13 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sparsekd.logit_store.derive import Progress
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.importers.document import Source
-from sparsekd.logit_store.importers.store import ImportResult, ImportSettings, import_source
 from sparsekd.logit_store.manifest import CodecSpec, TeacherIdentity, TokenizerIdentity
-from sparsekd.logit_store.paths import store_path
+from sparsekd.logit_store.places.paths import store_path
+from sparsekd.logit_store.tools.derive import Progress
 from sparsekd.trainer.errors import ConfigError
+from sparsekd.trainer.importers.document import Source
+from sparsekd.trainer.importers.store import ImportResult, ImportSettings, import_source
 
 COMPRESSION_NAME = "compression_config.yaml"
 
@@ -26,8 +26,8 @@ def run(flags: argparse.Namespace, progress: Progress) -> ImportResult:
     """
     _check_flags(flags)
     if flags.format == "megatron":
-        from sparsekd.logit_store.importers.megatron import import_megatron, open_megatron
-        from sparsekd.logit_store.reader import open_store
+        from sparsekd.logit_store.protocol.reader import open_store
+        from sparsekd.trainer.importers.megatron import import_megatron, open_megatron
 
         tokens = open_store(flags.tokens)
         settings = _settings(flags, tokens.manifest.tokenizer, tokens.tokenizer_path)
@@ -73,14 +73,14 @@ def _check_flags(flags: argparse.Namespace) -> None:
 def _open(flags: argparse.Namespace) -> Source:
     path = Path(flags.source)
     if flags.format == "nemo":
-        from sparsekd.logit_store.importers.nemo import open_nemo
+        from sparsekd.trainer.importers.nemo import open_nemo
 
         return open_nemo(path)
     if flags.format == "vllm":
-        from sparsekd.logit_store.importers.vllm import open_vllm
+        from sparsekd.trainer.importers.vllm import open_vllm
 
         return open_vllm(path)
-    from sparsekd.logit_store.importers.distillkit import open_distillkit, read_compression
+    from sparsekd.trainer.importers.distillkit import open_distillkit, read_compression
 
     folder = path if path.is_dir() else path.parent
     place = Path(flags.compression) if flags.compression else folder / COMPRESSION_NAME

@@ -17,7 +17,7 @@ import psutil
 import torch
 from plain_training import student
 
-from sparsekd.logit_store.reader import LogitStore, open_store
+from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
 from sparsekd.trainer.student.export import consolidated_weights
 

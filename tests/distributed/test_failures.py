@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from distributed_harness import VOCABULARY, Workplace
 
-from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.trainer.student.data_plan import BatchShape, micro_batches
 
 pytestmark = pytest.mark.distributed

@@ -11,9 +11,9 @@ import pytest
 from distributed_harness import TRAIN_ROWS, VOCABULARY, Workplace
 
 from sparsekd.logit_store.errors import DamagedStoreError
-from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.protocol.reader import open_store
+from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
-from sparsekd.logit_store.writer import create_store, seal, write_shard
 from sparsekd.trainer.errors import CheckpointError, DataError
 from sparsekd.trainer.student.checkpoint import read_commit
 from sparsekd.trainer.student.data_plan import BatchShape, step_rows

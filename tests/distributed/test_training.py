@@ -9,7 +9,7 @@ from distributed_harness import HELDOUT_ROWS, LITTLE_MEMORY, STEPS, VOCABULARY, 
 from plain_training import relative_difference, row_sums, student, train
 
 from sparsekd.kernels.memory import LossShape, plan_memory
-from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.protocol.reader import open_store
 
 pytestmark = pytest.mark.distributed
 

@@ -18,8 +18,8 @@ from sparsekd.logit_store.manifest import (
     RecordSpec,
     TeacherIdentity,
 )
+from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import NO_ID, PADDING_DOCUMENT, Row, TeacherRecord, position_ids
-from sparsekd.logit_store.writer import create_store, seal, write_shard
 from sparsekd.trainer.corpus.tokenizer import save_tokenizer, tokenizer_identity, train_tokenizer
 
 GRID = (1.0, 2.0)

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.row import segment_lengths
 from sparsekd.trainer.config import Config
 from sparsekd.trainer.corpus.tokenizer import save_tokenizer, train_tokenizer

@@ -11,11 +11,11 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.files import files_below
-from sparsekd.logit_store.paths import store_path
-from sparsekd.logit_store.reader import open_store
-from sparsekd.logit_store.verify import AlignmentCheck, VerifyResult
-from sparsekd.logit_store.writer import write_shard
+from sparsekd.logit_store.places.files import files_below
+from sparsekd.logit_store.places.paths import store_path
+from sparsekd.logit_store.protocol.reader import open_store
+from sparsekd.logit_store.protocol.writer import write_shard
+from sparsekd.logit_store.tools.verify import AlignmentCheck, VerifyResult
 from sparsekd.trainer.cli import main
 from sparsekd.trainer.config import Config
 from sparsekd.trainer.corpus.prepare import run as prepare
@@ -137,7 +137,7 @@ def test_a_failed_write_ends_the_capture(
         written.append(shard)
         raise StoreError("No room to write anything")
 
-    monkeypatch.setattr("sparsekd.logit_store.background.write_shard", fail)
+    monkeypatch.setattr("sparsekd.logit_store.protocol.background.write_shard", fail)
     with pytest.raises(StoreError, match="No room"):
         capture(config_for(tokens, llama, tmp_path / "store"))
     assert written == [0] and not (tmp_path / "store/INDEX.json").exists()

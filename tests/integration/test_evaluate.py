@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.trainer.config import Config
 from sparsekd.trainer.errors import ConfigError, DataError, ModelError
 from sparsekd.trainer.quality import evaluate, score

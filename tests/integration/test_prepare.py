@@ -17,7 +17,7 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.reader import LogitStore, open_store
+from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.row import document_of_position
 from sparsekd.trainer.config import Config
 from sparsekd.trainer.corpus.documents import read_documents

@@ -74,12 +74,14 @@ def test_shared_modules_do_not_import_rooms_at_their_top() -> None:
         "from sparsekd.trainer.cli import main; main(['train', 'experiment=demo', '--cfg'])",
         "from sparsekd.trainer.cli import main; main(['train', 'objective.kd_wait=1'])",
         "import sparsekd.trainer.quality.plan",
-        "import sparsekd.logit_store.inspect, sparsekd.logit_store.verify, sparsekd.logit_store.writer",
+        "import sparsekd.logit_store.tools.inspect, sparsekd.logit_store.tools.verify",
+        "import sparsekd.logit_store.protocol.writer",
         "from sparsekd.trainer.cli import main; main(['store', '--help'])",
         "from sparsekd.trainer.cli import main; main(['store', 'import', '--help'])",
         "from sparsekd.trainer.cli import main; main(['store', 'stats', '/nowhere'])",
-        "import sparsekd.logit_store.compare, sparsekd.logit_store.stats_plot, sparsekd.logit_store.export",
-        "import sparsekd.logit_store.combine, sparsekd.logit_store.importers.megatron",
+        "import sparsekd.logit_store.tools.compare, sparsekd.logit_store.tools.stats_plot",
+        "import sparsekd.logit_store.tools.export",
+        "import sparsekd.logit_store.tools.combine, sparsekd.trainer.importers.megatron",
     ],
 )
 def test_light_commands_do_not_import_torch(statement: str) -> None:

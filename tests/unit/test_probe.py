@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sparsekd.logit_store.reader import LogitStore, open_store
+from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
 from sparsekd.trainer.causal_lm import decoder_and_head, dense_logits, head_transform, hidden_states
 from sparsekd.trainer.errors import ModelError

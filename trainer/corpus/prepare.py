@@ -14,12 +14,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from sparsekd.logit_store.codec import DEFAULT_CODEC
+from sparsekd.logit_store.codecs.codec import DEFAULT_CODEC
 from sparsekd.logit_store.manifest import ALIGNMENT, FORMAT_VERSION, CodecSpec, Manifest, RecordSpec
-from sparsekd.logit_store.paths import StorePath, store_path
-from sparsekd.logit_store.reader import LogitStore, open_store
+from sparsekd.logit_store.places.paths import StorePath, store_path
+from sparsekd.logit_store.protocol.reader import LogitStore, open_store
+from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import Row
-from sparsekd.logit_store.writer import create_store, seal, write_shard
 from sparsekd.trainer.config import Config, CorpusConfig, require
 from sparsekd.trainer.corpus import packing
 from sparsekd.trainer.corpus.documents import CorpusDigest, Document, read_documents, source_name

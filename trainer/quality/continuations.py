@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from sparsekd.logit_store.reader import LogitStore
+from sparsekd.logit_store.protocol.reader import LogitStore
 from sparsekd.logit_store.row import PADDING_DOCUMENT, segment_lengths
 from sparsekd.trainer.causal_lm import DTYPES, ModelSource, load_causal_lm
 from sparsekd.trainer.quality.heldout import SPLIT

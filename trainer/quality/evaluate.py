@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
 
-from sparsekd.logit_store.reader import LogitStore, open_store
+from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.trainer.causal_lm import ModelSource
 from sparsekd.trainer.config import Config, require
 from sparsekd.trainer.distributed import Ranks, ranks

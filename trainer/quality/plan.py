@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekd.kernels import memory
-from sparsekd.logit_store.codec import codec_of
+from sparsekd.logit_store.codecs.codec import codec_of
 from sparsekd.logit_store.manifest import (
     ALIGNMENT,
     FORMAT_VERSION,
@@ -21,7 +21,7 @@ from sparsekd.logit_store.manifest import (
     TeacherIdentity,
     TokenizerIdentity,
 )
-from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.synthetic import synthetic_rows
 from sparsekd.logit_store.synthetic_text import can_be_text_like, text_like_rows
 from sparsekd.trainer.config import Config

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.trainer.causal_lm import ModelSource
 from sparsekd.trainer.config import Config
 from sparsekd.trainer.distributed import ranks

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from sparsekd.kernels.objective import HeadTransform
 from sparsekd.logit_store.manifest import RecordSpec
-from sparsekd.logit_store.reader import LogitStore
+from sparsekd.logit_store.protocol.reader import LogitStore
 from sparsekd.logit_store.row import Row, position_ids
 from sparsekd.trainer.causal_lm import (
     DTYPES,

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from sparsekd.logit_store.reader import LogitStore
+from sparsekd.logit_store.protocol.reader import LogitStore
 from sparsekd.trainer.quality.heldout import SPLIT, HeldOut
 from sparsekd.trainer.quality.result import WorstToken
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from sparsekd.logit_store.reader import LogitStore, open_store
+from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.row import segment_lengths
 from sparsekd.trainer.causal_lm import DTYPES, ModelSource, load_config
 from sparsekd.trainer.config import Config, require, run_folder

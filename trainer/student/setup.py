@@ -13,8 +13,8 @@ from sparsekd.kernels.loss import default_impl
 from sparsekd.kernels.memory import MemoryPlan
 from sparsekd.kernels.objective import MIXTURE_DIVERGENCES, Objective
 from sparsekd.kernels.temperature import RestFormula
-from sparsekd.logit_store.paths import StorePath, store_path
-from sparsekd.logit_store.reader import LogitStore, open_store
+from sparsekd.logit_store.places.paths import StorePath, store_path
+from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.trainer.causal_lm import DTYPES, head_transform, load_config
 from sparsekd.trainer.config import Config, require
 from sparsekd.trainer.distributed import Ranks, agree, broadcast_object, leave_together, together

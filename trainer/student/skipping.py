@@ -13,7 +13,7 @@ import numpy as np
 import torch.distributed as dist
 
 from sparsekd.logit_store.errors import DamagedStoreError
-from sparsekd.logit_store.reader import LogitStore
+from sparsekd.logit_store.protocol.reader import LogitStore
 from sparsekd.logit_store.row import Row
 from sparsekd.trainer.distributed import Ranks, leave_together
 from sparsekd.trainer.errors import CheckpointError, DataError

@@ -15,16 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers.utils.logging import disable_progress_bar
 
-from sparsekd.logit_store.background import BackgroundWriter
-from sparsekd.logit_store.files import exists
-from sparsekd.logit_store.frequency import compact_parameters
-from sparsekd.logit_store.inspect import evenly
+from sparsekd.logit_store.codecs.frequency import compact_parameters
 from sparsekd.logit_store.manifest import CodecSpec, Manifest, RecordSpec
-from sparsekd.logit_store.paths import StorePath, store_path
-from sparsekd.logit_store.reader import LogitStore, open_store
-from sparsekd.logit_store.recover import adopt_orphans
+from sparsekd.logit_store.places.files import exists
+from sparsekd.logit_store.places.paths import StorePath, store_path
+from sparsekd.logit_store.protocol.background import BackgroundWriter
+from sparsekd.logit_store.protocol.reader import LogitStore, open_store
+from sparsekd.logit_store.protocol.recover import adopt_orphans
+from sparsekd.logit_store.protocol.writer import INDEX_NAME, committed_shards, create_store, seal
 from sparsekd.logit_store.row import Row, TeacherRecord
-from sparsekd.logit_store.writer import INDEX_NAME, committed_shards, create_store, seal
+from sparsekd.logit_store.tools.inspect import evenly
 from sparsekd.trainer.config import Config, TeacherConfig, require
 from sparsekd.trainer.distributed import Ranks, broadcast_object, ranks, together
 from sparsekd.trainer.errors import ConfigError, DataError

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparsekd.kernels.objective import HeadTransform
-from sparsekd.logit_store.reader import LogitStore
+from sparsekd.logit_store.protocol.reader import LogitStore
 from sparsekd.trainer.causal_lm import (
     DTYPES,
     ModelSource,

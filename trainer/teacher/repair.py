@@ -4,11 +4,11 @@ from dataclasses import asdict
 from functools import partial
 
 from sparsekd.logit_store.manifest import Manifest, TeacherIdentity
-from sparsekd.logit_store.paths import store_path
-from sparsekd.logit_store.reader import LogitStore, open_store
-from sparsekd.logit_store.repair import repair_store
+from sparsekd.logit_store.places.paths import store_path
+from sparsekd.logit_store.protocol.reader import LogitStore, open_store
+from sparsekd.logit_store.protocol.repair import repair_store
 from sparsekd.logit_store.row import Row
-from sparsekd.logit_store.verify import VerifyResult
+from sparsekd.logit_store.tools.verify import VerifyResult
 from sparsekd.trainer.config import Config, TeacherConfig, require
 from sparsekd.trainer.distributed import Ranks, ranks
 from sparsekd.trainer.errors import ConfigError, DataError

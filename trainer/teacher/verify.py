@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sparsekd.logit_store.codec import codec_of
+from sparsekd.logit_store.codecs.codec import codec_of
 from sparsekd.logit_store.manifest import Manifest, TeacherIdentity
-from sparsekd.logit_store.reader import LogitStore, open_store
+from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.row import Row, TeacherRecord
 from sparsekd.trainer.config import Config, LaunchConfig, TeacherConfig, require
 from sparsekd.trainer.distributed import ranks

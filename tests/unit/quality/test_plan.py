@@ -8,7 +8,8 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsekd.logit_store.manifest import CodecSpec
-from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.protocol.reader import open_store
+from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.synthetic import (
     synthetic_manifest,
     synthetic_rows,
@@ -16,7 +17,6 @@ from sparsekd.logit_store.synthetic import (
     write_synthetic_tokenizer,
 )
 from sparsekd.logit_store.synthetic_text import text_like_rows
-from sparsekd.logit_store.writer import create_store, seal, write_shard
 from sparsekd.trainer.config import Config
 from sparsekd.trainer.errors import ConfigError
 from sparsekd.trainer.quality import plan

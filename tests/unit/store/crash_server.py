@@ -14,12 +14,12 @@ import sys
 import traceback
 from pathlib import Path
 
-from sparsekd.logit_store import file_system, local_files
-from sparsekd.logit_store.file_system import HashingFile, Produce
-from sparsekd.logit_store.paths import StorePath, store_path
-from sparsekd.logit_store.recover import adopt_orphans
+from sparsekd.logit_store.places import file_system, local_files
+from sparsekd.logit_store.places.file_system import HashingFile, Produce
+from sparsekd.logit_store.places.paths import StorePath, store_path
+from sparsekd.logit_store.protocol.recover import adopt_orphans
+from sparsekd.logit_store.protocol.writer import committed_shards, create_store, write_shard
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
-from sparsekd.logit_store.writer import committed_shards, create_store, write_shard
 
 SHARDS = 12
 MANIFEST = synthetic_manifest(sequence_length=128, rows_per_shard=4)

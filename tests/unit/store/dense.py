@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.manifest import CodecSpec, Manifest
+from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import Row, TeacherRecord
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_tokenizer
-from sparsekd.logit_store.writer import create_store, seal, write_shard
 
 V, L, GRID = 50, 12, (1.0, 2.0, 4.0)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
-from sparsekd.logit_store.files import signed_json
 from sparsekd.logit_store.manifest import manifest_digest
-from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.places.files import signed_json
+from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
 
 SHARDS, ROWS_PER_SHARD = 20_000, 1_250
@@ -21,9 +21,9 @@ LARGEST_BYTES = 50 * 10**6
 # The look before each touch is taken away: this is the moment between the two.
 READER = """
 import sys
-from sparsekd.logit_store import access
+from sparsekd.logit_store.places import access
 from sparsekd.logit_store.errors import DamagedStoreError
-from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.protocol.reader import open_store
 store = open_store(sys.argv[1], access=sys.argv[2])
 store.read_row("train", 0)
 print("read", flush=True)
@@ -39,7 +39,7 @@ except DamagedStoreError as error:
 
 OPENER = """
 import resource, sys, time, tracemalloc
-from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.synthetic import synthetic_manifest
 open_store(sys.argv[2])  # imports are not the store's
 def resident():

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparsekd.logit_store import codec_plain, codec_tkq8
 from sparsekd.logit_store.checks import check_row
-from sparsekd.logit_store.codec import (
+from sparsekd.logit_store.codecs import plain as codec_plain
+from sparsekd.logit_store.codecs import tkq8 as codec_tkq8
+from sparsekd.logit_store.codecs.codec import (
     CODECS,
     DEFAULT_CODEC,
     PlaneError,
@@ -19,10 +20,10 @@ from sparsekd.logit_store.codec import (
     smallest_unsigned,
     stored_record,
 )
+from sparsekd.logit_store.codecs.frequency import compact_parameters, renumbering_of
+from sparsekd.logit_store.codecs.ragged import join_rest
 from sparsekd.logit_store.errors import InvalidRowError, StoreError
-from sparsekd.logit_store.frequency import compact_parameters, renumbering_of
 from sparsekd.logit_store.manifest import CodecSpec, Manifest
-from sparsekd.logit_store.ragged import join_rest
 from sparsekd.logit_store.row import NO_ID, Row, TeacherRecord
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
 from sparsekd.logit_store.synthetic_text import text_like_rows

@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparsekd.logit_store.checks import check_row
-from sparsekd.logit_store.codec import CODECS, PlaneError, codec_of, compress_frame, decompress_frame
+from sparsekd.logit_store.codecs.codec import CODECS, PlaneError, codec_of, compress_frame, decompress_frame
+from sparsekd.logit_store.codecs.frames import join_parts, split_parts
+from sparsekd.logit_store.codecs.frequency import compact_parameters
 from sparsekd.logit_store.errors import DamagedStoreError, InvalidRowError
-from sparsekd.logit_store.frames import join_parts, split_parts
-from sparsekd.logit_store.frequency import compact_parameters
 from sparsekd.logit_store.manifest import CodecSpec, Manifest
-from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_store
 
 KINDS = [*sorted(CODECS), "compact with mass"]

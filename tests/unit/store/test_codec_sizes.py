@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparsekd.logit_store.codec import codec_of, stored_record
-from sparsekd.logit_store.frequency import compact_parameters
+from sparsekd.logit_store.codecs.codec import codec_of, stored_record
+from sparsekd.logit_store.codecs.frequency import compact_parameters
 from sparsekd.logit_store.manifest import CodecSpec, Manifest
-from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.protocol.reader import open_store
+from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import Row, TeacherRecord
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_tokenizer
 from sparsekd.logit_store.synthetic_text import text_like_rows
-from sparsekd.logit_store.writer import create_store, seal, write_shard
 
 VOCABULARY, LENGTH = 128_256, 4096
 

@@ -16,19 +16,19 @@ from pathlib import Path
 
 import pytest
 
-from sparsekd.logit_store import local_files
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.file_system import STEPS
-from sparsekd.logit_store.files import TEMPORARY_PREFIX, publish_bytes
 from sparsekd.logit_store.manifest import Manifest
+from sparsekd.logit_store.places import local_files
+from sparsekd.logit_store.places.file_system import STEPS
+from sparsekd.logit_store.places.files import TEMPORARY_PREFIX, publish_bytes
+from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal, write_shard
 from sparsekd.logit_store.synthetic import (
     synthetic_manifest,
     synthetic_rows,
     write_synthetic_store,
     write_synthetic_tokenizer,
 )
-from sparsekd.logit_store.verify import verify_store
-from sparsekd.logit_store.writer import committed_shards, create_store, seal, write_shard
+from sparsekd.logit_store.tools.verify import verify_store
 
 KILLS = int(os.environ.get("SPARSEKD_SOAK_KILLS", "50"))
 # Every step for both kinds of file. Record, manifest and tokenizer are all .json, told apart by their turn.
@@ -195,7 +195,7 @@ def test_only_dead_writers_lose_their_files(small_store: tuple[Path, Manifest]) 
     for item in dead:
         item.write_bytes(b"half a shard")
     program = (
-        "import sys; from pathlib import Path; from sparsekd.logit_store.files import publish\n"
+        "import sys; from pathlib import Path; from sparsekd.logit_store.places.files import publish\n"
         "def produce(file):\n"
         "    file.write(b'half'); print('writing', flush=True); sys.stdin.readline(); file.write(b'whole')\n"
         "publish(Path(sys.argv[1]), produce)"

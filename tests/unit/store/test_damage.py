@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
-from sparsekd.logit_store.reader import LogitStore, open_store
-from sparsekd.logit_store.shard import decode_row, read_batch, row_schema
+from sparsekd.logit_store.protocol.reader import LogitStore, open_store
+from sparsekd.logit_store.protocol.shard import decode_row, read_batch, row_schema
+from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.synthetic import (
     synthetic_manifest,
     synthetic_rows,
     write_synthetic_store,
     write_synthetic_tokenizer,
 )
-from sparsekd.logit_store.verify import verify_store
-from sparsekd.logit_store.writer import create_store, seal, write_shard
+from sparsekd.logit_store.tools.verify import verify_store
 
 SHARD = "shards/train/000000.arrow"
 

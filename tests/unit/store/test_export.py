@@ -8,13 +8,13 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from sparsekd.logit_store import export
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.export import export_schema, export_store
 from sparsekd.logit_store.manifest import CodecSpec
-from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.row import document_of_position
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
+from sparsekd.logit_store.tools import export
+from sparsekd.logit_store.tools.export import export_schema, export_store
 
 
 @pytest.mark.parametrize(("k", "n"), [(4, 6), (4, 0), (0, 6), (0, 0)])

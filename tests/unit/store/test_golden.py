@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import zstandard
 
-from sparsekd.logit_store.codec import CODECS, codec_of
+from sparsekd.logit_store.codecs.codec import CODECS, codec_of
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.reader import open_store
-from sparsekd.logit_store.verify import verify_store
+from sparsekd.logit_store.protocol.reader import open_store
+from sparsekd.logit_store.tools.verify import verify_store
 
 GOLDEN = Path(__file__).parent / "golden"
 DIGESTS = json.loads((GOLDEN / "DIGESTS.json").read_text())

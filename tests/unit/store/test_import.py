@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.importers.document import Document, Source, source_files
-from sparsekd.logit_store.importers.store import ImportResult, ImportSettings, import_source
 from sparsekd.logit_store.manifest import CodecSpec
-from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.row import document_of_position
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_tokenizer
-from sparsekd.logit_store.verify import verify_store
+from sparsekd.logit_store.tools.verify import verify_store
+from sparsekd.trainer.importers.document import Document, Source, source_files
+from sparsekd.trainer.importers.store import ImportResult, ImportSettings, import_source
 
 V = 40
 

@@ -14,11 +14,11 @@ import torch
 import zstandard
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.importers.distillkit import open_distillkit, read_compression
-from sparsekd.logit_store.importers.document import Document
-from sparsekd.logit_store.importers.megatron import listed_samples, open_megatron
-from sparsekd.logit_store.importers.nemo import open_nemo
-from sparsekd.logit_store.importers.vllm import open_vllm
+from sparsekd.trainer.importers.distillkit import open_distillkit, read_compression
+from sparsekd.trainer.importers.document import Document
+from sparsekd.trainer.importers.megatron import listed_samples, open_megatron
+from sparsekd.trainer.importers.nemo import open_nemo
+from sparsekd.trainer.importers.vllm import open_vllm
 
 V = 300
 

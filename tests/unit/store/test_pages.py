@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparsekd.logit_store.inspect import inspect_text, record_means, tail_masses
 from sparsekd.logit_store.manifest import Manifest
+from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import Row, TeacherRecord
 from sparsekd.logit_store.synthetic import (
     synthetic_manifest,
@@ -15,8 +15,8 @@ from sparsekd.logit_store.synthetic import (
     write_synthetic_store,
     write_synthetic_tokenizer,
 )
-from sparsekd.logit_store.verify import verify_store
-from sparsekd.logit_store.writer import create_store, seal, write_shard
+from sparsekd.logit_store.tools.inspect import inspect_text, record_means, tail_masses
+from sparsekd.logit_store.tools.verify import verify_store
 
 
 def _write(path: Path, manifest: Manifest, rows: list[Row]) -> Path:

@@ -13,24 +13,26 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from sparsekd.logit_store import background, file_system, recover, verify
-from sparsekd.logit_store.background import BackgroundWriter
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import Manifest
-from sparsekd.logit_store.paths import StorePath
-from sparsekd.logit_store.reader import open_store
-from sparsekd.logit_store.recover import adopt_orphans, record_of_file
-from sparsekd.logit_store.repair import repair_store
+from sparsekd.logit_store.places import file_system
+from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.protocol import background, recover
+from sparsekd.logit_store.protocol.background import BackgroundWriter
+from sparsekd.logit_store.protocol.reader import open_store
+from sparsekd.logit_store.protocol.recover import adopt_orphans, record_of_file
+from sparsekd.logit_store.protocol.repair import repair_store
+from sparsekd.logit_store.protocol.shard import commit_to_content, read_commit
+from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal, write_shard
 from sparsekd.logit_store.row import Row
-from sparsekd.logit_store.shard import commit_to_content, read_commit
 from sparsekd.logit_store.synthetic import (
     synthetic_manifest,
     synthetic_rows,
     write_synthetic_store,
     write_synthetic_tokenizer,
 )
-from sparsekd.logit_store.verify import verify_store
-from sparsekd.logit_store.writer import committed_shards, create_store, seal, write_shard
+from sparsekd.logit_store.tools import verify
+from sparsekd.logit_store.tools.verify import verify_store
 
 SHARD, RECORD = "shards/train/000000.arrow", "shards/train/000000.json"
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparsekd.logit_store.codec import CODECS
+from sparsekd.logit_store.codecs.codec import CODECS
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import CodecSpec
-from sparsekd.logit_store.reader import LogitStore, open_store
-from sparsekd.logit_store.reencode import narrowed_record, reencode_store
+from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
+from sparsekd.logit_store.tools.reencode import narrowed_record, reencode_store
 
 sys.path.append(str(Path(__file__).parent))
 from dense import V, dense_logprobs, dense_manifest, dense_rows, write_rows

@@ -16,19 +16,20 @@ import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow.fs import LocalFileSystem
 
-from sparsekd.logit_store import access, file_system, remote_files, writer
-from sparsekd.logit_store.cache import FOLDER_VARIABLE, LIMIT_VARIABLE, Cache, default_cache
 from sparsekd.logit_store.errors import DamagedStoreError, NameTakenError, StoreError
-from sparsekd.logit_store.files import files_below, publish_bytes
 from sparsekd.logit_store.manifest import Manifest
-from sparsekd.logit_store.paths import RemotePath, StorePath, store_path
-from sparsekd.logit_store.reader import open_store
-from sparsekd.logit_store.repair import repair_store
+from sparsekd.logit_store.places import access, file_system, remote_files
+from sparsekd.logit_store.places.cache import FOLDER_VARIABLE, LIMIT_VARIABLE, Cache, default_cache
+from sparsekd.logit_store.places.files import files_below, publish_bytes
+from sparsekd.logit_store.places.paths import RemotePath, StorePath, store_path
+from sparsekd.logit_store.protocol import writer
+from sparsekd.logit_store.protocol.reader import open_store
+from sparsekd.logit_store.protocol.repair import repair_store
+from sparsekd.logit_store.protocol.shard import commit_file, shard_file
+from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal, write_shard
 from sparsekd.logit_store.row import Row
-from sparsekd.logit_store.shard import commit_file, shard_file
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_store
-from sparsekd.logit_store.verify import verify_store
-from sparsekd.logit_store.writer import committed_shards, create_store, seal, write_shard
+from sparsekd.logit_store.tools.verify import verify_store
 from sparsekd.trainer.cli import main
 
 SERVER = Path(__file__).with_name("crash_server.py")

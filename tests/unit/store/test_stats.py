@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.spread import Spread
-from sparsekd.logit_store.stats import store_stats, support_overlap
-from sparsekd.logit_store.stats_plot import plot_stats
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_store
+from sparsekd.logit_store.tools.spread import Spread
+from sparsekd.logit_store.tools.stats import store_stats, support_overlap
+from sparsekd.logit_store.tools.stats_plot import plot_stats
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 40.0])

@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from sparsekd.logit_store import access, local_files, reader, writer
 from sparsekd.logit_store.errors import DamagedStoreError, InvalidRowError, StoreError
 from sparsekd.logit_store.manifest import Manifest, manifest_digest, manifest_from_json, manifest_to_json
-from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.places import access, local_files
+from sparsekd.logit_store.protocol import reader, writer
+from sparsekd.logit_store.protocol.reader import open_store
+from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal, write_shard
 from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.synthetic import (
     synthetic_manifest,
@@ -24,7 +26,6 @@ from sparsekd.logit_store.synthetic import (
     write_synthetic_store,
     write_synthetic_tokenizer,
 )
-from sparsekd.logit_store.writer import committed_shards, create_store, seal, write_shard
 
 ROWS = {"train": 7, "heldout": 2}
 
@@ -286,7 +287,7 @@ def test_a_rule_broken_by_a_writer_is_found_by_the_reader(tmp_path: Path, monkey
     rows = synthetic_rows(manifest, 1, 0)
     rows[0].token_ids[5] = 301  # fits the stored type, not the vocabulary
     with monkeypatch.context() as patch:
-        patch.setattr("sparsekd.logit_store.shard.check_row", lambda *args, **named: None)
+        patch.setattr("sparsekd.logit_store.protocol.shard.check_row", lambda *args, **named: None)
         write_shard(path, manifest, "train", 0, rows)
     seal(path, {"train": 1, "heldout": 0})
     with pytest.raises(InvalidRowError, match=r"row 0, position 5: token_ids is 301"):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from sparsekd.logit_store.manifest import CodecSpec
-from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
 from sparsekd.trainer.cli import main
 from sparsekd.trainer.config import ObjectiveConfig

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.importers.torch_archive import load_torch_archive
+from sparsekd.trainer.importers.torch_archive import load_torch_archive
 
 
 def test_only_plain_tensors_come_out_of_a_torch_archive() -> None:

@@ -14,12 +14,12 @@ import torch
 
 from sparsekd.kernels.loss import sparse_kd_loss
 from sparsekd.kernels.objective import HeadTransform, Objective
-from sparsekd.logit_store.frequency import compact_parameters
+from sparsekd.logit_store.codecs.frequency import compact_parameters
 from sparsekd.logit_store.manifest import CodecSpec, Manifest
-from sparsekd.logit_store.reader import open_store
+from sparsekd.logit_store.protocol.reader import open_store
+from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_tokenizer
-from sparsekd.logit_store.writer import create_store, seal, write_shard
 from sparsekd.trainer.errors import DataError
 from sparsekd.trainer.student.batches import (
     IGNORED_LABEL,

@@ -1,0 +1,1 @@
+"""How a row becomes named planes of stored bytes, and back."""

@@ -1,0 +1,212 @@
+"""The pieces that several codecs are made of: ids in planes of bytes and bits, half floats, flattened lists.
+
+Shapes: L positions of a row, E entries of each, D entries of all positions together.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsekd.logit_store.codecs.frames import (
+    PlaneError,
+    compress_frame,
+    decompress_frame,
+    split_parts,
+)
+from sparsekd.logit_store.codecs.quantise import to_half
+from sparsekd.logit_store.manifest import Manifest
+from sparsekd.logit_store.row import Row
+
+TOKEN_PLANES = ("token_ids", "loss_mask", "segment_starts", "segment_documents")
+
+_BIT_16 = (
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(np.int32) << 16
+)
+"""int32 [256, 8]: the eight bits of a byte, lowest first, each as the 17th bit of an id."""
+
+ENTROPY_STEPS = 512
+"""Entropies are stored in steps of 1 / 512 nat."""
+
+ENTROPY_SLACK = 1e-3
+"""Nats by which an entropy may exceed log V and still be stored as it is."""
+
+
+def smallest_unsigned(largest: int) -> np.dtype[Any]:
+    """Returns the narrowest of the little-endian uint8, uint16 and uint32 that holds `largest`."""
+    return next(np.dtype(name) for name in ("u1", "<u2", "<u4") if largest <= np.iinfo(name).max)
+
+
+def id_widths(vocabulary: int) -> tuple[int, int]:
+    """Returns (byte planes, bit planes) of an id below `vocabulary`: at most two bytes, then single bits."""
+    bits = max(1, (vocabulary - 1).bit_length())
+    return min(2, -(-bits // 8)), max(0, bits - 16)
+
+
+def id_parts(ids: NDArray[np.int32], vocabulary: int) -> list[NDArray[np.uint8]]:
+    """Returns the planes of ids: byte planes as long as `ids` is, then all bit planes, packed, as one.
+
+    Args:
+        ids: int32 of any shape.
+        vocabulary: every id is below it.
+    """
+    byte_planes, bit_planes = id_widths(vocabulary)
+    quads = np.ascontiguousarray(ids, "<i4").reshape(-1).view(np.uint8).reshape(-1, 4)
+    parts = [np.ascontiguousarray(quads[:, plane]) for plane in range(byte_planes)]
+    if bit_planes:
+        parts.append(pack_high_bits(ids, bit_planes))
+    return parts
+
+
+def pack_high_bits(ids: NDArray[np.int32], bit_planes: int) -> NDArray[np.uint8]:
+    """Returns the bits from the 17th on, a packed plane for each, one behind the other."""
+    quads = np.ascontiguousarray(ids, "<i4").reshape(-1).view(np.uint8).reshape(-1, 4)
+    planes = [
+        np.packbits(quads[:, 2 + plane // 8] & np.uint8(1 << plane % 8), bitorder="little")
+        for plane in range(bit_planes)
+    ]
+    return planes[0] if bit_planes == 1 else np.concatenate(planes)
+
+
+def id_part_sizes(count: int, vocabulary: int) -> list[int]:
+    """Returns the bytes of each of `id_parts`."""
+    byte_planes, bit_planes = id_widths(vocabulary)
+    return [count] * byte_planes + ([bit_planes * -(-count // 8)] if bit_planes else [])
+
+
+def ids_from_parts(parts: Sequence[Any], vocabulary: int, out: NDArray[np.int32]) -> None:
+    """Writes the ids of `id_parts` into `out`, int32 of any shape."""
+    byte_planes, bit_planes = id_widths(vocabulary)
+    low = np.frombuffer(parts[0], np.uint8).reshape(out.shape)
+    if byte_planes == 1:
+        np.copyto(out, low)
+        return
+    two = np.left_shift(np.frombuffer(parts[1], np.uint8).reshape(out.shape), 8, dtype=np.uint16)
+    np.bitwise_or(two, low, out=two)
+    join_high_bits(two, parts[2] if bit_planes else None, bit_planes, out)
+
+
+def join_high_bits(low: NDArray[np.uint16], bits: Any, bit_planes: int, out: NDArray[np.int32]) -> None:
+    """Writes ids into `out` from their lower 16 bits, of the same shape, and `pack_high_bits`."""
+    if not bit_planes:
+        np.copyto(out, low)
+        return
+    width = -(-low.size // 8)
+    packed = np.frombuffer(bits, np.uint8).reshape(bit_planes, width)
+    if low.size % 8 == 0 and out.flags.c_contiguous:
+        np.take(_BIT_16, packed[0], axis=0, out=out.reshape(-1, 8), mode="clip")
+    else:
+        out[...] = _BIT_16[packed[0]].reshape(-1)[: low.size].reshape(out.shape)
+    for plane in range(1, bit_planes):
+        ones = np.left_shift(_BIT_16[packed[plane]], plane).reshape(-1)[: low.size]
+        np.bitwise_or(out, ones.reshape(out.shape), out=out)
+    np.bitwise_or(out, low, out=out)
+
+
+def word_parts(words: NDArray[Any]) -> list[NDArray[np.uint8]]:
+    """Returns the low bytes and the high bytes of 16-bit numbers of any kind."""
+    pairs = np.ascontiguousarray(words).view(np.uint8).reshape(-1, 2)
+    return [np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])]
+
+
+def words_from_parts(low: Any, high: Any, kind: str) -> NDArray[Any]:
+    """Returns 16-bit numbers of a kind ("<f2" or "<u2") from `word_parts`."""
+    pairs = np.empty((len(low), 2), np.uint8)
+    pairs[:, 0] = np.frombuffer(low, np.uint8)
+    pairs[:, 1] = np.frombuffer(high, np.uint8)
+    return pairs.reshape(-1).view(kind)
+
+
+def half_columns(values: NDArray[np.float32]) -> list[NDArray[np.uint8]]:
+    """Returns the byte planes of each column, rounded to halves, of values [L] or [L, columns]."""
+    columns = values[:, None] if values.ndim == 1 else values
+    return [part for column in columns.T for part in word_parts(to_half(column))]
+
+
+def entropy_codes(nats: NDArray[np.float32], vocabulary: int) -> NDArray[np.uint16]:
+    """Returns entropies as whole steps, from 0 to log V (and its slack)."""
+    highest = np.floor((np.log(vocabulary) + ENTROPY_SLACK) * ENTROPY_STEPS)
+    return np.clip(np.rint(nats.astype(np.float64) * ENTROPY_STEPS), 0, highest).astype("<u2")
+
+
+def entropies(codes: NDArray[np.uint16], out: NDArray[np.float32]) -> None:
+    """Writes nats into `out`."""
+    np.divide(codes, np.float32(ENTROPY_STEPS), out=out, dtype=np.float32)
+
+
+def read_parts(stored: Any, plane: str, sizes: Sequence[int], *, skip: int = 0) -> list[bytes]:
+    """Returns the content of each part of a plane, which must have these sizes in bytes.
+
+    Args:
+        stored: the plane.
+        plane: its name.
+        sizes: of all its parts.
+        skip: how many of the first parts to leave out, whose content the caller has.
+
+    Raises:
+        PlaneError: it has others, or a frame is bad.
+    """
+    frames = split_parts(stored, plane, len(sizes))
+    pairs = list(zip(frames, sizes, strict=True))[skip:]
+    return [decompress_frame(frame, plane, size, at_most=size) for frame, size in pairs]
+
+
+def read_flattened_ids(
+    stored: Any, plane: str, manifest: Manifest, width: int
+) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
+    """Returns (bool [L, width] of the places used, int32 [D] ids) of a plane of sizes and flattened ids.
+
+    Raises:
+        PlaneError: a frame is bad, or a position has more than `width` entries.
+    """
+    length, vocabulary = manifest.sequence_length, manifest.tokenizer.vocabulary_size
+    kind = smallest_unsigned(width)
+    frames = split_parts(stored, plane, 1 + len(id_part_sizes(0, vocabulary)))
+    size = length * kind.itemsize
+    sizes = np.frombuffer(decompress_frame(frames[0], plane, size, at_most=size), kind)
+    if int(sizes.max()) > width:
+        position = int(sizes.argmax())
+        raise PlaneError(plane, f"position {position} has {sizes[position]} entries, at most {width} fit")
+    ids = np.empty(int(sizes.sum(dtype=np.int64)), np.int32)
+    parts = read_parts(stored, plane, [size, *id_part_sizes(ids.size, vocabulary)], skip=1)
+    ids_from_parts(parts, vocabulary, ids)
+    return used_places(sizes, width), ids
+
+
+def encode_mask_and_segments(row: Row) -> dict[str, bytes]:
+    """Returns the planes of the loss mask and of the segments, one frame each."""
+    return {
+        "loss_mask": compress_frame(np.packbits(row.loss_mask, bitorder="little")),
+        "segment_starts": compress_frame(row.segment_starts.astype("<u4")),
+        "segment_documents": compress_frame(row.segment_documents.astype("<i8")),
+    }
+
+
+def decode_mask_and_segments(
+    planes: Mapping[str, Any], manifest: Manifest
+) -> tuple[NDArray[np.bool_], NDArray[np.int32], NDArray[np.int64]]:
+    """Returns loss mask, segment starts and segment documents.
+
+    Raises:
+        PlaneError: a frame is bad or of another size.
+    """
+    length = manifest.sequence_length
+    size = -(-length // 8)
+    bits = np.frombuffer(decompress_frame(planes["loss_mask"], "loss_mask", size, at_most=size), np.uint8)
+    mask = np.unpackbits(bits, count=length, bitorder="little").view(np.bool_)
+    starts = _segments(planes, "segment_starts", "<u4", length).astype(np.int32)
+    return mask, starts, _segments(planes, "segment_documents", "<i8", length).astype(np.int64)
+
+
+def _segments(planes: Mapping[str, Any], name: str, stored: str, length: int) -> NDArray[Any]:
+    width = np.dtype(stored).itemsize
+    plain = decompress_frame(planes[name], name, None, at_most=length * width)
+    if len(plain) % width:
+        raise PlaneError(name, f"it holds {len(plain)} bytes, expected a multiple of {width}")
+    return np.frombuffer(plain, stored)
+
+
+def used_places(sizes: NDArray[Any], width: int) -> NDArray[np.bool_]:
+    """Returns bool [L, width], true for the first `sizes[t]` entries of each position."""
+    return np.arange(width) < sizes[:, None]

@@ -1,0 +1,1 @@
+"""How shards are written, committed, sealed, read, recovered and repaired."""

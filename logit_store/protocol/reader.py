@@ -1,0 +1,309 @@
+"""Reading a sealed store: any row by one positional read, checked to the last byte.
+
+Opening reads the manifest and the index alone; commit records are read when a shard is first used, and the
+least recently used are forgotten, so a store of many thousand shards costs little memory.
+"""
+
+import os
+import threading
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsekd.logit_store.codecs.codec import codec_of
+from sparsekd.logit_store.errors import DamagedStoreError, StoreError
+from sparsekd.logit_store.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    manifest_digest,
+    manifest_to_json,
+    read_manifest,
+)
+from sparsekd.logit_store.places.access import (
+    KINDS,
+    Access,
+    CachedAccess,
+    MappedAccess,
+    PositionalAccess,
+    local_tokenizer,
+)
+from sparsekd.logit_store.places.cache import Cache, default_cache
+from sparsekd.logit_store.places.files import exists, explained, read_signed_json, size_of
+from sparsekd.logit_store.places.paths import RemotePath, StorePath, store_path
+from sparsekd.logit_store.protocol.shard import (
+    REMEDY,
+    CommitRecord,
+    RowCounts,
+    commit_file,
+    decode_row,
+    find_damage,
+    read_commit,
+    row_place,
+    row_schema,
+    shard_file,
+)
+from sparsekd.logit_store.protocol.writer import INDEX_NAME, TOKENIZER_NAME, signed_digest
+from sparsekd.logit_store.row import Row, TeacherRecord
+
+COMMIT_RECORDS_KEPT = 1024
+"""About 20 bytes per row each: 20 MB where a shard has 1,000 rows."""
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """What the index says of one split.
+
+    Attributes:
+        rows: in all shards.
+        counts: over these rows.
+        plane_bytes: stored bytes of each plane, over these rows.
+        file_bytes: of all Arrow files.
+        record_digests: of each shard's commit record, in order; 64 bytes each.
+    """
+
+    rows: int
+    counts: RowCounts
+    plane_bytes: dict[str, int]
+    file_bytes: int
+    record_digests: NDArray[np.bytes_]  # [shards] S64: objects would be ten times as large
+
+
+class LogitStore:
+    """A sealed store. All methods may be called from several threads at once.
+
+    Attributes:
+        path: its folder.
+        manifest: what it holds and where that came from.
+        digest: sha256 (hex) of the index: equal for equal stores.
+    """
+
+    def __init__(
+        self,
+        path: StorePath,
+        manifest: Manifest,
+        digest: str,
+        index: dict[str, SplitIndex],
+        access: Access,
+        cache: Cache | None,
+    ) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.digest = digest
+        self._index = index
+        self._access = access
+        self._cache = cache
+        self._manifest_sha256 = manifest_digest(manifest)
+        self._schema = row_schema(manifest)
+        self._commits: OrderedDict[tuple[str, int], CommitRecord] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @cached_property
+    def tokenizer_path(self) -> Path:
+        """Returns the folder of the tokenizer's files; a remote store's is copied to the local cache.
+
+        Raises:
+            DamagedStoreError: the copied files are not the manifest's tokenizer.
+        """
+        if isinstance(self.path, Path):
+            return self.path / TOKENIZER_NAME
+        assert self._cache is not None
+        return local_tokenizer(self.path / TOKENIZER_NAME, self.manifest.tokenizer.digest, self._cache)
+
+    def index(self, split: str) -> SplitIndex:
+        """Returns what the index says of a split.
+
+        Raises:
+            StoreError: there is no such split.
+        """
+        if split not in self._index:
+            raise StoreError(f"{self.path} has no split {split!r}: name one of {', '.join(self._index)}.")
+        return self._index[split]
+
+    def rows(self, split: str) -> int:
+        """Returns the number of rows of a split."""
+        return self.index(split).rows
+
+    def shards(self, split: str) -> int:
+        """Returns the number of shards of a split."""
+        return len(self.index(split).record_digests)
+
+    def tokens(self, split: str) -> tuple[int, int]:
+        """Returns (positions, positions where the loss mask is True) of a split."""
+        counts = self.index(split).counts
+        return counts.tokens, counts.tokens_counted
+
+    def shard_rows(self, split: str, shard_index: int) -> range:
+        """Returns the numbers of a shard's rows in its split."""
+        if not 0 <= shard_index < self.shards(split):
+            raise StoreError(
+                f"{self.path}, split {split} has no shard {shard_index}: it has {self.shards(split)} shards."
+            )
+        first = shard_index * self.manifest.rows_per_shard
+        return range(first, min(first + self.manifest.rows_per_shard, self.rows(split)))
+
+    def commit(self, split: str, shard_index: int) -> CommitRecord:
+        """Returns a shard's commit record.
+
+        Raises:
+            DamagedStoreError: it is missing, damaged, or not the one that was sealed.
+        """
+        key = (split, shard_index)
+        with self._lock:
+            if key in self._commits:
+                self._commits.move_to_end(key)
+                return self._commits[key]
+        try:
+            record = self._read_commit(split, shard_index)
+        except DamagedStoreError:
+            self._access.forget(commit_file(self.path, split, shard_index), 0)
+            record = self._read_commit(split, shard_index)
+        with self._lock:
+            self._commits[key] = record
+            while len(self._commits) > COMMIT_RECORDS_KEPT:
+                self._commits.popitem(last=False)
+        return record
+
+    def is_record(self, split: str, shard_index: int, text: bytes) -> bool:
+        """Returns whether a sound commit record, as its file, is the one that was sealed."""
+        return signed_digest(text).encode() == self.index(split).record_digests[shard_index]
+
+    def _read_commit(self, split: str, shard_index: int) -> CommitRecord:
+        place = commit_file(self.path, split, shard_index)
+        with explained(place):
+            record, data = read_commit(
+                self.path, self._manifest_sha256, split, shard_index, read=self._access.whole
+            )
+        if not self.is_record(split, shard_index, data):
+            raise DamagedStoreError(
+                f"{self.path}, split {split}, shard {shard_index:06d}: the commit record is not the one that "
+                f"was sealed; {REMEDY}."
+            )
+        return record
+
+    def read_message(self, split: str, index: int) -> bytes | memoryview:
+        """Returns the bytes of a row's record batch, whose crc32 is right.
+
+        Raises:
+            DamagedStoreError: they are not, even when read again; the message names store, split, shard, row,
+                plane and the bytes in the file.
+        """
+        if not 0 <= index < self.rows(split):
+            raise StoreError(
+                f"{self.path}, split {split} has no row {index}: it has {self.rows(split)} rows."
+            )
+        shard, local = divmod(index, self.manifest.rows_per_shard)
+        record = self.commit(split, shard)
+        offset, length, crc32 = (
+            int(column[local]) for column in (record.offsets, record.lengths, record.crc32)
+        )
+        place = shard_file(self.path, split, shard)
+        where = row_place(self.path, split, index, self.manifest.rows_per_shard)
+        message: bytes | memoryview = b""
+        failure: OSError | None = None
+        # Once more: a network or a cable may have failed, not the disk.
+        for _ in range(2):
+            try:
+                message, failure = self._access.read(place, offset, length), None
+            except FileNotFoundError:
+                raise DamagedStoreError(f"{place} is missing: {REMEDY}.") from None
+            except OSError as error:
+                message, failure = b"", error
+            if zlib.crc32(message) == crc32 and len(message) == length:
+                return message
+            self._access.forget(place, offset)
+        if failure is not None:
+            reason = failure.strerror or str(failure).strip().partition("\n")[0].rstrip(".")
+            raise DamagedStoreError(
+                f"{where}: bytes {offset} to {offset + length - 1} of {place.name} cannot be read "
+                f"({reason or 'no reason was given'}): see to the disk or the connection, then {REMEDY}."
+            ) from failure
+        if len(message) < length:
+            raise DamagedStoreError(
+                f"{where}: {place.name} has {size_of(place)} bytes, expected {offset + length} or more: "
+                f"the file is cut off; {REMEDY}."
+            )
+        damage = find_damage(bytes(message), self._schema, offset, index)
+        raise DamagedStoreError(f"{where}: stored bytes differ from their checksum in {damage}; {REMEDY}.")
+
+    def read_row(self, split: str, index: int, out: TeacherRecord | None = None) -> Row:
+        """Returns a row, after one positional read.
+
+        Checked are the crc32 of the stored bytes, the checksum of each decompressed plane, the row's own
+        number, and the rules of `check_row`.
+
+        Args:
+            split: name of the row space.
+            index: number of the row in it.
+            out: arrays that the record is written to (see `codec.new_record`), so that many reads take the
+                memory of one; None makes new ones.
+
+        Raises:
+            DamagedStoreError: the bytes are not those that were written.
+            InvalidRowError: they are, but break a rule.
+            StoreError: there is no such row.
+        """
+        message = self.read_message(split, index)
+        where = row_place(self.path, split, index, self.manifest.rows_per_shard)
+        return decode_row(message, self.manifest, self._schema, index, where, out)
+
+
+def open_store(
+    path: str | StorePath, *, access: str = "positional", cache: Cache | None = None
+) -> LogitStore:
+    """Opens a sealed store.
+
+    Args:
+        path: a folder, or an address such as `s3://bucket/store` (see `paths.store_path`).
+        access: one of `access.KINDS`; a remote store has `positional` alone.
+        cache: of a remote store; by default the machine's (see `cache.default_cache`).
+
+    Raises:
+        DamagedStoreError: the manifest or the index is damaged.
+        StoreError: there is no store, it is not sealed, or it is of a newer format.
+    """
+    path = store_path(path)
+    if access not in KINDS or (access == "mapped" and isinstance(path, RemotePath)):
+        raise StoreError(
+            f"{path} cannot be read {access!r}: local stores are read {' or '.join(KINDS)}, remote ones "
+            "positional."
+        )
+    manifest = read_manifest(path)
+    codec_of(manifest)
+    place = path / INDEX_NAME
+    if not exists(place):
+        raise StoreError(
+            f"{path} is not finished: it has no {INDEX_NAME}; run the command that writes it again, which "
+            "continues and seals it."
+        )
+    with explained(place):
+        data = place.read_bytes()
+        text_is_canonical = (path / MANIFEST_NAME).read_bytes() == manifest_to_json(manifest).encode("ascii")
+    content = read_signed_json(place, data)
+    if content["manifest_sha256"] != manifest_digest(manifest) or not text_is_canonical:
+        raise DamagedStoreError(
+            f"{path / MANIFEST_NAME} is not the manifest that was sealed: it was edited or damaged; restore "
+            "it from a copy."
+        )
+    index = {name: _split_index(content["splits"][name]) for name in manifest.splits}
+    digest = signed_digest(data)
+    if isinstance(path, RemotePath):
+        cache = cache or default_cache(os.environ)
+        return LogitStore(path, manifest, digest, index, CachedAccess(cache, digest), cache)
+    chosen = MappedAccess() if access == "mapped" else PositionalAccess()
+    return LogitStore(path, manifest, digest, index, chosen, None)
+
+
+def _split_index(content: dict[str, Any]) -> SplitIndex:
+    return SplitIndex(
+        rows=content["rows"],
+        counts=RowCounts(**content["counts"]),
+        plane_bytes=content["plane_bytes"],
+        file_bytes=content["file_bytes"],
+        record_digests=np.array([entry["record_digest"] for entry in content["shards"]], "S64"),
+    )

@@ -1,0 +1,260 @@
+"""Shards that are there without being committed: adopted where they are sound, put in quarantine where not.
+
+A writer that is killed between a shard and its commit record leaves a whole file that does not exist for
+readers. To write it again would need the same bytes, which a teacher that is not bit-deterministic does not
+give; so the file itself is read, checked as a reader would, and given its record.
+"""
+
+import contextlib
+import itertools
+import os
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+
+import numpy as np
+import pyarrow as pa
+
+from sparsekd.logit_store.errors import DamagedStoreError, NameTakenError, StoreError
+from sparsekd.logit_store.manifest import Manifest, manifest_digest
+from sparsekd.logit_store.places.files import (
+    HashingFile,
+    exists,
+    explained,
+    files_below,
+    files_of,
+    make_folder,
+    move,
+    names_in,
+    publish_bytes,
+    read_range,
+    sha256_of,
+    signed_json,
+    size_of,
+)
+from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.protocol.shard import (
+    REMEDY,
+    CommitRecord,
+    RowCounts,
+    commit_file,
+    commit_to_content,
+    count_rows,
+    decode_row,
+    read_batch,
+    row_batch,
+    row_place,
+    row_schema,
+    shard_file,
+    shard_header,
+    shard_schema,
+)
+from sparsekd.logit_store.row import Row
+
+QUARANTINE_NAME = "quarantine"
+
+LOOKS = 3
+SECONDS_BETWEEN_LOOKS = 0.5
+"""At a remote file that seems unsound, before it is put in quarantine."""
+
+RowsOf = Callable[[str, int], Sequence[Row]]
+"""Gives the rows of (split, shard), of which only the text counts; none where the plan has no such shard."""
+
+
+def quarantine(path: StorePath, file: StorePath, split: str) -> StorePath:
+    """Moves a file to `quarantine/SPLIT`, over nothing; returns its place."""
+    folder = path / QUARANTINE_NAME / split if split else path / QUARANTINE_NAME
+    make_folder(folder)
+    for number in itertools.count():
+        target = folder / (f"{file.name}.{number}" if number else file.name)
+        try:
+            move(file, target)
+        except FileExistsError:
+            continue
+        return target
+    raise AssertionError("unreachable")
+
+
+def in_quarantine(path: StorePath) -> list[str]:
+    """Returns the names, relative to the store, of what lies in quarantine."""
+    return [f"{QUARANTINE_NAME}/{name}" for name in files_below(path / QUARANTINE_NAME)]
+
+
+def keep_copy(path: StorePath, file: StorePath) -> StorePath:
+    """Copies a file that is about to be replaced to `quarantine`, over nothing; returns the copy's place.
+
+    A copy that is there already is not made again.
+    """
+    folder = path / QUARANTINE_NAME
+    make_folder(folder)
+    with explained(file):
+        data = file.read_bytes()
+    for number in itertools.count():
+        target = folder / (f"{file.name}.{number}" if number else file.name)
+        try:
+            publish_bytes(target, data)
+        except NameTakenError:
+            continue
+        return target
+    raise AssertionError("unreachable")
+
+
+def sum_of_counts(counts: Sequence[RowCounts]) -> RowCounts:
+    """Returns the counts over all rows, from those of each."""
+    return RowCounts(*(sum(column) for column in zip(*map(astuple, counts), strict=True)))
+
+
+def is_same_text(left: Row, right: Row) -> bool:
+    """Returns whether two rows are of the same tokens, losses and documents, whatever a teacher said."""
+    return all(
+        np.array_equal(getattr(left, name), getattr(right, name))
+        for name in ("token_ids", "loss_mask", "segment_starts", "segment_documents")
+    )
+
+
+def record_of_file(
+    path: StorePath, manifest: Manifest, split: str, shard: int, text: Sequence[Row] | None = None
+) -> CommitRecord:
+    """Returns the commit record of a shard's file, made from the file alone.
+
+    Every row is checked as a reader checks it, and the file must be, to the byte, what Arrow writes of these
+    rows: header, batches, footer.
+
+    Args:
+        path: of the store.
+        manifest: of that store.
+        split: name of the row space.
+        shard: number of the shard in it.
+        text: the rows that it must be about, whatever their teacher; None takes any.
+
+    Raises:
+        DamagedStoreError: it is not, or the file is another shard's or another store's, or of another text.
+        StoreError: it cannot be read, or a row breaks a rule.
+    """
+    place = shard_file(path, split, shard)
+    with explained(place):
+        data = read_range(place, 0, size_of(place))
+        digest = sha256_of(place)
+    header = shard_header(manifest, split, shard)
+    if not data.startswith(header):
+        raise DamagedStoreError(f"{place} does not begin as this shard of this store must: {REMEDY}.")
+    schema, full_schema = row_schema(manifest), shard_schema(manifest, split, shard)
+    first = shard * manifest.rows_per_shard
+    # Numbers alone are kept: all decoded rows of a shard are many times its file.
+    counts: list[RowCounts] = []
+    batches: list[tuple[int, int, int]] = []
+    plane_bytes = dict.fromkeys(schema.names[2:], 0)
+    # Written again to nowhere, to know where each batch lies and that nothing else is in the file.
+    with open(os.devnull, "wb") as nowhere:
+        again = HashingFile(nowhere.fileno())
+        writer = pa.ipc.new_file(again, full_schema)
+        try:
+            file = pa.ipc.open_file(pa.BufferReader(data))
+            for index in range(file.num_record_batches):
+                batch = file.get_batch(index)
+                # Before anything else touches it: Arrow ends the process over lengths that make no sense.
+                if batch.num_rows != 1:
+                    raise DamagedStoreError(
+                        f"{place} holds {batch.num_rows} rows in batch {index}: {REMEDY}."
+                    )
+                batch.validate(full=True)
+                message = batch.serialize().to_pybytes()
+                where = row_place(path, split, first + index, manifest.rows_per_shard)
+                row = decode_row(message, manifest, schema, first + index, where)
+                if text is not None and not (index < len(text) and is_same_text(row, text[index])):
+                    raise DamagedStoreError(f"{where} holds another text than is written here: {REMEDY}.")
+                counts.append(count_rows([row]))
+                _, _, found = read_batch(message, schema)
+                planes = {name: stored.to_pybytes() for name, stored in found.items()}
+                # From the planes alone, so that not a byte around them is taken over; with their checksums,
+                # so that a plane which differs from its own makes another file.
+                batch = row_batch(full_schema, first + index, planes)
+                offset = max(again.size, len(header))
+                writer.write_batch(batch)
+                batches.append((offset, again.size - offset, zlib.crc32(batch.serialize())))
+                for name, stored in planes.items():
+                    plane_bytes[name] += len(stored)
+        except (pa.ArrowException, OSError, EOFError, ValueError, IndexError, AttributeError) as error:
+            raise DamagedStoreError(f"{place} cannot be read as an Arrow file: {REMEDY}.") from error
+        writer.close()
+    if again.hexdigest() != digest or not 1 <= len(counts) <= manifest.rows_per_shard:
+        raise DamagedStoreError(f"{place} is not the file that its {len(counts)} rows make: {REMEDY}.")
+    if text is not None and len(counts) != len(text):
+        raise DamagedStoreError(f"{place} has {len(counts)} rows, expected {len(text)}: {REMEDY}.")
+    offsets, lengths, crc32s = zip(*batches, strict=True)
+    return CommitRecord(
+        split=split,
+        shard=shard,
+        manifest_sha256=manifest_digest(manifest),
+        file_sha256=digest,
+        file_bytes=len(data),
+        offsets=np.array(offsets, np.int64),
+        lengths=np.array(lengths, np.int64),
+        crc32=np.array(crc32s, np.uint32),
+        counts=sum_of_counts(counts),
+        plane_bytes=plane_bytes,
+    )
+
+
+def adopt_shard(
+    path: StorePath, manifest: Manifest, split: str, shard: int, text: Sequence[Row] | None = None
+) -> bool:
+    """Commits a shard's file that has no commit record, or puts it in quarantine where it is not sound.
+
+    May be called while the file's own writer is still alive: both write the same record.
+
+    Args:
+        path: of the store.
+        manifest: of that store.
+        split: name of the row space.
+        shard: number of the shard in it.
+        text: the rows that it must be about, whatever their teacher; None takes any.
+
+    Returns:
+        Whether the shard is committed now.
+    """
+    place, commit = shard_file(path, split, shard), commit_file(path, split, shard)
+    # Where uploads replace one another, a file that is read meanwhile is half of each.
+    for _ in range(1 if files_of(place).is_exclusive else LOOKS):
+        try:
+            record = record_of_file(path, manifest, split, shard, text)
+        except StoreError:
+            if exists(commit):
+                return True
+            if not exists(place):
+                return False
+            time.sleep(0 if files_of(place).is_exclusive else SECONDS_BETWEEN_LOOKS)
+            continue
+        with contextlib.suppress(NameTakenError):  # by another writer, which looks that the two fit
+            publish_bytes(commit, signed_json(commit_to_content(record)))
+        return True
+    quarantine(path, place, split)
+    return False
+
+
+def adopt_orphans(path: StorePath, manifest: Manifest, text_of: RowsOf | None = None) -> tuple[int, int]:
+    """Adopts every shard file of an unsealed store that has no commit record.
+
+    Args:
+        path: of the store.
+        manifest: of that store.
+        text_of: gives the rows that a shard must be about; None takes any.
+
+    Returns:
+        (files adopted, files put in quarantine).
+    """
+    adopted = refused = 0
+    for split in manifest.splits:
+        names = set(names_in(shard_file(path, split, 0).parent))
+        for name in sorted(names):
+            stem, _, ending = name.partition(".")
+            if ending != "arrow" or not stem.isdecimal() or f"{stem}.json" in names:
+                continue
+            # Asked for outside of the check: what is wrong with the text says nothing about the shard.
+            text = None if text_of is None else text_of(split, int(stem))
+            if adopt_shard(path, manifest, split, int(stem), text):
+                adopted += 1
+            else:
+                refused += 1
+    return adopted, refused

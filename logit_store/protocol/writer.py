@@ -1,0 +1,414 @@
+"""Writing a store: the manifest first, then shards in any order by any number of processes, then the seal.
+
+A shard exists when its commit record does. Equal rows give equal files, whoever writes them and whenever, so
+two writers of one shard cannot harm each other and a killed run is continued by running it again.
+"""
+
+import contextlib
+import random
+import re
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from sparsekd.logit_store.codecs.codec import codec_of
+from sparsekd.logit_store.errors import DamagedStoreError, NameTakenError, StoreError
+from sparsekd.logit_store.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    Manifest,
+    compare_manifests,
+    digest_of_files,
+    files_of_tokenizer,
+    manifest_digest,
+    manifest_to_json,
+    read_manifest,
+    tokenizer_digest,
+)
+from sparsekd.logit_store.places.file_system import Produce
+from sparsekd.logit_store.places.files import (
+    TEMPORARY_PREFIX,
+    HashingFile,
+    exists,
+    explained,
+    files_below,
+    files_of,
+    make_folder,
+    names_in,
+    publish,
+    publish_bytes,
+    read_range,
+    remove_stale,
+    sha256_of,
+    signed_json,
+    size_of,
+)
+from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.protocol.recover import adopt_shard, quarantine
+from sparsekd.logit_store.protocol.shard import (
+    CommitRecord,
+    RowCounts,
+    commit_file,
+    commit_to_content,
+    read_commit,
+    shard_file,
+    shard_header,
+    write_rows,
+)
+from sparsekd.logit_store.row import Row
+
+INDEX_NAME = "INDEX.json"
+TOKENIZER_NAME = "tokenizer"
+
+SETTLE_TRIES = 20
+"""Times that a writer looks whether record and shard fit, where another may have replaced one of them."""
+
+RECORDS_AT_A_TIME = 16
+"""Commit records that sealing reads at once: on an object store each is a question of some 20 ms."""
+
+_SHARD_NAME = re.compile(r"(\d{6,})\.(arrow|json)")
+
+
+def create_store(path: StorePath, manifest: Manifest, tokenizer_files: Path) -> None:
+    """Makes an empty store, or does nothing when this very store is there.
+
+    Temporary files of writers that are no longer alive are removed.
+
+    Args:
+        path: folder of the store; made when absent.
+        manifest: its identity.
+        tokenizer_files: the tokenizer's files; their `tokenizer_digest` is in the manifest.
+
+    Raises:
+        StoreError: another store is there (naming the fields that differ), the folder holds something else,
+            or the tokenizer's files are not those of the manifest.
+    """
+    codec_of(manifest)
+    found = tokenizer_digest(tokenizer_files)
+    if found != manifest.tokenizer.digest:
+        raise StoreError(
+            f"The tokenizer files in {tokenizer_files} have the digest {found[:12]}, but the manifest names "
+            f"{manifest.tokenizer.digest[:12]}: give the folder of the tokenizer that made the ids."
+        )
+    make_folder(path)
+    if exists(path / MANIFEST_NAME):
+        _require_same_manifest(path, manifest)
+    else:
+        strangers = [name for name in names_in(path) if not name.startswith(TEMPORARY_PREFIX)]
+        if strangers and not exists(path / MANIFEST_NAME):
+            raise StoreError(
+                f"{path} is no store but holds {', '.join(sorted(strangers)[:3])}: name a new or an empty "
+                "folder."
+            )
+        publish_bytes(path / MANIFEST_NAME, manifest_to_json(manifest).encode("ascii"))
+    for name, source in files_of_tokenizer(tokenizer_files):
+        target = path / TOKENIZER_NAME / name
+        make_folder(target.parent)
+        publish_bytes(target, source.read_bytes())
+    for split in manifest.splits:
+        make_folder(shard_file(path, split, 0).parent)
+    remove_leftovers(path, manifest)
+
+
+def write_shard(
+    path: StorePath, manifest: Manifest, split: str, shard_index: int, rows: Sequence[Row]
+) -> None:
+    """Writes one shard and commits it, or does nothing when it is committed.
+
+    Whatever goes wrong, a half-written file never has a shard's name, and no temporary file stays behind. A
+    file that has the name but no commit record is adopted where it is sound and of the same text, also where
+    the teacher's bits are others than these rows', and put in quarantine where it is not (see `recover`). So
+    is a commit record without its shard.
+
+    Args:
+        path: of a store made by `create_store`.
+        manifest: of that store.
+        split: one of the manifest's.
+        shard_index: number of the shard; its first row is `shard_index * rows_per_shard`.
+        rows: as many as the manifest says; fewer in the last shard of a split.
+
+    Raises:
+        InvalidRowError: a row breaks a rule; the message names position and value.
+        StoreError: no room, another store, or a sealed store.
+    """
+    _require_same_manifest(path, manifest)
+    where = f"{path}, split {split}, shard {shard_index:06d}"
+    if split not in manifest.splits:
+        raise StoreError(f"{path} has no split {split!r}: name one of {', '.join(manifest.splits)}.")
+    if not 1 <= len(rows) <= manifest.rows_per_shard:
+        raise StoreError(f"{where}: {len(rows)} rows were given, expected 1 to {manifest.rows_per_shard}.")
+    final, commit = shard_file(path, split, shard_index), commit_file(path, split, shard_index)
+    # The record first: another writer makes it last, so that its shard must be there at the second look.
+    is_committed, is_there = exists(commit), exists(final)
+    if is_there and is_committed:
+        return
+    is_sealed = exists(path / INDEX_NAME)
+    if is_sealed and not is_committed:
+        raise StoreError(
+            f"{where} is not part of the store, which is sealed: write to a new folder, or, if it has lost "
+            f"the shard's commit record, run `sparsekd store verify {path} --repair`."
+        )
+    if is_there and adopt_shard(path, manifest, split, shard_index, rows):
+        return
+    if is_committed and not is_sealed:
+        # Before the shard: were it there with a record of other bytes, nobody would look at the two again.
+        _take_away_record(path, commit, split)
+    records: list[CommitRecord] = []
+
+    def produce(file: HashingFile) -> None:
+        records.append(write_rows(file, path, manifest, split, shard_index, rows))
+        if is_sealed and signed_json(commit_to_content(records[-1])) != commit.read_bytes():
+            raise StoreError(
+                f"{where} is sealed with other rows than these: write to a new folder, or make the shard "
+                f"again with `sparsekd store verify {path} --repair`."
+            )
+
+    try:
+        publish(final, produce)
+    except NameTakenError:
+        if is_sealed:
+            raise
+        # Another writer was faster, with a teacher that does not give the same bits: its shard is as good.
+        if adopt_shard(path, manifest, split, shard_index, rows):
+            return
+        publish(final, produce)
+    _commit(path, split, records[-1], produce, is_sealed=is_sealed)
+
+
+def _commit(path: StorePath, split: str, record: CommitRecord, produce: Produce, *, is_sealed: bool) -> None:
+    commit = commit_file(path, split, record.shard)
+    text = signed_json(commit_to_content(record))
+    try:
+        publish_bytes(commit, text)
+    except NameTakenError:
+        if is_sealed:
+            raise
+        if files_of(commit).is_exclusive:
+            # A record whose file had gone, of another capture of the same rows.
+            quarantine(path, commit, split)
+            publish_bytes(commit, text)
+    if not files_of(commit).is_exclusive:
+        _settle(path, record, text, produce)
+
+
+def _take_away_record(path: StorePath, commit: StorePath, split: str) -> None:
+    try:
+        quarantine(path, commit, split)
+    except StoreError:
+        if exists(commit):  # else another writer, which saw the same, was faster
+            raise
+
+
+def _settle(path: StorePath, record: CommitRecord, text: bytes, produce: Produce) -> None:
+    """Looks, where uploads replace one another, that the commit record and the shard are of one writer.
+
+    Of two writers of one shard, the later upload stays, of the shard and of the record each. Where they are
+    of two writers, the one whose record stayed uploads its shard once more; the other one waits for it, and
+    takes its place where nothing happens.
+
+    Args:
+        path: of the store.
+        record: of this writer's shard.
+        text: that record as its file.
+        produce: writes this writer's shard.
+
+    Raises:
+        StoreError: they still do not fit after `SETTLE_TRIES` looks.
+    """
+    final = shard_file(path, record.split, record.shard)
+    for look in range(SETTLE_TRIES):
+        try:
+            found, _ = read_commit(path, record.manifest_sha256, record.split, record.shard)
+            with explained(final):
+                stored = sha256_of(final)
+        except StoreError:  # replaced while it was read
+            time.sleep(random.uniform(0.05, 0.5))
+            continue
+        if stored == found.file_sha256:
+            return
+        # A third writer may replace what this one uploads before it is read back: then look again.
+        with contextlib.suppress(NameTakenError):
+            if found.file_sha256 == record.file_sha256:
+                publish(final, produce, replace=True)
+            elif look < SETTLE_TRIES // 2:
+                time.sleep(random.uniform(0.05, 0.5))
+            else:  # it died between the two
+                publish_bytes(commit_file(path, record.split, record.shard), text, replace=True)
+    raise StoreError(
+        f"{final} and its commit record are of different writers and stay so: stop all but one of the "
+        "commands that write this store, and run it again."
+    )
+
+
+def committed_shards(path: StorePath, split: str) -> set[int]:
+    """Returns the numbers of the shards of a split that are there with their commit records."""
+    names = set(names_in(path / "shards" / split))
+    matches = (_SHARD_NAME.fullmatch(name) for name in names)
+    numbers = {int(match[1]) for match in matches if match}
+    return {
+        number
+        for number in numbers
+        if {shard_file(path, split, number).name, commit_file(path, split, number).name} <= names
+    }
+
+
+def seal(path: StorePath, shards_per_split: Mapping[str, int], *, replace: bool = False) -> str:
+    """Writes the index, after which the store can be read; does nothing when it is sealed so already.
+
+    Each shard's commit record, length and header are checked; its content is not read, see `verify_store`.
+
+    Args:
+        path: of the store.
+        shards_per_split: for each split of the manifest, how many shards it must have.
+        replace: whether an index of other shards gives way, in one step.
+
+    Returns:
+        The store's digest, sha256 (hex): equal for equal stores.
+
+    Raises:
+        StoreError: a shard is missing, short, superfluous or of another store, or the store is sealed with
+            another number of shards.
+    """
+    manifest = read_manifest(path)
+    if sorted(shards_per_split) != sorted(manifest.splits):
+        raise StoreError(
+            f"{path} has the splits {', '.join(manifest.splits)}, but shards were given for "
+            f"{', '.join(shards_per_split)}: give a number for each."
+        )
+    if sum(shards_per_split.values()) == 0:
+        raise StoreError(
+            f"{path} has no shard in any split: there is nothing to seal, write some rows first."
+        )
+    if stored_tokenizer_digest(path) != manifest.tokenizer.digest:
+        raise DamagedStoreError(
+            f"{path / TOKENIZER_NAME} does not hold the manifest's tokenizer: restore its files."
+        )
+    remove_leftovers(path, manifest)
+    content = {
+        "format_version": FORMAT_VERSION,
+        "manifest_sha256": manifest_digest(manifest),
+        "splits": {
+            split: _seal_split(path, manifest, split, shards_per_split[split]) for split in manifest.splits
+        },
+    }
+    data = signed_json(content)
+    index = path / INDEX_NAME
+    if not replace and exists(index) and index.read_bytes() != data:
+        raise StoreError(
+            f"{path} was sealed before with other shards, or its {INDEX_NAME} is damaged: remove "
+            f"{INDEX_NAME} if "
+            "the shards of now are meant."
+        )
+    publish_bytes(index, data, replace=replace)
+    return signed_digest(data)
+
+
+def signed_digest(data: bytes) -> str:
+    """Returns the `digest` of canonical signed JSON, which the caller knows to be sound."""
+    match = re.search(rb'^ "digest": "([0-9a-f]{64})"', data, re.MULTILINE)
+    assert match is not None
+    return match[1].decode()
+
+
+def stored_tokenizer_digest(path: StorePath) -> str:
+    """Returns the `tokenizer_digest` of the files in a store."""
+    folder = path / TOKENIZER_NAME
+    with explained(folder):
+        names = [
+            name for name in files_below(folder) if not name.rpartition("/")[2].startswith(TEMPORARY_PREFIX)
+        ]
+        return digest_of_files((name, (folder / name).read_bytes()) for name in names)
+
+
+def _seal_split(path: StorePath, manifest: Manifest, split: str, shards: int) -> dict[str, object]:
+    folder = shard_file(path, split, 0).parent
+    present = {int(match[1]) for name in names_in(folder) if (match := _SHARD_NAME.fullmatch(name))}
+    committed = committed_shards(path, split)
+    if missing := sorted(set(range(shards)) - committed):
+        some = ", ".join(f"{number:06d}" for number in missing[:5])
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise StoreError(
+            f"{path}, split {split}: {len(missing)} of {shards} shards are not committed ({some}{more}); "
+            + (_repair(path) or "run the command that writes the store again, it makes the missing ones.")
+        )
+    if foreign := sorted(present - set(range(shards))):
+        raise StoreError(
+            f"{folder} has shard {foreign[0]:06d}, but the split has {shards} shards: it belongs to another "
+            "plan; remove it or write to a new folder."
+        )
+    digest = manifest_digest(manifest)
+    entries = []
+    counts = dict.fromkeys((field.name for field in fields(RowCounts)), 0)
+    plane_bytes = dict.fromkeys(codec_of(manifest).planes(manifest), 0)
+    file_bytes = 0
+
+    def checked(shard: int) -> tuple[CommitRecord, bytes]:
+        record, data = read_commit(path, digest, split, shard)
+        if record.rows != manifest.rows_per_shard and shard != shards - 1:
+            raise StoreError(
+                f"{path}, split {split}, shard {shard:06d} has {record.rows} rows, expected "
+                f"{manifest.rows_per_shard}: only the last shard may be short; remove both its files and run "
+                "again."
+            )
+        _check_shard_file(path, manifest, record)
+        return record, data
+
+    with ThreadPoolExecutor(RECORDS_AT_A_TIME) as pool:
+        for record, data in pool.map(checked, range(shards)):
+            entries.append({"record_digest": signed_digest(data), "rows": record.rows})
+            for name, value in asdict(record.counts).items():
+                counts[name] += value
+            for name, value in record.plane_bytes.items():
+                plane_bytes[name] += value
+            file_bytes += record.file_bytes
+    return {
+        "rows": sum(int(str(entry["rows"])) for entry in entries),
+        "counts": counts,
+        "plane_bytes": plane_bytes,
+        "file_bytes": file_bytes,
+        "shards": entries,
+    }
+
+
+def _check_shard_file(path: StorePath, manifest: Manifest, record: CommitRecord) -> None:
+    """Compares what can be compared without reading a whole shard."""
+    place = shard_file(path, record.split, record.shard)
+    length = size_of(place)
+    if length != record.file_bytes:
+        raise DamagedStoreError(
+            f"{place} has {length} bytes, but its commit record says {record.file_bytes}: "
+            + (_repair(path) or "remove both files and run the command that writes the store again.")
+        )
+    header = shard_header(manifest, record.split, record.shard)
+    with explained(place):
+        begins_right = read_range(place, 0, len(header)) == header
+    if not begins_right:
+        raise DamagedStoreError(
+            f"{place} does not begin as shard {record.shard:06d} of split {record.split} of this store must: "
+            "it is damaged or another shard; "
+            + (_repair(path) or "remove it and its commit record and run again.")
+        )
+
+
+def _repair(path: StorePath) -> str:
+    """Returns the remedy of a damaged store that is sealed, or nothing: then it can still be written."""
+    return f"run `sparsekd store verify {path} --repair`." if exists(path / INDEX_NAME) else ""
+
+
+def _require_same_manifest(path: StorePath, manifest: Manifest) -> None:
+    if differing := compare_manifests(read_manifest(path), manifest):
+        raise StoreError(
+            f"{path} is another store than this run would write ({'; '.join(differing)}): use a new folder, "
+            "or the settings that made this one."
+        )
+
+
+def remove_leftovers(path: StorePath, manifest: Manifest) -> None:
+    """Removes the temporary files of writers that are no longer alive from all folders of a store."""
+    folders = {path, path / TOKENIZER_NAME, *(shard_file(path, split, 0).parent for split in manifest.splits)}
+    for name in files_below(path / TOKENIZER_NAME):
+        folders.add((path / TOKENIZER_NAME / name).parent)
+    for folder in folders:
+        remove_stale(folder)

@@ -1,0 +1,1 @@
+"""What people do with stores: look at, verify, compare, join, cut, encode anew, export."""

@@ -1,0 +1,167 @@
+"""A new store from the rows of others: written shard by shard, continued when it was cut off, sealed at the
+end.
+
+What the new manifest says of the data is decided here too: the source's `dataset` stays, and the step that
+was taken is added to its list `provenance`, with the digests of the stores that went in.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, overload
+
+from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.manifest import Manifest
+from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.protocol.reader import LogitStore
+from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal, write_shard
+from sparsekd.logit_store.row import Row
+
+PROVENANCE = "provenance"
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, done, total)."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Tells nobody."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows that can be read in any order.
+
+    Attributes:
+        count: how many.
+        get: number from 0 to count - 1 -> the row.
+    """
+
+    count: int
+    get: Callable[[int], Row]
+
+
+class _OneByOne(Sequence[Row]):
+    """A shard's rows, each read when it is asked for: only one is in memory."""
+
+    def __init__(self, rows: Rows, places: range) -> None:
+        self._rows, self._places = rows, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        if isinstance(index, slice):
+            return _OneByOne(self._rows, self._places[index])
+        return self._rows.get(self._places[index])
+
+
+def write_store(
+    path: StorePath,
+    manifest: Manifest,
+    tokenizer_files: Path,
+    content: Mapping[str, Rows],
+    progress: Progress,
+) -> str:
+    """Writes and seals a store of rows that can be read in any order; shards that are there are not read
+    again.
+
+    Args:
+        path: of the new store: a folder that is not there, empty, or holds what this call began before.
+        manifest: its identity.
+        tokenizer_files: the tokenizer's files.
+        content: the rows of each split of the manifest.
+        progress: told after each shard.
+
+    Returns:
+        The digest of the new store.
+
+    Raises:
+        StoreError: there is no row, the folder holds another store, or a row cannot be read or written.
+    """
+    per_shard = manifest.rows_per_shard
+    plan = {split: _ceil(rows.count, per_shard) for split, rows in content.items()}
+    total = sum(plan.values())
+    if total == 0:
+        raise StoreError(f"{path} would hold no row: choose some rows; nothing was written.")
+    create_store(path, manifest, tokenizer_files)
+    done = 0
+    for split, rows in content.items():
+        committed = committed_shards(path, split)
+        for shard in range(plan[split]):
+            if shard not in committed:
+                places = range(shard * per_shard, min((shard + 1) * per_shard, rows.count))
+                write_shard(path, manifest, split, shard, _OneByOne(rows, places))
+            done += 1
+            progress("shards", done, total)
+    return seal(path, plan)
+
+
+def write_stream(
+    path: StorePath,
+    manifest: Manifest,
+    tokenizer_files: Path,
+    content: Mapping[str, Iterable[Row]],
+    progress: Progress,
+) -> str:
+    """Like `write_store` for rows that come in one order only; at most one shard of them is in memory."""
+    create_store(path, manifest, tokenizer_files)
+    plan = {}
+    for split, rows in content.items():
+        shard = 0
+        for batch in _batches(iter(rows), manifest.rows_per_shard):
+            write_shard(path, manifest, split, shard, batch)
+            shard += 1
+            progress(f"{split} shards", shard, 0)
+        plan[split] = shard
+    return seal(path, plan)
+
+
+def rows_of(store: LogitStore, split: str) -> Rows:
+    """Returns the rows of a split."""
+    return Rows(store.rows(split), lambda index: store.read_row(split, index))
+
+
+def origin(dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a dataset's identity without the steps that were taken since: which corpus its documents
+    number."""
+    return {name: value for name, value in dataset.items() if name != PROVENANCE}
+
+
+def with_step(
+    dataset: Mapping[str, Any], action: str, sources: Sequence[LogitStore], **parameters: object
+) -> dict[str, Any]:
+    """Returns a dataset's identity with one more step.
+
+    Args:
+        dataset: of the new store so far.
+        action: what was done.
+        sources: the stores that went in, in order.
+        **parameters: what decides the result, as JSON values.
+    """
+    inputs = [
+        {"store": store.digest, "rows": {split: store.rows(split) for split in store.manifest.splits}}
+        for store in sources
+    ]
+    if len(sources) > 1:  # one source's earlier steps stay in the list itself
+        inputs = [
+            {**entry, PROVENANCE: store.manifest.dataset.get(PROVENANCE, [])}
+            for entry, store in zip(inputs, sources, strict=True)
+        ]
+    before = dataset.get(PROVENANCE, [])
+    return {**dataset, PROVENANCE: [*before, {"action": action, "sources": inputs, **parameters}]}
+
+
+def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+    while batch := list(islice(rows, size)):
+        yield batch
+
+
+def _ceil(count: int, size: int) -> int:
+    return -(-count // size)

@@ -1,0 +1,207 @@
+"""What a store's records are like: how much mass is in the rest, how sure the teacher was, what a token
+costs.
+
+Only positions where the loss mask is set are looked at.
+
+Shapes: L positions of a row, k head entries, n draws, G grid temperatures, K = k + n stored ids.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.protocol.reader import LogitStore, open_store
+from sparsekd.logit_store.row import NO_ID, Row
+from sparsekd.logit_store.tools.derive import Progress, no_progress
+from sparsekd.logit_store.tools.inspect import REST_NOTES, evenly, plane_table, section, table, tail_masses
+from sparsekd.logit_store.tools.spread import Spread
+
+PERCENTILES = (1.0, 10.0, 50.0, 90.0, 99.0)
+
+
+@dataclass(frozen=True)
+class SplitStats:
+    """The records of one split.
+
+    Attributes:
+        rows: that were read.
+        positions: that were counted.
+        tail_mass: of the rest, at each temperature of the grid.
+        entropy: of the teacher at the draw temperature, nats.
+        rest_entropy: of the rest at temperature 1, nats.
+        teacher_nll: of the true tokens, nats.
+        overlap: share of a position's stored ids (head and draws) that the position before it stores too,
+            where both are in one document: what text is predictable from its neighbour, and what a codec
+            could save.
+        true_in_head: share of positions whose true token is in the head.
+        true_stored: share of positions whose true token is in head or draws.
+    """
+
+    rows: int
+    positions: int
+    tail_mass: tuple[Spread, ...]
+    entropy: Spread
+    rest_entropy: Spread
+    teacher_nll: Spread
+    overlap: Spread
+    true_in_head: float
+    true_stored: float
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """What `store_stats` found.
+
+    Attributes:
+        store: that was read.
+        splits: of each split that has rows; empty for a token store, which says nothing of a teacher.
+    """
+
+    store: LogitStore
+    splits: dict[str, SplitStats]
+
+    def text(self) -> str:
+        """Returns a page for people."""
+        record = self.store.manifest.record
+        parts = [f"store  {self.store.path}\ndigest {self.store.digest}"]
+        for split, stats in self.splits.items():
+            quantities = [
+                (f"tail mass at T = {temperature:g}", spread)
+                for temperature, spread in zip(record.temperatures, stats.tail_mass, strict=True)
+            ]
+            quantities += [
+                (f"entropy at T = {record.draw_temperature:g} (nats)", stats.entropy),
+                ("entropy of the rest (nats)", stats.rest_entropy),
+                ("teacher's loss (nats)", stats.teacher_nll),
+                ("support overlap", stats.overlap),
+            ]
+            header = [split, "mean", *(f"p{percent:g}" for percent in PERCENTILES), "largest"]
+            lines = [[name, *cells(spread)] for name, spread in quantities if spread.count]
+            notes = []
+            if record.k:
+                notes.append(f"true token in the head: {stats.true_in_head:.2%}")
+            if record.n:
+                notes.append(f"true token in head or draws: {stats.true_stored:.2%}")
+            if stats.teacher_nll.infinite:
+                notes.append(
+                    f"true tokens of probability 0, left out of the mean: {stats.teacher_nll.infinite:,}"
+                )
+            if REST_NOTES[record.rest]:
+                notes.append(
+                    REST_NOTES[record.rest] + ("; so is the loss" if record.rest == "derived" else "")
+                )
+            title = f"{stats.positions:,} counted positions of {stats.rows:,} rows"
+            parts.append(section(title, [*table(header, lines), *notes]))
+        if not self.splits:
+            parts.append("A token store: there is no teacher's record to describe.")
+        parts.append(plane_table(self.store))
+        return "\n\n".join(parts) + "\n"
+
+
+def store_stats(
+    path: StorePath, *, split: str | None = None, rows: int | None = None, progress: Progress = no_progress
+) -> StoreStats:
+    """Reads a store's rows and describes their records.
+
+    Args:
+        path: of a sealed store.
+        split: look at this one only.
+        rows: rows of each split to read, spread evenly; None for all.
+        progress: told of rows.
+
+    Raises:
+        StoreError: there is no readable store, or no such split.
+    """
+    store = open_store(path)
+    if split is not None:
+        store.index(split)
+    if rows is not None and rows < 1:
+        raise StoreError(f"rows is {rows}, expected at least 1.")
+    if store.manifest.teacher is None:
+        return StoreStats(store, {})
+    names = [split] if split is not None else [name for name in store.manifest.splits if store.rows(name)]
+    chosen = {name: evenly(store.rows(name), rows) for name in names}
+    total, done = sum(map(len, chosen.values())), 0
+    found = {}
+    for name, numbers in chosen.items():
+        counter = _Counter(len(store.manifest.record.temperatures))
+        for index in numbers:
+            counter.add(store.read_row(name, index), store.manifest.record.temperatures)
+            done += 1
+            progress("rows", done, total)
+        found[name] = counter.result()
+    return StoreStats(store, found)
+
+
+def cells(spread: Spread) -> list[str]:
+    """Returns mean, percentiles and maximum of a table's line."""
+    values = [spread.mean, *(spread.percentile(percent) for percent in PERCENTILES), spread.maximum]
+    return [f"{value:.1e}" if 0 < value < 0.001 else f"{value:.4f}" for value in values]
+
+
+def support_overlap(row: Row) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Returns ([L], [L]): the share of each position's stored ids that the one before it stores; where there
+    is one.
+
+    A position that begins a document has none before it.
+    """
+    record = row.teacher
+    assert record is not None
+    ids = np.concatenate([record.head_ids, record.tail_ids], axis=1).astype(np.int64)  # [L, K]
+    length = len(ids)
+    has_before = np.ones(length, np.bool_)
+    has_before[row.segment_starts] = False
+    used = ids != NO_ID
+    span = int(ids.max()) + 2
+    places = np.arange(length, dtype=np.int64)[:, None]
+    keys = ids + span * places
+    before = np.sort((ids + span * (places + 1))[used])  # what each position finds at the one before it
+    found = np.minimum(np.searchsorted(before, keys), before.size - 1)
+    hits = (before[found] == keys) & used
+    return hits.sum(axis=1) / np.maximum(used.sum(axis=1), 1), has_before
+
+
+class _Counter:
+    """Gathers the rows of one split."""
+
+    def __init__(self, grid: int) -> None:
+        self._rows = self._positions = 0
+        self._tail_mass = tuple(Spread() for _ in range(grid))
+        self._entropy, self._rest_entropy, self._nll, self._overlap = (Spread() for _ in range(4))
+        self._in_head = self._stored = 0
+
+    def add(self, row: Row, temperatures: tuple[float, ...]) -> None:
+        record, mask = row.teacher, row.loss_mask
+        assert record is not None
+        self._rows += 1
+        self._positions += int(mask.sum())
+        masses = tail_masses(record, temperatures)
+        for column, spread in enumerate(self._tail_mass):
+            spread.add(masses[mask, column])
+        self._entropy.add(record.entropy[mask])
+        self._rest_entropy.add(record.rest_entropy[mask])
+        self._nll.add(-record.true_logprob[mask].astype(np.float64))
+        share, has_before = support_overlap(row)
+        self._overlap.add(share[mask & has_before])
+        true = np.roll(row.token_ids, -1)[:, None]
+        in_head = (record.head_ids == true).any(axis=1)
+        stored = in_head | (record.tail_ids == true).any(axis=1)
+        self._in_head += int(in_head[mask].sum())
+        self._stored += int(stored[mask].sum())
+
+    def result(self) -> SplitStats:
+        positions = max(self._positions, 1)
+        return SplitStats(
+            rows=self._rows,
+            positions=self._positions,
+            tail_mass=self._tail_mass,
+            entropy=self._entropy,
+            rest_entropy=self._rest_entropy,
+            teacher_nll=self._nll,
+            overlap=self._overlap,
+            true_in_head=self._in_head / positions,
+            true_stored=self._stored / positions,
+        )

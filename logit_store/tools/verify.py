@@ -1,0 +1,351 @@
+"""Verifying a store: every byte of every file, every row's rules, and whether records fit their tokens.
+
+Shapes: L positions of a row, k head entries, n draws, K = k + n stored ids.
+"""
+
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from sparsekd.logit_store.codecs.codec import codec_of
+from sparsekd.logit_store.errors import DamagedStoreError, StoreError
+from sparsekd.logit_store.manifest import MANIFEST_NAME, Manifest
+from sparsekd.logit_store.places.files import (
+    TEMPORARY_PREFIX,
+    exists,
+    explained,
+    files_below,
+    read_range,
+    sha256_of,
+    size_of,
+)
+from sparsekd.logit_store.places.paths import StorePath, store_path
+from sparsekd.logit_store.protocol.reader import LogitStore, open_store
+from sparsekd.logit_store.protocol.recover import QUARANTINE_NAME, in_quarantine, sum_of_counts
+from sparsekd.logit_store.protocol.shard import (
+    REMEDY,
+    RowCounts,
+    count_rows,
+    decode_row,
+    read_batch,
+    row_place,
+    row_schema,
+    shard_file,
+    shard_header,
+)
+from sparsekd.logit_store.protocol.writer import INDEX_NAME, TOKENIZER_NAME, stored_tokenizer_digest
+from sparsekd.logit_store.row import NO_ID, PADDING_DOCUMENT, Row, document_of_position
+
+PROBLEMS_SHOWN = 20
+
+MIN_POSITIONS = 100
+"""Fewer say nothing about alignment."""
+
+LOGPROB_TOLERANCE = 0.05
+"""Nats by which a true token's log-probability may differ between its two planes, beyond the errors that the
+codec states; a shift makes it nats."""
+
+INCONSISTENT_SHARE = 0.01
+"""Share of positions beyond that tolerance that raises the alarm."""
+
+STANDARD_ERRORS = 3.0
+"""Distance of two shares that counts as a difference."""
+
+
+@dataclass(frozen=True)
+class AlignmentCheck:
+    """Do the records speak of the tokens that follow them? Compared with the same records moved by one.
+
+    Attributes:
+        positions: compared; those whose two neighbours are in the same document.
+        found: share of positions whose true token is among the stored ids.
+        found_late: that share if the records stood one position too late (they would fit the token itself).
+        found_early: that share if they stood one position too early (they would fit the token after next).
+        mean_logprob: mean log-probability, in nats, of the true tokens that are in the head; NaN if none is.
+        mean_logprob_shifted: the larger of the means that the two shifted copies give for head entries.
+        inconsistent: share of positions where the true token's own plane contradicts the head.
+    """
+
+    positions: int
+    found: float
+    found_late: float
+    found_early: float
+    mean_logprob: float
+    mean_logprob_shifted: float
+    inconsistent: float
+
+    @property
+    def verdict(self) -> str:
+        """Returns `aligned`, `misaligned`, or `undecided` where the numbers do not tell."""
+        if self.positions < MIN_POSITIONS:
+            return "undecided"
+        shifted = max(self.found_late, self.found_early)
+        variance = self.found * (1 - self.found) + shifted * (1 - shifted)
+        margin = STANDARD_ERRORS * math.sqrt(variance / self.positions)
+        if self.inconsistent > INCONSISTENT_SHARE or shifted > self.found + margin:
+            return "misaligned"
+        return "aligned" if self.found > shifted + margin else "undecided"
+
+    def text(self) -> str:
+        """Returns the finding in words."""
+        meaning = {
+            "aligned": "the records describe the tokens that follow them",
+            "misaligned": "the records do NOT describe the tokens that follow them; do not train on them",
+            "undecided": "too few positions, or too weak a teacher, to tell from the ids",
+        }[self.verdict]
+        return "\n".join(
+            [
+                f"{self.verdict}: {meaning} ({self.positions:,} positions)",
+                f"  true token among the stored ids   {self.found:7.2%}",
+                f"  the same, records one late        {self.found_late:7.2%}",
+                f"  the same, records one early       {self.found_early:7.2%}",
+                f"  its mean log-probability          {self.mean_logprob:7.3f} nats in the head "
+                f"({self.mean_logprob_shifted:.3f} shifted)",
+                f"  its own plane contradicts         {self.inconsistent:7.2%}",
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What `verify_store` found.
+
+    Attributes:
+        path: of the store.
+        digest: of the store, None when its index cannot be read.
+        rows: that were read and decoded.
+        shards: that were read.
+        bytes_read: of the Arrow files.
+        problems: one sentence each; empty in a sound store.
+        damaged: (split, shard) of each shard with a problem.
+        strangers: files that do not belong to the store; harmless.
+        quarantined: files of shards that were replaced; harmless, and never removed.
+        alignment: None without a teacher, or when no row could be read.
+    """
+
+    path: StorePath
+    digest: str | None
+    rows: int
+    shards: int
+    bytes_read: int
+    problems: tuple[str, ...]
+    damaged: tuple[tuple[str, int], ...]
+    strangers: tuple[str, ...]
+    quarantined: tuple[str, ...]
+    alignment: AlignmentCheck | None
+
+    @property
+    def ok(self) -> bool:
+        """Returns whether the store can be trained on."""
+        return not self.problems and (self.alignment is None or self.alignment.verdict != "misaligned")
+
+    def text(self) -> str:
+        """Returns a page for people."""
+        lines = [
+            f"store      {self.path}",
+            f"digest     {self.digest or 'unknown'}",
+            f"read       {self.rows:,} rows in {self.shards:,} shards, {self.bytes_read:,} bytes",
+        ]
+        if self.problems:
+            lines.append(f"integrity  DAMAGED: {len(self.problems):,} problems")
+            lines += [f"  - {problem}" for problem in self.problems[:PROBLEMS_SHOWN]]
+            if len(self.problems) > PROBLEMS_SHOWN:
+                lines.append(f"  - and {len(self.problems) - PROBLEMS_SHOWN:,} more")
+        else:
+            lines.append("integrity  sound: every byte is as it was written, every row keeps the rules")
+        if self.strangers:
+            lines.append(
+                f"strangers  {len(self.strangers)} files are not part of it: {', '.join(self.strangers[:5])}"
+            )
+        if self.quarantined:
+            lines.append(
+                f"quarantine {len(self.quarantined)} files of replaced shards: "
+                f"{', '.join(self.quarantined[:5])}"
+            )
+        if self.alignment is not None:
+            lines.append("alignment  " + self.alignment.text().replace("\n", "\n           "))
+        lines.append(f"verdict    {'sound' if self.ok else 'NOT SOUND'}")
+        return "\n".join(lines) + "\n"
+
+
+class _Alignment:
+    """Sums over rows for `AlignmentCheck`."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self.positions = 0
+        self.inconsistent = 0
+        self.found = np.zeros(3, np.int64)  # aligned, late, early
+        self.in_head = np.zeros(3, np.int64)
+        self.logprob = np.zeros(3)
+
+    def add(self, row: Row) -> None:
+        """Adds a row that has a teacher record."""
+        record, documents = row.teacher, document_of_position(row)
+        assert record is not None
+        same = (documents[:-2] == documents[2:]) & (documents[:-2] != PADDING_DOCUMENT)
+        here = np.flatnonzero(same)
+        if not here.size:
+            return
+        self.positions += len(here)
+        head, tail, values = record.head_ids[here], record.tail_ids[here], record.head_logprobs[here]
+        for which, ahead in enumerate((1, 0, 2)):
+            token = row.token_ids[here + ahead][:, None]
+            is_head = head == token
+            in_head = is_head.any(axis=1)
+            self.found[which] += int((in_head | (tail == token).any(axis=1)).sum())
+            self.in_head[which] += int(in_head.sum())
+            stored = np.where(is_head, values, 0).sum(axis=1, dtype=np.float64)
+            self.logprob[which] += float(stored[in_head].sum())
+            if ahead == 1:
+                true = record.true_logprob[here]
+                # A true token outside the head is at most as likely as the head's last entry.
+                last = np.where(head == NO_ID, 0, values).min(axis=1, initial=0)
+                errors = codec_of(self._manifest).errors(record, self._manifest)
+                of_head = errors["head_logprobs"][here]
+                # No bound for an entry that was stored as -inf; it must not reach the others of its position.
+                of_true = np.where(is_head, of_head, 0).sum(axis=1)
+                slack = np.where(in_head, of_true, of_head.max(axis=1, initial=0))
+                slack += errors["true_logprob"][here] + LOGPROB_TOLERANCE
+                wrong = np.where(in_head, np.abs(true - stored), true - last) > slack
+                self.inconsistent += int(wrong.sum())
+
+    def result(self) -> AlignmentCheck | None:
+        if not self.positions:
+            return None
+        means = [
+            float(total / count) if count else math.nan
+            for total, count in zip(self.logprob, self.in_head, strict=True)
+        ]
+        found = self.found / self.positions
+        return AlignmentCheck(
+            positions=self.positions,
+            found=float(found[0]),
+            found_late=float(found[1]),
+            found_early=float(found[2]),
+            mean_logprob=means[0],
+            mean_logprob_shifted=max(means[1], means[2]),
+            inconsistent=self.inconsistent / self.positions,
+        )
+
+
+def verify_store(
+    path: str | StorePath, *, progress: Callable[[int, int], None] | None = None
+) -> VerifyResult:
+    """Reads a whole store and reports everything that is wrong with it.
+
+    Every file is compared with its digest; every row is decoded and checked; the true tokens are looked for
+    in the records, aligned and shifted by one.
+
+    Args:
+        path: of a sealed store.
+        progress: called with (shards done, shards in all) after each.
+
+    Raises:
+        StoreError: there is no store, it is not sealed, or it is of a newer format. Damage does not raise.
+    """
+    path = store_path(path)
+    try:
+        store = open_store(path)
+    except StoreError as error:
+        if not (exists(path / MANIFEST_NAME) and exists(path / INDEX_NAME)):
+            raise
+        return VerifyResult(path, None, 0, 0, 0, (str(error),), (), (), (), None)
+    problems: list[str] = []
+    damaged: list[tuple[str, int]] = []
+    alignment = _Alignment(store.manifest)
+    rows = bytes_read = done = 0
+    places = [(split, shard) for split in store.manifest.splits for shard in range(store.shards(split))]
+    if stored_tokenizer_digest(path) != store.manifest.tokenizer.digest:
+        problems.append(
+            f"{path / TOKENIZER_NAME} does not hold the manifest's tokenizer: a file is damaged, missing or "
+            "too many; restore it from a copy."
+        )
+    for split, shard in places:
+        before = len(problems)
+        good, size = _verify_shard(store, split, shard, alignment, problems)
+        if len(problems) > before:
+            damaged.append((split, shard))
+        rows, bytes_read, done = rows + good, bytes_read + size, done + 1
+        if progress is not None:
+            progress(done, len(places))
+    return VerifyResult(
+        path=path,
+        digest=store.digest,
+        rows=rows,
+        shards=len(places),
+        bytes_read=bytes_read,
+        problems=tuple(problems),
+        damaged=tuple(damaged),
+        strangers=_strangers(store),
+        quarantined=tuple(in_quarantine(path)),
+        alignment=alignment.result() if store.manifest.teacher is not None else None,
+    )
+
+
+def _verify_shard(
+    store: LogitStore, split: str, shard: int, alignment: _Alignment, problems: list[str]
+) -> tuple[int, int]:
+    """Checks one shard; returns (rows that are sound, bytes of its file)."""
+    place = shard_file(store.path, split, shard)
+    manifest, schema = store.manifest, row_schema(store.manifest)
+    if not exists(place):
+        problems.append(f"{place} is missing: {REMEDY}.")
+        return 0, 0
+    try:
+        record = store.commit(split, shard)
+        with explained(place):
+            size = size_of(place)
+            digest = sha256_of(place)
+            header = shard_header(manifest, split, shard)
+            right_header = read_range(place, 0, len(header)) == header
+    except StoreError as error:
+        problems.append(str(error))
+        return 0, 0
+    before = len(problems)
+    sound: list[RowCounts] = []  # of each row that is; all decoded rows of a shard would fill the memory
+    for index in store.shard_rows(split, shard):
+        where = row_place(store.path, split, index, manifest.rows_per_shard)
+        try:
+            message = store.read_message(split, index)
+            _, crc32, planes = read_batch(message, schema)
+            for position, (plane, stored) in enumerate(planes.items()):
+                if zlib.crc32(stored) != crc32[position]:
+                    raise DamagedStoreError(f"{where}, plane {plane}: its own checksum differs.")
+            row = decode_row(message, manifest, schema, index, where)
+        except StoreError as error:
+            problems.append(str(error))
+            continue
+        sound.append(count_rows([row]))
+        if manifest.teacher is not None:
+            alignment.add(row)
+    if len(sound) == record.rows and sum_of_counts(sound) != record.counts:
+        problems.append(f"{place} holds other numbers of tokens than its commit record says.")
+    if digest != record.file_sha256 and len(problems) == before:
+        part = "" if right_header else ", in its header"
+        problems.append(
+            f"{place} ({size:,} bytes) is not the file that was written ({record.file_bytes:,} "
+            f"bytes){part}; its "
+            f"rows are sound; {REMEDY}."
+        )
+    return len(sound), size
+
+
+def _strangers(store: LogitStore) -> tuple[str, ...]:
+    """Returns the files below the store's folder that it does not know."""
+    known = {MANIFEST_NAME, INDEX_NAME}
+    for split in store.manifest.splits:
+        for shard in range(store.shards(split)):
+            stem = f"shards/{split}/{shard:06d}"
+            known |= {f"{stem}.arrow", f"{stem}.json"}
+    # Files below tokenizer/ are covered by its digest: there, whatever is too much is a problem.
+    covered = (f"{TOKENIZER_NAME}/", f"{QUARANTINE_NAME}/")
+    found = []
+    for name in files_below(store.path):
+        is_temporary = name.rpartition("/")[2].startswith(TEMPORARY_PREFIX)
+        if is_temporary or (name not in known and not name.startswith(covered)):
+            found.append(name + " (left by a killed writer)" * is_temporary)
+    return tuple(found)

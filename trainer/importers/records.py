@@ -1,0 +1,179 @@
+"""From listed ids to a record, where the source did not keep the rest.
+
+A source with full-vocabulary log-probabilities tells the rest's mass at temperature 1 and nothing else of it:
+R_1 = 1 - sum of what it lists. Its rounding may bring that sum above 1: then the listed ids are scaled to sum
+to 1 and the rest is empty. A source of logits without a normaliser tells ratios within its list alone.
+
+Shapes: T tokens of a document, K most ids listed at a position, k head entries, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.row import TeacherRecord
+from sparsekd.logit_store.tools.reencode import log_sum_exp
+from sparsekd.trainer.importers.document import NOT_LISTED, Document
+
+LARGEST_MASS = 2.0
+"""A listed sum above this is no rounding: the values are not log-probabilities."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found when a document's list was put in order.
+
+    Attributes:
+        ids: int64 [T, K], by descending value, equal values by ascending id, then `NOT_LISTED`.
+        values: float64 [T, K], then -inf; their exponentials sum to at most 1 where the rest is derived.
+        true_logprob: float64 [T], NaN where unknown.
+        listed: int64 [T], ids at each position.
+        excess: float64 [T], by how much the listed probabilities summed to more than 1.
+    """
+
+    ids: NDArray[np.int64]
+    values: NDArray[np.float64]
+    true_logprob: NDArray[np.float64]
+    listed: NDArray[np.int64]
+    excess: NDArray[np.float64]
+
+
+def put_in_order(document: Document, rest: str, vocabulary_size: int) -> Checked:
+    """Sorts and checks what a document lists.
+
+    Raises:
+        StoreError: an id is outside of the vocabulary or listed twice, or a value is no log-probability; the
+            message names place, position and value.
+    """
+    tokens = document.token_ids
+    bad = np.flatnonzero((tokens < 0) | (tokens >= vocabulary_size))
+    if bad.size:
+        raise StoreError(
+            f"{document.where}, position {bad[0]}: token id {tokens[bad[0]]} is not in the tokenizer, whose "
+            f"ids are 0 to {vocabulary_size - 1}: name the tokenizer that made these ids."
+        )
+    used = (document.head_ids != NOT_LISTED) & (document.head_logprobs > -np.inf)
+    broken = np.isnan(document.head_logprobs) | (document.head_logprobs == np.inf)
+    _refuse(
+        broken & (document.head_ids != NOT_LISTED), document, document.head_logprobs, "is no finite value"
+    )
+    outside = used & ((document.head_ids < 0) | (document.head_ids >= vocabulary_size))
+    _refuse(
+        outside,
+        document,
+        document.head_ids,
+        f"is not an id of the tokenizer, which has 0 to {vocabulary_size - 1}",
+    )
+    values = np.where(used, document.head_logprobs, -np.inf)
+    ids = np.where(used, document.head_ids, vocabulary_size)
+    together = np.sort(ids, axis=1)
+    twice = (together[:, 1:] == together[:, :-1]) & (together[:, 1:] < vocabulary_size)
+    if twice.any():
+        position, column = np.argwhere(twice)[0]
+        raise StoreError(
+            f"{document.where}, position {position}: id {together[position, column]} is listed twice: the "
+            "file is damaged, or its description does not fit it."
+        )
+    true = document.true_logprob
+    excess = np.zeros(len(ids))
+    if rest == "derived":
+        mass = np.exp(log_sum_exp(values))
+        wrong = np.flatnonzero(~(mass <= LARGEST_MASS))
+        if wrong.size:
+            raise StoreError(
+                f"{document.where}, position {wrong[0]}: the listed probabilities sum to "
+                f"{mass[wrong[0]]:.3g}, so these are no log-probabilities (raw logits, perhaps), or the "
+                "description does not fit the file."
+            )
+        excess = np.maximum(mass - 1, 0)
+        shift = np.log(np.maximum(mass, 1))
+        values, true = values - shift[:, None], np.minimum(true - shift, 0)
+    ids, values = _by_value(ids, values)
+    used = ids < vocabulary_size
+    return Checked(
+        ids=np.where(used, ids, NOT_LISTED),
+        values=values,
+        true_logprob=true,
+        listed=used.sum(axis=1),
+        excess=excess,
+    )
+
+
+def record_of(document: Document, checked: Checked, rest: str, k: int, vocabulary_size: int) -> TeacherRecord:
+    """Returns the record of a document, its head cut to k entries.
+
+    Positions that list fewer than k ids get the uniform distribution, which says that nothing is known; they
+    must not count in the loss.
+
+    Args:
+        document: of the source.
+        checked: `put_in_order` of it.
+        rest: `derived` or `unknown`.
+        k: head entries, at most V.
+        vocabulary_size: V.
+    """
+    length = len(document.token_ids)
+    ids, values = checked.ids[:, :k], checked.values[:, :k]
+    if ids.shape[1] < k:
+        missing = k - ids.shape[1]
+        ids = np.pad(ids, ((0, 0), (0, missing)), constant_values=NOT_LISTED)
+        values = np.pad(values, ((0, 0), (0, missing)), constant_values=-np.inf)
+    known = checked.listed >= k
+    log_v = math.log(vocabulary_size)
+    ids = np.where(known[:, None], ids, np.arange(k))
+    values = np.where(known[:, None], values, -log_v)
+    true = np.where(known, checked.true_logprob, -log_v)
+    if rest == "unknown":
+        shift = np.where(known, log_sum_exp(values), math.log(k) - log_v)
+        values, true = np.minimum(values - shift[:, None], 0), true - shift
+        ids, values = _by_value(ids, values)
+        log_rest = np.full(length, -np.inf)
+    else:
+        left = np.maximum(1 - np.exp(values).sum(axis=1), 0)
+        left[~known] = (vocabulary_size - k) / vocabulary_size
+        if k == vocabulary_size:
+            left[:] = 0
+        with np.errstate(divide="ignore"):
+            log_rest = np.log(left)
+    following = np.roll(document.token_ids, -1)
+    in_head = ids == following[:, None]
+    listed = np.where(in_head, values, -np.inf).max(axis=1)
+    # Outside of the head nothing is as likely as its last entry, and nothing more likely than the whole rest.
+    bound = values[:, -1] if rest == "unknown" else np.minimum(values[:, -1], log_rest)
+    true = np.where(in_head.any(axis=1), listed, np.where(np.isnan(true), bound, np.minimum(true, 0)))
+    true[-1] = 0
+    probabilities, mass = np.exp(values), np.exp(log_rest)
+    entropy = -(probabilities * values).sum(axis=1) - mass * np.where(mass > 0, log_rest, 0)
+    return TeacherRecord(
+        head_ids=ids.astype(np.int32),
+        head_logprobs=np.minimum(values, 0).astype(np.float32),
+        tail_ids=np.empty((length, 0), np.int32),
+        tail_counts=np.empty((length, 0), np.int32),
+        log_rest=log_rest[:, None].astype(np.float32),
+        rest_entropy=np.zeros(length, np.float32),
+        true_logprob=true.astype(np.float32),
+        entropy=np.maximum(entropy, 0).astype(np.float32),
+    )
+
+
+def _by_value(
+    ids: NDArray[np.int64], values: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Returns both [T, K] by descending value, equal values by ascending id."""
+    # Equal is what float32 cannot tell apart, for so values are stored. A shift moves them across its steps
+    # and makes unequal ones equal, or equal ones unequal: sort behind it, not before.
+    order = np.lexsort((ids, -values.astype(np.float32)), axis=1)
+    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(values, order, axis=1)
+
+
+def _refuse(
+    bad: NDArray[np.bool_], document: Document, values: NDArray[np.int64] | NDArray[np.float64], rule: str
+) -> None:
+    if bad.any():
+        position, column = np.argwhere(bad)[0]
+        raise StoreError(
+            f"{document.where}, position {position}, entry {column}: {values[position, column]} {rule}."
+        )

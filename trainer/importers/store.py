@@ -1,0 +1,366 @@
+"""From a source's documents to a sealed store: two passes, one to learn what there is, one to write it.
+
+Documents stay whole, for the teacher saw each from its beginning: they are packed into rows, several to a row
+where they fit, and what remains of a row is padding. A document that is longer than a row is cut at its end.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.manifest import (
+    ALIGNMENT,
+    FORMAT_VERSION,
+    CodecSpec,
+    Manifest,
+    RecordSpec,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
+from sparsekd.logit_store.places.files import sha256_of
+from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.row import PADDING_DOCUMENT, Row, TeacherRecord
+from sparsekd.logit_store.tools.derive import Progress, no_progress, write_stream
+from sparsekd.trainer.importers.document import Document, Source
+from sparsekd.trainer.importers.records import put_in_order, record_of
+
+OPEN_ROWS = 8
+"""Rows that wait for a document that fits: more waste less padding and hold more memory."""
+
+SPLITS = ("train", "heldout")
+"""Training asks for both; an import fills the first."""
+
+
+@dataclass(frozen=True)
+class ImportSettings:
+    """How a source becomes a store.
+
+    Attributes:
+        tokenizer: identity of the tokenizer that made the ids.
+        tokenizer_files: its files.
+        teacher: identity of the teacher, as far as it is known.
+        codec: of the new store.
+        sequence_length: L; None for the longest document.
+        k: head entries; None for as many as every counted position lists.
+        mask_short: leave positions that list fewer than k ids out of the loss, instead of refusing them.
+        rows_per_shard: of the new store.
+    """
+
+    tokenizer: TokenizerIdentity
+    tokenizer_files: Path
+    teacher: TeacherIdentity
+    codec: CodecSpec
+    sequence_length: int | None
+    k: int | None
+    mask_short: bool
+    rows_per_shard: int
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the first pass found.
+
+    Attributes:
+        documents: that have a counted position.
+        skipped: documents without one.
+        cut_tokens: tokens beyond L.
+        k: head entries.
+        sequence_length: L.
+        masked: positions left out because they list fewer than k ids.
+        above_one: share of counted positions whose listed probabilities summed to more than 1.
+        largest_excess: by how much at most.
+    """
+
+    documents: int
+    skipped: int
+    cut_tokens: int
+    k: int
+    sequence_length: int
+    masked: int
+    above_one: float
+    largest_excess: float
+
+
+@dataclass(frozen=True)
+class ImportResult:
+    """What `import_source` made.
+
+    Attributes:
+        digest: of the new store.
+        survey: what was found.
+        source: what it was made from.
+    """
+
+    digest: str
+    survey: Survey
+    source: Source
+
+    def text(self) -> str:
+        """Returns the report for people."""
+        survey = self.survey
+        lines = [
+            f"read       {survey.documents:,} documents of {self.source.format} in "
+            f"{len(self.source.files):,} files",
+            f"rows       {survey.sequence_length:,} tokens each, k = {survey.k}, the rest is "
+            f"{self.source.rest}",
+            f"digest     {self.digest}",
+        ]
+        if survey.skipped:
+            lines.append(f"skipped    {survey.skipped:,} documents without a token that counts")
+        if survey.cut_tokens:
+            lines.append(f"cut        {survey.cut_tokens:,} tokens of documents longer than a row")
+        if survey.masked:
+            lines.append(f"masked     {survey.masked:,} positions that list fewer than {survey.k} ids")
+        if survey.above_one:
+            lines.append(
+                f"scaled     {survey.above_one:.2%} of the positions list probabilities that sum to more "
+                f"than 1, by up to {survey.largest_excess:.2g}: rounding of the source"
+            )
+        lines += [f"not given  {phrase}" for phrase in self.source.cannot_give]
+        return "\n".join(lines)
+
+
+def import_source(
+    source: Source, target: StorePath, settings: ImportSettings, progress: Progress = no_progress
+) -> ImportResult:
+    """Writes a source's documents to a new store; the same call continues one that was cut off.
+
+    Args:
+        source: what an importer opened.
+        target: the new store.
+        settings: how.
+        progress: told of documents, files and shards.
+
+    Raises:
+        StoreError: the source is damaged, does not fit its description or the tokenizer, or lists too few
+            ids; the message names the place. Nothing was written then.
+    """
+    survey = _survey(source, settings, progress)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        alignment=ALIGNMENT,
+        sequence_length=survey.sequence_length,
+        rows_per_shard=settings.rows_per_shard,
+        splits=SPLITS,
+        dataset={
+            "imported": {
+                "format": source.format,
+                "files": file_identities(source.files, progress),
+                "documents": survey.documents,
+                "skipped_documents": survey.skipped,
+                "cut_tokens": survey.cut_tokens,
+                "masked_positions": survey.masked,
+                "not_given": list(source.cannot_give),
+                **source.details,
+            },
+            "packing": "whole documents, several to a row where they fit, then padding; longer ones are cut",
+        },
+        tokenizer=settings.tokenizer,
+        record=RecordSpec(
+            k=survey.k, n=0, temperatures=(1.0,), draw_temperature=1.0, seed=0, rest=source.rest
+        ),
+        teacher=settings.teacher,
+        codec=settings.codec,
+    )
+    rows = pack(_pieces(source, manifest), manifest)
+    digest = write_stream(
+        target, manifest, settings.tokenizer_files, {"train": rows, "heldout": ()}, progress
+    )
+    return ImportResult(digest, survey, source)
+
+
+def file_identities(files: Iterable[Path], progress: Progress) -> list[dict[str, object]]:
+    """Returns name, length and sha256 of each file, for the manifest."""
+    paths = list(files)
+    found: list[dict[str, object]] = []
+    for done, path in enumerate(paths, start=1):
+        found.append({"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)})
+        progress("files hashed", done, len(paths))
+    return found
+
+
+def pack(pieces: Iterable[Row], manifest: Manifest) -> Iterator[Row]:
+    """Returns full rows of whole documents; a pure function of the documents and L.
+
+    A document goes to the first waiting row that has room; where none has, the fullest is closed.
+
+    Args:
+        pieces: documents as rows of their own length, at most L.
+        manifest: of the store.
+    """
+    length = manifest.sequence_length
+    waiting: list[list[Row]] = []
+    room: list[int] = []
+    for piece in pieces:
+        size = len(piece.token_ids)
+        place = next((index for index, free in enumerate(room) if free >= size), None)
+        if place is None:
+            if len(waiting) == OPEN_ROWS:
+                closed = min(range(OPEN_ROWS), key=room.__getitem__)
+                yield join(waiting.pop(closed), manifest)
+                room.pop(closed)
+            waiting.append([])
+            room.append(length)
+            place = len(waiting) - 1
+        waiting[place].append(piece)
+        room[place] -= size
+    for parts in waiting:
+        yield join(parts, manifest)
+
+
+def join(parts: list[Row], manifest: Manifest) -> Row:
+    """Returns documents as one row of L positions, with padding behind them."""
+    missing = manifest.sequence_length - sum(len(part.token_ids) for part in parts)
+    if missing:
+        parts = [*parts, _padding(missing, manifest)]
+    starts = np.cumsum([0] + [len(part.token_ids) for part in parts[:-1]])
+    records = [part.teacher for part in parts]
+    names = TeacherRecord.__dataclass_fields__
+    return Row(
+        token_ids=np.concatenate([part.token_ids for part in parts]),
+        loss_mask=np.concatenate([part.loss_mask for part in parts]),
+        segment_starts=starts.astype(np.int32),
+        segment_documents=np.concatenate([part.segment_documents for part in parts]),
+        teacher=TeacherRecord(
+            **{name: np.concatenate([getattr(record, name) for record in records]) for name in names}
+        ),
+    )
+
+
+def _pieces(source: Source, manifest: Manifest) -> Iterator[Row]:
+    """Returns the documents that count, each as a row of its own length."""
+    number = 0
+    for document in source.documents():
+        document = _cut(document, manifest.sequence_length)
+        if document.loss_mask.any():
+            yield _piece(document, number, manifest)
+            number += 1
+
+
+def _piece(document: Document, number: int, manifest: Manifest) -> Row:
+    size, record = manifest.tokenizer.vocabulary_size, manifest.record
+    checked = put_in_order(document, record.rest, size)
+    return Row(
+        token_ids=document.token_ids.astype(np.int32),
+        loss_mask=document.loss_mask & (checked.listed >= record.k),
+        segment_starts=np.zeros(1, np.int32),
+        segment_documents=np.array([number], np.int64),
+        teacher=record_of(document, checked, record.rest, record.k, size),
+    )
+
+
+def _padding(length: int, manifest: Manifest) -> Row:
+    """Returns padding: the end-of-text token (or id 0) with records that say nothing."""
+    blank = Document(
+        where="padding",
+        token_ids=np.full(length, manifest.tokenizer.eos_token_id or 0, np.int64),
+        loss_mask=np.zeros(length, np.bool_),
+        head_ids=np.full((length, 1), -1, np.int64),
+        head_logprobs=np.full((length, 1), -np.inf),
+        true_logprob=np.full(length, np.nan),
+    )
+    return _piece(blank, PADDING_DOCUMENT, manifest)
+
+
+class Tally:
+    """Counts what documents list at the positions that count.
+
+    Attributes:
+        documents: with such a position.
+        skipped: without one.
+        counted: positions.
+    """
+
+    def __init__(self) -> None:
+        self.documents = self.skipped = self.counted = 0
+        self._above = 0
+        self._largest = 0.0
+        self._by_listed: dict[int, tuple[int, str]] = {}  # ids listed -> (positions, the first of them)
+
+    def add(self, document: Document, rest: str, vocabulary_size: int) -> None:
+        """Checks and counts one document."""
+        mask = document.loss_mask
+        if not mask.any():
+            self.skipped += 1
+            return
+        checked = put_in_order(document, rest, vocabulary_size)
+        self.documents += 1
+        self.counted += int(mask.sum())
+        self._above += int((checked.excess[mask] > 0).sum())
+        self._largest = max(self._largest, float(checked.excess[mask].max()))
+        for listed, positions in zip(*np.unique(checked.listed[mask], return_counts=True), strict=True):
+            place = int(np.flatnonzero(mask & (checked.listed == listed))[0])
+            before, first = self._by_listed.get(int(listed), (0, f"{document.where}, position {place}"))
+            self._by_listed[int(listed)] = (before + int(positions), first)
+
+    def survey(self, settings: ImportSettings, sequence_length: int, cut_tokens: int) -> Survey:
+        """Returns what was found; refuses a k that some counted position cannot serve."""
+        k, masked = self._choose_k(settings)
+        return Survey(
+            documents=self.documents,
+            skipped=self.skipped,
+            cut_tokens=cut_tokens,
+            k=k,
+            sequence_length=sequence_length,
+            masked=masked,
+            above_one=self._above / self.counted,
+            largest_excess=self._largest,
+        )
+
+    def _choose_k(self, settings: ImportSettings) -> tuple[int, int]:
+        """Returns (k, counted positions that list fewer ids)."""
+        fewest, most = min(self._by_listed), max(self._by_listed)
+        first = self._by_listed[fewest][1]
+        k = settings.k
+        if k is None:
+            k = most if settings.mask_short else fewest
+        if not 1 <= k <= most:
+            reason = "no position lists more" if k else f"{first} lists none"
+            raise StoreError(
+                f"k is {k}, but it must be from 1 to {most} ({reason}): give --k, or --short mask to leave "
+                "positions that list fewer ids out of the loss."
+            )
+        short = sum(positions for listed, (positions, _) in self._by_listed.items() if listed < k)
+        if short and not settings.mask_short:
+            raise StoreError(
+                f"{first} lists {fewest} ids, and {short:,} of {self.counted:,} counted positions list fewer "
+                f"than k = {k}: give --k {max(fewest, 1)} to keep fewer everywhere, or --short mask to leave "
+                "these positions out of the loss."
+            )
+        return k, short
+
+
+def _survey(source: Source, settings: ImportSettings, progress: Progress) -> Survey:
+    tally = Tally()
+    longest = cut_tokens = 0
+    for done, document in enumerate(source.documents(), start=1):
+        longest = max(longest, len(document.token_ids))
+        if settings.sequence_length is not None:
+            cut_tokens += max(0, len(document.token_ids) - settings.sequence_length)
+            document = _cut(document, settings.sequence_length)
+        tally.add(document, source.rest, settings.tokenizer.vocabulary_size)
+        progress("documents read", done, 0)
+    if not tally.documents:
+        raise StoreError(
+            f"No document of {source.files[0].parent} has a token that counts: there is nothing to import."
+        )
+    return tally.survey(settings, settings.sequence_length or longest, cut_tokens)
+
+
+def _cut(document: Document, length: int) -> Document:
+    """Returns the first `length` tokens; the last one then has no next token."""
+    if len(document.token_ids) <= length:
+        return document
+    mask = document.loss_mask[:length].copy()
+    mask[-1] = False
+    return replace(
+        document,
+        token_ids=document.token_ids[:length],
+        loss_mask=mask,
+        head_ids=document.head_ids[:length],
+        head_logprobs=document.head_logprobs[:length],
+        true_logprob=document.true_logprob[:length],
+    )
