@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.json_text import canonical_json
 from sparsekd.logit_store.places.paths import StorePath
 
 FORMAT_VERSION = 1
@@ -300,11 +301,6 @@ def digest_of_files(files: Iterable[tuple[str, bytes]]) -> str:
         total.update(name.encode() + b"\0" + len(content).to_bytes(8, "little"))
         total.update(content)
     return total.hexdigest()
-
-
-def canonical_json(value: object) -> str:
-    """Returns the one text of a value: sorted keys, indent 1, ASCII, final newline."""
-    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
 
 
 def _check_version(version: object, where: str = "The manifest") -> None:

@@ -1,11 +1,5 @@
 """The files of a store, wherever it is: whole or absent, read by ranges; texts that carry their digest."""
 
-import hashlib
-import json
-from typing import Any
-
-from sparsekd.logit_store.errors import DamagedStoreError
-from sparsekd.logit_store.manifest import canonical_json
 from sparsekd.logit_store.places.file_system import (
     READ_BYTES,
     TEMPORARY_PREFIX,
@@ -123,34 +117,3 @@ def read_range(path: StorePath, offset: int, length: int) -> bytes:
     Raises OSError as it comes.
     """
     return files_of(path).read_range(path, offset, length)
-
-
-def signed_json(content: dict[str, Any]) -> bytes:
-    """Returns canonical JSON that carries its own digest.
-
-    The field `digest` is the sha256 (hex) of the same text with an empty string there.
-    """
-    unsigned = canonical_json({**content, "digest": ""}).encode("ascii")
-    digest = hashlib.sha256(unsigned).hexdigest()
-    return canonical_json({**content, "digest": digest}).encode("ascii")
-
-
-def read_signed_json(path: StorePath, data: bytes) -> dict[str, Any]:
-    """Reads what `signed_json` returned.
-
-    Raises:
-        DamagedStoreError: any byte differs.
-    """
-    damaged = DamagedStoreError(
-        f"{path} is damaged (its digest does not fit its text): restore it from a copy."
-    )
-    try:
-        content = json.loads(data.decode("ascii"))
-        digest = content["digest"]
-        field = b'"digest": "' + digest.encode("ascii") + b'"'
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise damaged from None
-    unsigned = data.replace(field, b'"digest": ""', 1)
-    if len(digest) != 64 or hashlib.sha256(unsigned).hexdigest() != digest:
-        raise damaged
-    return content

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from sparsekd.logit_store.codecs.codec import codec_of
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
+from sparsekd.logit_store.json_text import read_signed_json, signed_digest
 from sparsekd.logit_store.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -34,21 +35,18 @@ from sparsekd.logit_store.places.access import (
     local_tokenizer,
 )
 from sparsekd.logit_store.places.cache import Cache, default_cache
-from sparsekd.logit_store.places.files import exists, explained, read_signed_json, size_of
+from sparsekd.logit_store.places.files import exists, explained, size_of
 from sparsekd.logit_store.places.paths import RemotePath, StorePath, store_path
-from sparsekd.logit_store.protocol.shard import (
+from sparsekd.logit_store.protocol.commit import CommitRecord, RowCounts, read_commit
+from sparsekd.logit_store.protocol.layout import (
+    INDEX_NAME,
     REMEDY,
-    CommitRecord,
-    RowCounts,
+    TOKENIZER_NAME,
     commit_file,
-    decode_row,
-    find_damage,
-    read_commit,
     row_place,
-    row_schema,
     shard_file,
 )
-from sparsekd.logit_store.protocol.writer import INDEX_NAME, TOKENIZER_NAME, signed_digest
+from sparsekd.logit_store.protocol.message import decode_row, find_damage, row_schema
 from sparsekd.logit_store.row import Row, TeacherRecord
 
 COMMIT_RECORDS_KEPT = 1024

@@ -11,12 +11,12 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
 
 import numpy as np
 import pyarrow as pa
 
 from sparsekd.logit_store.errors import DamagedStoreError, NameTakenError, StoreError
+from sparsekd.logit_store.json_text import signed_json
 from sparsekd.logit_store.manifest import Manifest, manifest_digest
 from sparsekd.logit_store.places.files import (
     HashingFile,
@@ -30,29 +30,26 @@ from sparsekd.logit_store.places.files import (
     publish_bytes,
     read_range,
     sha256_of,
-    signed_json,
     size_of,
 )
 from sparsekd.logit_store.places.paths import StorePath
-from sparsekd.logit_store.protocol.shard import (
-    REMEDY,
+from sparsekd.logit_store.protocol.commit import (
     CommitRecord,
     RowCounts,
-    commit_file,
     commit_to_content,
     count_rows,
+    sum_of_counts,
+)
+from sparsekd.logit_store.protocol.layout import QUARANTINE_NAME, REMEDY, commit_file, row_place, shard_file
+from sparsekd.logit_store.protocol.message import (
     decode_row,
     read_batch,
     row_batch,
-    row_place,
     row_schema,
-    shard_file,
     shard_header,
     shard_schema,
 )
 from sparsekd.logit_store.row import Row
-
-QUARANTINE_NAME = "quarantine"
 
 LOOKS = 3
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -98,11 +95,6 @@ def keep_copy(path: StorePath, file: StorePath) -> StorePath:
             continue
         return target
     raise AssertionError("unreachable")
-
-
-def sum_of_counts(counts: Sequence[RowCounts]) -> RowCounts:
-    """Returns the counts over all rows, from those of each."""
-    return RowCounts(*(sum(column) for column in zip(*map(astuple, counts), strict=True)))
 
 
 def is_same_text(left: Row, right: Row) -> bool:

@@ -13,18 +13,15 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.places.files import HashingFile, exists, publish, publish_bytes, signed_json
+from sparsekd.logit_store.json_text import signed_json
+from sparsekd.logit_store.places.files import HashingFile, exists, publish, publish_bytes
 from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.protocol.commit import CommitRecord, commit_to_content
+from sparsekd.logit_store.protocol.layout import INDEX_NAME, commit_file, shard_file
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.recover import keep_copy, quarantine, record_of_file
-from sparsekd.logit_store.protocol.shard import (
-    CommitRecord,
-    commit_file,
-    commit_to_content,
-    shard_file,
-    write_rows,
-)
-from sparsekd.logit_store.protocol.writer import INDEX_NAME, seal
+from sparsekd.logit_store.protocol.shard import write_rows
+from sparsekd.logit_store.protocol.writer import seal
 from sparsekd.logit_store.row import Row
 
 Recapture = Callable[[str, int], Sequence[Row]]

@@ -6,7 +6,6 @@ two writers of one shard cannot harm each other and a killed run is continued by
 
 import contextlib
 import random
-import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from sparsekd.logit_store.codecs.codec import codec_of
 from sparsekd.logit_store.errors import DamagedStoreError, NameTakenError, StoreError
+from sparsekd.logit_store.json_text import signed_digest, signed_json
 from sparsekd.logit_store.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -42,33 +42,27 @@ from sparsekd.logit_store.places.files import (
     read_range,
     remove_stale,
     sha256_of,
-    signed_json,
     size_of,
 )
 from sparsekd.logit_store.places.paths import StorePath
-from sparsekd.logit_store.protocol.recover import adopt_shard, quarantine
-from sparsekd.logit_store.protocol.shard import (
-    CommitRecord,
-    RowCounts,
+from sparsekd.logit_store.protocol.commit import CommitRecord, RowCounts, commit_to_content, read_commit
+from sparsekd.logit_store.protocol.layout import (
+    INDEX_NAME,
+    SHARD_NAME,
+    TOKENIZER_NAME,
     commit_file,
-    commit_to_content,
-    read_commit,
     shard_file,
-    shard_header,
-    write_rows,
 )
+from sparsekd.logit_store.protocol.message import shard_header
+from sparsekd.logit_store.protocol.recover import adopt_shard, quarantine
+from sparsekd.logit_store.protocol.shard import write_rows
 from sparsekd.logit_store.row import Row
-
-INDEX_NAME = "INDEX.json"
-TOKENIZER_NAME = "tokenizer"
 
 SETTLE_TRIES = 20
 """Times that a writer looks whether record and shard fit, where another may have replaced one of them."""
 
 RECORDS_AT_A_TIME = 16
 """Commit records that sealing reads at once: on an object store each is a question of some 20 ms."""
-
-_SHARD_NAME = re.compile(r"(\d{6,})\.(arrow|json)")
 
 
 def create_store(path: StorePath, manifest: Manifest, tokenizer_files: Path) -> None:
@@ -245,7 +239,7 @@ def _settle(path: StorePath, record: CommitRecord, text: bytes, produce: Produce
 def committed_shards(path: StorePath, split: str) -> set[int]:
     """Returns the numbers of the shards of a split that are there with their commit records."""
     names = set(names_in(path / "shards" / split))
-    matches = (_SHARD_NAME.fullmatch(name) for name in names)
+    matches = (SHARD_NAME.fullmatch(name) for name in names)
     numbers = {int(match[1]) for match in matches if match}
     return {
         number
@@ -305,13 +299,6 @@ def seal(path: StorePath, shards_per_split: Mapping[str, int], *, replace: bool 
     return signed_digest(data)
 
 
-def signed_digest(data: bytes) -> str:
-    """Returns the `digest` of canonical signed JSON, which the caller knows to be sound."""
-    match = re.search(rb'^ "digest": "([0-9a-f]{64})"', data, re.MULTILINE)
-    assert match is not None
-    return match[1].decode()
-
-
 def stored_tokenizer_digest(path: StorePath) -> str:
     """Returns the `tokenizer_digest` of the files in a store."""
     folder = path / TOKENIZER_NAME
@@ -324,7 +311,7 @@ def stored_tokenizer_digest(path: StorePath) -> str:
 
 def _seal_split(path: StorePath, manifest: Manifest, split: str, shards: int) -> dict[str, object]:
     folder = shard_file(path, split, 0).parent
-    present = {int(match[1]) for name in names_in(folder) if (match := _SHARD_NAME.fullmatch(name))}
+    present = {int(match[1]) for name in names_in(folder) if (match := SHARD_NAME.fullmatch(name))}
     committed = committed_shards(path, split)
     if missing := sorted(set(range(shards)) - committed):
         some = ", ".join(f"{number:06d}" for number in missing[:5])

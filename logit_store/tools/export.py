@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.manifest import Manifest, canonical_json, manifest_digest, manifest_to_json
+from sparsekd.logit_store.json_text import canonical_json
+from sparsekd.logit_store.manifest import Manifest, manifest_digest, manifest_to_json
 from sparsekd.logit_store.places.files import (
     HashingFile,
     exists,

@@ -23,20 +23,19 @@ from sparsekd.logit_store.places.files import (
     size_of,
 )
 from sparsekd.logit_store.places.paths import StorePath, store_path
-from sparsekd.logit_store.protocol.reader import LogitStore, open_store
-from sparsekd.logit_store.protocol.recover import QUARANTINE_NAME, in_quarantine, sum_of_counts
-from sparsekd.logit_store.protocol.shard import (
+from sparsekd.logit_store.protocol.commit import RowCounts, count_rows, sum_of_counts
+from sparsekd.logit_store.protocol.layout import (
+    INDEX_NAME,
+    QUARANTINE_NAME,
     REMEDY,
-    RowCounts,
-    count_rows,
-    decode_row,
-    read_batch,
+    TOKENIZER_NAME,
     row_place,
-    row_schema,
     shard_file,
-    shard_header,
 )
-from sparsekd.logit_store.protocol.writer import INDEX_NAME, TOKENIZER_NAME, stored_tokenizer_digest
+from sparsekd.logit_store.protocol.message import decode_row, read_batch, row_schema, shard_header
+from sparsekd.logit_store.protocol.reader import LogitStore, open_store
+from sparsekd.logit_store.protocol.recover import in_quarantine
+from sparsekd.logit_store.protocol.writer import stored_tokenizer_digest
 from sparsekd.logit_store.row import NO_ID, PADDING_DOCUMENT, Row, document_of_position
 
 PROBLEMS_SHOWN = 20

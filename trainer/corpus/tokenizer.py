@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from sparsekd.logit_store.manifest import TokenizerIdentity, canonical_json, tokenizer_digest
+from sparsekd.logit_store.json_text import canonical_json
+from sparsekd.logit_store.manifest import TokenizerIdentity, tokenizer_digest
 from sparsekd.trainer.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"

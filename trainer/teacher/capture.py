@@ -20,9 +20,10 @@ from sparsekd.logit_store.manifest import CodecSpec, Manifest, RecordSpec
 from sparsekd.logit_store.places.files import exists
 from sparsekd.logit_store.places.paths import StorePath, store_path
 from sparsekd.logit_store.protocol.background import BackgroundWriter
+from sparsekd.logit_store.protocol.layout import INDEX_NAME
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.recover import adopt_orphans
-from sparsekd.logit_store.protocol.writer import INDEX_NAME, committed_shards, create_store, seal
+from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal
 from sparsekd.logit_store.row import Row, TeacherRecord
 from sparsekd.logit_store.tools.inspect import evenly
 from sparsekd.trainer.config import Config, TeacherConfig, require

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
+from sparsekd.logit_store.json_text import signed_json
 from sparsekd.logit_store.manifest import manifest_digest
-from sparsekd.logit_store.places.files import signed_json
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
 

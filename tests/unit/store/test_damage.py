@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
+from sparsekd.logit_store.protocol.message import decode_row, read_batch, row_schema
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
-from sparsekd.logit_store.protocol.shard import decode_row, read_batch, row_schema
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.synthetic import (
     synthetic_manifest,

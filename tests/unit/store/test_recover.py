@@ -19,10 +19,10 @@ from sparsekd.logit_store.places import file_system
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.protocol import background, recover
 from sparsekd.logit_store.protocol.background import BackgroundWriter
+from sparsekd.logit_store.protocol.commit import commit_to_content, read_commit
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.recover import adopt_orphans, record_of_file
 from sparsekd.logit_store.protocol.repair import repair_store
-from sparsekd.logit_store.protocol.shard import commit_to_content, read_commit
 from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal, write_shard
 from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.synthetic import (

@@ -23,9 +23,9 @@ from sparsekd.logit_store.places.cache import FOLDER_VARIABLE, LIMIT_VARIABLE, C
 from sparsekd.logit_store.places.files import files_below, publish_bytes
 from sparsekd.logit_store.places.paths import RemotePath, StorePath, store_path
 from sparsekd.logit_store.protocol import writer
+from sparsekd.logit_store.protocol.layout import commit_file, shard_file
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.repair import repair_store
-from sparsekd.logit_store.protocol.shard import commit_file, shard_file
 from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal, write_shard
 from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_store

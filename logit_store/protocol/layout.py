@@ -1,0 +1,32 @@
+"""Where the files of a store are, by name, and how a place in it is called in messages."""
+
+import re
+from typing import TypeVar, cast
+
+from sparsekd.logit_store.places.paths import StorePath
+
+AnyPath = TypeVar("AnyPath", bound=StorePath)
+
+INDEX_NAME = "INDEX.json"
+TOKENIZER_NAME = "tokenizer"
+QUARANTINE_NAME = "quarantine"
+
+SHARD_NAME = re.compile(r"(\d{6,})\.(arrow|json)")
+
+REMEDY = "restore it from a copy, or have it made again with `sparsekd store verify STORE --repair`"
+"""What to do about a damaged shard."""
+
+
+def shard_file(path: AnyPath, split: str, shard: int) -> AnyPath:
+    """Returns the path of a shard's Arrow file."""
+    return cast(AnyPath, path / "shards" / split / f"{shard:06d}.arrow")
+
+
+def commit_file(path: AnyPath, split: str, shard: int) -> AnyPath:
+    """Returns the path of a shard's commit record."""
+    return cast(AnyPath, path / "shards" / split / f"{shard:06d}.json")
+
+
+def row_place(store: StorePath, split: str, index: int, rows_per_shard: int) -> str:
+    """Returns a row's place in words, for messages."""
+    return f"{store}, split {split}, shard {index // rows_per_shard:06d}, row {index}"
