@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from sparsekd.logit_store.errors import DamagedStoreError
 from sparsekd.logit_store.json_text import read_signed_json
-from sparsekd.logit_store.manifest import FORMAT_VERSION
+from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.protocol.layout import REMEDY, commit_file
-from sparsekd.logit_store.row import PADDING_DOCUMENT, Row, segment_lengths
+from sparsekd.logit_store.row import PADDING_DOCUMENT, Row, is_real
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,14 @@ class RowCounts:
     Attributes:
         tokens: positions, padding included.
         tokens_counted: positions where the loss mask is True.
+        tokens_recorded: positions with a teacher's record.
         tokens_padding: positions of padding segments.
         segments: documents, or pieces of one, without padding.
     """
 
     tokens: int
     tokens_counted: int
+    tokens_recorded: int
     tokens_padding: int
     segments: int
 
@@ -67,11 +69,13 @@ class CommitRecord:
 
 def count_rows(rows: Sequence[Row]) -> RowCounts:
     """Counts positions and segments over rows."""
-    padding = sum(int(segment_lengths(row)[row.segment_documents == PADDING_DOCUMENT].sum()) for row in rows)
     return RowCounts(
         tokens=sum(len(row.token_ids) for row in rows),
-        tokens_counted=sum(int(row.loss_mask.sum()) for row in rows),
-        tokens_padding=padding,
+        tokens_counted=sum(int(np.count_nonzero(row.loss_mask)) for row in rows),
+        tokens_recorded=sum(
+            0 if row.recorded is None else int(np.count_nonzero(row.recorded)) for row in rows
+        ),
+        tokens_padding=sum(int(np.count_nonzero(~is_real(row))) for row in rows),
         segments=sum(int((row.segment_documents != PADDING_DOCUMENT).sum()) for row in rows),
     )
 

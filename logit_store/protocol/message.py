@@ -2,18 +2,23 @@
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sparsekd.logit_store.checks import check_row
-from sparsekd.logit_store.codecs.codec import PlaneError, codec_of
+from sparsekd.logit_store.checks import check_planes
+from sparsekd.logit_store.codecs.codec import Arrays, codec_of
+from sparsekd.logit_store.codecs.frames import PlaneError
+from sparsekd.logit_store.codecs.frequency import mass_of
 from sparsekd.logit_store.errors import DamagedStoreError
-from sparsekd.logit_store.manifest import FORMAT_VERSION, Manifest, manifest_digest
+from sparsekd.logit_store.manifest import Manifest, manifest_digest
+from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
+from sparsekd.logit_store.planes import names_of, planes_of
 from sparsekd.logit_store.protocol.layout import REMEDY
-from sparsekd.logit_store.row import Row, TeacherRecord
+from sparsekd.logit_store.row import Row, row_of_planes
 
 _MAGIC = b"ARROW1\0\0"
 """First bytes of every Arrow IPC file, padded to 8."""
@@ -21,7 +26,7 @@ _MAGIC = b"ARROW1\0\0"
 
 def row_schema(manifest: Manifest) -> pa.Schema:
     """Returns the Arrow schema of a row's batch, without metadata."""
-    planes = codec_of(manifest).planes(manifest)
+    planes = names_of(planes_of(manifest))
     checksum = pa.field("item", pa.uint32(), nullable=False)
     return pa.schema(
         [
@@ -127,13 +132,66 @@ def find_damage(message: bytes, schema: pa.Schema, offset: int, index: int) -> s
     return f"no single plane, but the frame around them, {everywhere}"
 
 
+def stored_planes(
+    message: bytes | memoryview, schema: pa.Schema, index: int, where: str
+) -> dict[str, pa.Buffer]:
+    """Returns the stored bytes of each plane of a row's batch whose crc32 was right.
+
+    Raises:
+        DamagedStoreError: it is another row.
+    """
+    found, _, planes = read_batch(message, schema)
+    if found != index:
+        raise DamagedStoreError(f"{where} holds row {found} instead: rows were swapped; {REMEDY}.")
+    return planes
+
+
+def decode_planes(
+    stored: Mapping[str, Any],
+    manifest: Manifest,
+    split: str,
+    where: str,
+    *,
+    wanted: Collection[str] | None = None,
+    reuse: Arrays | None = None,
+) -> Arrays:
+    """Decodes and checks planes of a row.
+
+    Args:
+        stored: bytes of all its planes.
+        manifest: of the store.
+        split: of the row.
+        where: the row's place, for messages.
+        wanted: names of planes, see `Codec.decode_planes`; None for all.
+        reuse: see `Codec.decode_planes`.
+
+    Raises:
+        DamagedStoreError: a plane cannot be decoded.
+        InvalidRowError: what is decoded breaks a rule.
+    """
+    try:
+        planes = codec_of(manifest).decode_planes(stored, manifest, wanted, reuse)
+    except PlaneError as error:
+        raise DamagedStoreError(f"{where}, plane {error.plane}: {error}; {REMEDY}.") from error
+    check_planes(
+        planes,
+        manifest,
+        split=split,
+        where=where,
+        short_heads=mass_of(manifest) is not None,
+        only=None if wanted is None else planes.keys(),
+    )
+    return planes
+
+
 def decode_row(
     message: bytes | memoryview,
     manifest: Manifest,
     schema: pa.Schema,
+    split: str,
     index: int,
     where: str,
-    out: TeacherRecord | None = None,
+    reuse: Arrays | None = None,
 ) -> Row:
     """Decodes and checks a row's batch whose crc32 was right.
 
@@ -141,21 +199,14 @@ def decode_row(
         message: the batch's bytes.
         manifest: of the store.
         schema: `row_schema`.
+        split: of the row.
         index: number of the row that should be there.
         where: the row's place, for messages.
-        out: arrays that the record is written to, see `Codec.decode`; None makes new ones.
+        reuse: see `Codec.decode_planes`.
 
     Raises:
         DamagedStoreError: it is another row, or a plane cannot be decoded.
         InvalidRowError: the decoded row breaks a rule.
     """
-    codec = codec_of(manifest)
-    found, _, planes = read_batch(message, schema)
-    if found != index:
-        raise DamagedStoreError(f"{where} holds row {found} instead: rows were swapped; {REMEDY}.")
-    try:
-        row = codec.decode(planes, manifest, out)
-    except PlaneError as error:
-        raise DamagedStoreError(f"{where}, plane {error.plane}: {error}; {REMEDY}.") from error
-    check_row(row, manifest, mass_tolerance=codec.mass_tolerance, where=where)
-    return row
+    stored = stored_planes(message, schema, index, where)
+    return row_of_planes(decode_planes(stored, manifest, split, where, reuse=reuse))

@@ -33,6 +33,7 @@ from sparsekd.logit_store.places.files import (
     size_of,
 )
 from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.planes import text_planes
 from sparsekd.logit_store.protocol.commit import (
     CommitRecord,
     RowCounts,
@@ -49,7 +50,7 @@ from sparsekd.logit_store.protocol.message import (
     shard_header,
     shard_schema,
 )
-from sparsekd.logit_store.row import Row
+from sparsekd.logit_store.row import Row, planes_of_row
 
 LOOKS = 3
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -97,12 +98,10 @@ def keep_copy(path: StorePath, file: StorePath) -> StorePath:
     raise AssertionError("unreachable")
 
 
-def is_same_text(left: Row, right: Row) -> bool:
+def is_same_text(left: Row, right: Row, manifest: Manifest) -> bool:
     """Returns whether two rows are of the same tokens, losses and documents, whatever a teacher said."""
-    return all(
-        np.array_equal(getattr(left, name), getattr(right, name))
-        for name in ("token_ids", "loss_mask", "segment_starts", "segment_documents")
-    )
+    one, other = planes_of_row(left), planes_of_row(right)
+    return all(np.array_equal(one[name], other[name]) for name in text_planes(manifest))
 
 
 def record_of_file(
@@ -153,8 +152,8 @@ def record_of_file(
                 batch.validate(full=True)
                 message = batch.serialize().to_pybytes()
                 where = row_place(path, split, first + index, manifest.rows_per_shard)
-                row = decode_row(message, manifest, schema, first + index, where)
-                if text is not None and not (index < len(text) and is_same_text(row, text[index])):
+                row = decode_row(message, manifest, schema, split, first + index, where)
+                if text is not None and not (index < len(text) and is_same_text(row, text[index], manifest)):
                     raise DamagedStoreError(f"{where} holds another text than is written here: {REMEDY}.")
                 counts.append(count_rows([row]))
                 _, _, found = read_batch(message, schema)

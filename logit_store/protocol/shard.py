@@ -14,10 +14,14 @@ import numpy as np
 import pyarrow as pa
 
 from sparsekd.logit_store.checks import check_row
-from sparsekd.logit_store.codecs.codec import codec_of, new_record
+from sparsekd.logit_store.codecs.codec import Arrays, codec_of
+from sparsekd.logit_store.codecs.faithful import first_difference
+from sparsekd.logit_store.codecs.frequency import mass_of
+from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import Manifest, manifest_digest
 from sparsekd.logit_store.places.files import HashingFile
 from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.planes import names_of, planes_of
 from sparsekd.logit_store.protocol.commit import CommitRecord, RowCounts, count_rows, sum_of_counts
 from sparsekd.logit_store.protocol.layout import row_place
 from sparsekd.logit_store.protocol.message import row_batch, shard_header, shard_schema
@@ -54,31 +58,36 @@ def write_rows(
 ) -> CommitRecord:
     """Writes a shard's Arrow file and returns its commit record.
 
-    Every row is checked, encoded, decoded again and checked again: what could not be read is not written.
+    Every row is checked, encoded, decoded again and compared: what would not be read as it was given is not
+    written.
     Each is taken from `rows` once, in order, so that a sequence which reads them one by one needs little
     memory.
 
     Raises:
         InvalidRowError: a row breaks a rule.
+        StoreError: the codec does not give a row back.
     """
     codec = codec_of(manifest)
-    planes = codec.planes(manifest)
+    planes = names_of(planes_of(manifest))
     schema = shard_schema(manifest, split, shard)
     plane_bytes = dict.fromkeys(planes, 0)
     batches: list[tuple[int, int]] = []
     crc32: list[int] = []
     counts: list[RowCounts] = []
-    again = new_record(manifest)
+    reuse: Arrays = {}
     first = shard * manifest.rows_per_shard
     header = shard_header(manifest, split, shard)
     checked = _ChecksummingFile(file)
     writer = pa.ipc.new_file(checked, schema)
     for index, row in enumerate(rows, start=first):
         where = row_place(store, split, index, manifest.rows_per_shard)
-        check_row(row, manifest, mass_tolerance=codec.mass_tolerance, where=where)
+        check_row(row, manifest, split=split, where=where, short_heads=mass_of(manifest) is not None)
         stored = codec.encode(row, manifest)
-        decoded = codec.decode(stored, manifest, again)
-        check_row(decoded, manifest, mass_tolerance=codec.mass_tolerance, where=where)
+        if difference := first_difference(row, codec.decode_planes(stored, manifest, None, reuse), manifest):
+            raise StoreError(
+                f"{where}: the codec {manifest.codec.name} does not give back {difference}; nothing of the "
+                "shard was written: this is a fault of sparsekd, please report it with the store's manifest."
+            )
         batch = row_batch(schema, index, stored)
         counts.append(count_rows([row]))
         # The file begins with the schema, which Arrow writes together with the first batch.
