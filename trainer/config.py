@@ -96,6 +96,13 @@ class StoreConfig:
     share: float = option(
         1.0, "With positions=sampled: the probability that a position is recorded.", minimum=0.0, maximum=1.0
     )
+    features: list[Any] = option(
+        [],
+        "Hidden states that `capture` keeps, one entry a layer: {layer: 12, width: 128, projection: pca, "
+        "kind: int8, positions: all}. layer counts from 0, the embeddings; without width they are kept "
+        "whole; projection is orthonormal (default) or pca; kind int8 (default) or float16; positions all "
+        "(default) or recorded.",
+    )
     seed: int = option(
         0, "Seed of draws and sampled positions (with each row's token ids and the position).", minimum=0
     )

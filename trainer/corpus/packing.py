@@ -68,10 +68,15 @@ def take_rows(stream: Stream, length: int, *, weighted: bool = False) -> tuple[l
         The rows (without teacher) and the fewer than `length` tokens that are left.
     """
     cut = len(stream.token_ids) // length * length
-    parts = [
-        Stream(*(values[start : start + length] for values in stream)) for start in range(0, cut, length)
+    rows = [
+        row_of(_part(stream, start, start + length), weighted=weighted) for start in range(0, cut, length)
     ]
-    return [row_of(part, weighted=weighted) for part in parts], Stream(*(values[cut:] for values in stream))
+    return rows, _part(stream, cut, len(stream.token_ids))
+
+
+def _part(stream: Stream, start: int, stop: int) -> Stream:
+    place = slice(start, stop)
+    return Stream(stream.token_ids[place], stream.documents[place], stream.weights[place])
 
 
 def take_last_row(stream: Stream, length: int, padding_id: int, *, weighted: bool = False) -> list[Row]:

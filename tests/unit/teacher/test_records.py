@@ -7,7 +7,7 @@ import pytest
 
 from sparsekd.logit_store.row import Row, TeacherRecord, next_tokens
 from sparsekd.trainer.teacher.capture import missing_units, readable_seconds, tail_mass
-from sparsekd.trainer.teacher.verify import deviation_of
+from sparsekd.trainer.teacher.deviation import deviation_of
 from sparsekd.trainer.teacher.weights import engine_settings
 
 
