@@ -1,4 +1,4 @@
-"""Hidden states that a capture keeps: the model's own, projected and rounded; the same when it is continued."""
+"""Hidden states that a capture keeps: the model's own, projected and rounded, the same when continued."""
 
 import sys
 from pathlib import Path
