@@ -6,7 +6,6 @@ codec states for it. Nothing of an encoder's own work is believed: entries of a 
 Shapes: M recorded positions of a row, E entries of each.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from sparsekd.logit_store.codecs.codec import CODECS, Arrays, stored_record
 from sparsekd.logit_store.codecs.quantise import HALF_ROUNDING, LAST_CODE, LEAST_SPAN
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.planes import planes_of
-from sparsekd.logit_store.row import Row, planes_of_row
+from sparsekd.logit_store.row import NO_ID, Row, planes_of_row
 
 
 def first_difference(row: Row, decoded: Arrays, manifest: Manifest) -> str | None:
@@ -27,69 +26,75 @@ def first_difference(row: Row, decoded: Arrays, manifest: Manifest) -> str | Non
         decoded: its arrays, from the stored bytes.
         manifest: of the store.
     """
-    record = row.teacher
     given = planes_of_row(row)
-    if record is not None:
-        kept = stored_record(record, manifest)
-        given |= {name: value for name, value in vars(kept).items() if name in given}
-    found = _by_the_same_order(given, decoded) if record is not None else decoded
-    codec = CODECS[manifest.codec.name]
+    if row.teacher is not None:
+        given |= vars(stored_record(row.teacher, manifest))
     for plane in planes_of(manifest):
-        left, right = given[plane.name], found[plane.name]
+        left, right = given[plane.name], decoded[plane.name]
         if left.shape != right.shape:
             return f"{plane.name}, whose shape is {list(right.shape)}, expected {list(left.shape)}"
+        if np.array_equal(left, right):
+            continue
+        if plane.name == "head_ids":
+            left = _ordered_as_stored(left, decoded["head_logprobs"], manifest)
         same = left == right
-        if plane.is_rounded and not same.all():
-            if plane.rule == "logprob" and plane.coding != "halves" and _range_holds(left, right):
+        if plane.is_rounded:
+            in_steps = plane.rule == "logprob" and left.ndim == 2
+            if in_steps and _range_holds(left, right, descending=plane.coding == "head"):
                 continue
-            same |= _within(left, right, codec.error(plane, right, manifest))
+            same |= _within(left, right, CODECS[manifest.codec.name].error(plane, right, manifest))
         if not same.all():
             place = tuple(int(index) for index in np.argwhere(~same)[0])
             return f"{plane.name}{list(place)}, which is {right[place]}, expected {left[place]}"
     return None
 
 
-def _by_the_same_order(given: Mapping[str, NDArray[Any]], decoded: Arrays) -> Mapping[str, NDArray[Any]]:
-    """Returns the decoded arrays with the entries of each head in the order of the given one.
+def _ordered_as_stored(
+    given: NDArray[np.int32], values: NDArray[np.float32], manifest: Manifest
+) -> NDArray[np.int32]:
+    """Returns the given head ids [M, k] as they must stand beside the decoded values.
 
-    Codecs order entries of equal stored values by id. A position whose ids are others stays as it is.
+    Entries whose stored values are equal stand by ascending id, those cut off behind all; nothing else may
+    have moved.
     """
-    left, right = given["head_ids"], decoded.get("head_ids")
-    if right is None or left.shape != right.shape:
-        return decoded
-    moved = np.flatnonzero((left != right).any(axis=1))
-    if not moved.size:
-        return decoded
-    ids, values = right.copy(), decoded["head_logprobs"].copy()
-    order = np.argsort(right[moved], axis=1, kind="stable")
-    back = np.argsort(np.argsort(left[moved], axis=1, kind="stable"), axis=1, kind="stable")
-    places = np.take_along_axis(order, back, axis=1)
-    # Only what may be told apart by rounding alone may have moved: values must descend as they stand.
-    descends = (values[moved][:, 1:] <= values[moved][:, :-1]).all(axis=1, keepdims=True)
-    places = np.where(descends, places, np.arange(left.shape[1]))
-    ids[moved] = np.take_along_axis(right[moved], places, axis=1)
-    values[moved] = np.take_along_axis(values[moved], places, axis=1)
-    return decoded | {"head_ids": ids, "head_logprobs": values}
+    beyond = manifest.outcome_count  # stands for -1
+    bits = beyond.bit_length()
+    kind = np.uint32 if bits + given.shape[1].bit_length() <= 32 else np.uint64
+    keys = np.zeros(given.shape, kind)
+    np.cumsum(values[:, 1:] != values[:, :-1], axis=1, out=keys[:, 1:], dtype=kind)
+    np.left_shift(keys, kind(bits), out=keys)
+    ids = given if given.min(initial=0) >= 0 else np.where(given == NO_ID, beyond, given)
+    keys |= ids.view(np.uint32)
+    keys.sort(axis=1)
+    found = (keys & kind((1 << bits) - 1)).astype(np.int32)
+    found[found == beyond] = NO_ID
+    return found
 
 
-def _range_holds(given: NDArray[np.float32], decoded: NDArray[np.float32]) -> bool:
+def _range_holds(given: NDArray[np.float32], decoded: NDArray[np.float32], *, descending: bool) -> bool:
     """Returns whether values [M, E] in steps of their range are all within half a step and the common shift.
 
-    False asks for a closer look (`Codec.errors`), which takes five times as long: here the shift is read off
-    the highest entry, and squares are compared, so that no root is taken.
+    False asks for a closer look (`Codec.error`), which takes five times as long: here the shift is read off
+    the highest entry, and squares are compared, so that no root is taken. NaN and infinities are not within.
+
+    Args:
+        given: as they were written.
+        decoded: as they are read.
+        descending: whether the given ones descend, which saves the search for the highest and the lowest.
     """
-    if not given.size:
-        return True
-    highest, lowest = given.max(axis=1), given.min(axis=1)
-    if not (np.isfinite(lowest).all() and np.isfinite(decoded).all()):
+    highest = given[:, 0] if descending else given.max(axis=1)
+    lowest = given[:, -1] if descending else given.min(axis=1)
+    found = decoded[:, 0] if descending else decoded.max(axis=1)
+    if not np.isfinite(lowest).all():
         return False
     span = np.maximum(highest - lowest, np.abs(highest) * np.float32(LEAST_SPAN))
-    shift = np.abs(decoded.max(axis=1) - highest)
+    shift = np.abs(found - highest)
     rounding = np.abs(highest) * np.float32(2 * HALF_ROUNDING) + np.float32(1e-5)
     if not (shift <= span * np.float32(1.2 / LAST_CODE) + rounding).all():
         return False
     step = span * np.float32((1 + 4 * HALF_ROUNDING) / LAST_CODE**2)
-    excess = np.abs(np.subtract(decoded, given))
+    excess = np.subtract(decoded, given)
+    np.abs(excess, out=excess)
     np.subtract(excess, (shift + rounding + step)[:, None], out=excess)
     np.maximum(excess, 0, out=excess)
     np.multiply(excess, excess, out=excess)
