@@ -1,5 +1,6 @@
 """Ways to the bytes: a file cut short under its reader, mapped files, and a store of 20,000 shards."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import pytest
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
 from sparsekd.logit_store.json_text import signed_json
 from sparsekd.logit_store.manifest import manifest_digest
+from sparsekd.logit_store.protocol.commit import RowCounts
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
 
@@ -39,6 +41,7 @@ except DamagedStoreError as error:
 
 OPENER = """
 import resource, sys, time, tracemalloc
+from sparsekd.logit_store.protocol.commit import RowCounts
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.synthetic import synthetic_manifest
 open_store(sys.argv[2])  # imports are not the store's
@@ -114,7 +117,7 @@ def test_twenty_thousand_shards_are_opened_in_little_memory(tmp_path: Path) -> N
     path.mkdir()
     (path / "MANIFEST.json").write_bytes((tmp_path / "small/MANIFEST.json").read_bytes())
     shards = [{"record_digest": f"{shard:064x}", "rows": ROWS_PER_SHARD} for shard in range(SHARDS)]
-    counts = dict.fromkeys(("tokens", "tokens_counted", "tokens_padding", "segments"), 0)
+    counts = dict.fromkeys((field.name for field in dataclasses.fields(RowCounts)), 0)
     split = {"counts": counts, "plane_bytes": {}, "file_bytes": 0}
     content = {
         "format_version": 1,
