@@ -9,9 +9,7 @@ the students' training.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -22,22 +20,13 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).parent))
 
 from page import RESULTS, made_by, processor, running_code, table
+from verbs import sparsekd
 
 from sparsekd.logit_store.protocol.reader import open_store
 
 VARIANTS = {"kd": [], "ce": ["objective=ce_only"]}
 PACKAGES = ("torch", "deepspeed", "transformers")
 SMOKE = ("train.steps=2", "train.evaluate_every=0", "train.checkpoint_every=2", "schedule.warmup_steps=1")
-
-
-def sparsekd(*words: str, ranks: int = 1) -> None:
-    """Runs one verb as a user would, and stops where it fails."""
-    command = ["sparsekd", *words]
-    if ranks > 1:
-        command = ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "--no-python", *command]
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
 
 
 def run_seed(seed: int, demo: Path, overrides: Sequence[str], *, ranks: int) -> dict[str, float]:

@@ -30,8 +30,8 @@ import pyarrow as pa
 from page import RESULTS, made_by, processor, running_code
 from store_data import Case, DataSet, synthetic_set
 from store_fidelity import CASES, measure_fidelity, students, synthetic_teacher
-from store_layouts import Ours, ours
 from store_measure import Measured, measure, size_alone
+from store_ours import Ours, ours
 from store_peers import peers
 from store_plot import draw
 from store_report import Budget, markdown

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from store_data import record_of
-from store_layouts import Read
+from store_layout import Read
 
 from sparsekd.logit_store.row import Row
 

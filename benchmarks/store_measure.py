@@ -18,7 +18,8 @@ from pathlib import Path
 
 from store_data import Case, DataSet, Facts, facts_of
 from store_errors import Errors, errors_of
-from store_layouts import Layout, Ours, Read
+from store_layout import Layout, Read
+from store_ours import Ours
 
 from sparsekd.logit_store.row import Row
 

@@ -20,7 +20,7 @@ import torch
 import zstandard
 from numpy.typing import NDArray
 from store_data import TOP_K, Case, record_of
-from store_layouts import Decoded, Layout, Read
+from store_layout import Decoded, Layout, Read
 
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.row import NO_ID, Row

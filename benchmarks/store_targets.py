@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from page import table
 from store_errors import nats
-from store_layouts import RAGGED_MASS
 from store_measure import Measured, Pair
+from store_ours import RAGGED_MASS
 
 DEFAULT, PLAIN, RAGGED = "tkq8 (default)", "plain", f"compact, ragged to {RAGGED_MASS}"
 PARQUET, MEGATRON = "Parquet int32 + fp16, byte-stream-split, zstd-3", "Megatron-LM"

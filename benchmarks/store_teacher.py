@@ -8,9 +8,6 @@ L positions of a row, V vocabulary, H hidden.
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +24,7 @@ from page import DIGITS, Code, versions
 from store_data import Case, DataSet, manifest_of
 from store_fidelity import DenseTeacher
 from transformers.utils.logging import disable_progress_bar
+from verbs import sparsekd
 
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.protocol.reader import open_store
@@ -40,13 +38,14 @@ from sparsekd.trainer.teacher.settings import resolved_settings
 MADE = "made.json"
 """Beside a finished teacher: when and by what it was made."""
 
+THREADS = 2
 TRAIN = (
     "student=llama_1m",
     "optimizer.learning_rate=2e-3",
     "train.global_batch_rows=2",
     "train.micro_batch_rows=2",
     "train.evaluate_every=0",
-    "launch.threads_per_rank=2",
+    f"launch.threads_per_rank={THREADS}",
     "tracking=disabled",
 )
 
@@ -159,11 +158,11 @@ def _train(folder: Path, sizes: TeacherSizes) -> None:
         ",".join(f"{library}/{name}" for name in names) for names in (sizes.tokenizer_text, sizes.text)
     )
     root, length = f"run.root={folder}", f"corpus.sequence_length={sizes.length}"
-    _sparsekd(
+    sparsekd(
         "prepare", "experiment=demo", root, length, f"corpus.paths=[{everything}]",
         f"corpus.train_vocabulary_size={sizes.vocabulary}", f"store.tokens={folder}/all",
     )  # fmt: skip
-    _sparsekd(
+    sparsekd(
         "prepare", "experiment=demo", root, length, f"corpus.paths=[{text}]", "corpus.heldout_fraction=0.05",
         "corpus.train_vocabulary_size=null", f"corpus.tokenizer={folder}/all/tokenizer",
         f"store.tokens={folder}/text", f"store.rows_per_shard={sizes.rows * sizes.joined}",
@@ -172,15 +171,8 @@ def _train(folder: Path, sizes: TeacherSizes) -> None:
         "experiment=demo_teacher", root, f"store.path={folder}/text", *TRAIN, f"train.steps={sizes.steps}",
         f"train.checkpoint_every={sizes.steps}", f"schedule.warmup_steps={max(1, sizes.steps // 25)}",
     ]  # fmt: skip
-    _sparsekd("train", *run)
-    _sparsekd("export", *run)
-
-
-def _sparsekd(*words: str) -> None:
-    """Runs one verb as a user would, and stops where it fails."""
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "2"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    subprocess.run(["sparsekd", *words], check=True, env=environment, stdout=subprocess.DEVNULL)
+    sparsekd("train", *run, threads=THREADS)
+    sparsekd("export", *run)
 
 
 def _together(rows: Sequence[Row]) -> Row:

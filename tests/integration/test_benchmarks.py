@@ -13,7 +13,7 @@ from pathlib import Path
 import kernel_cases
 import pytest
 import store_fidelity
-import store_layouts
+import store_ours
 import store_peers
 import store_targets
 from capture_world import config_for
@@ -61,7 +61,7 @@ def test_store(tmp_path: Path) -> None:
     assert (tmp_path / "store_cpu.png").stat().st_size > 10_000
     real = page[page.index("## Real: V = 1,024") : page.index("## What the layouts do not carry")]
     cells = {row[0]: row for row in tables(real)}
-    for layout in [*store_layouts.ours(), *store_peers.peers()]:
+    for layout in [*store_ours.ours(), *store_peers.peers()]:
         row = cells[layout.name]
         assert float(row[1]) > 0 and row[cells["layout"].index("ids exact")] == "yes", row
         assert layout.is_ours or f"- {layout.name}: {layout.lacks}." in page
