@@ -46,7 +46,7 @@ from sparsekd.logit_store.protocol.layout import (
     row_place,
     shard_file,
 )
-from sparsekd.logit_store.protocol.message import decode_row, find_damage, row_schema
+from sparsekd.logit_store.protocol.message import decode_row, find_damage, stored_planes
 from sparsekd.logit_store.row import Row, TeacherRecord
 
 COMMIT_RECORDS_KEPT = 1024
@@ -97,7 +97,7 @@ class LogitStore:
         self._access = access
         self._cache = cache
         self._manifest_sha256 = manifest_digest(manifest)
-        self._schema = row_schema(manifest)
+        self._planes = stored_planes(manifest)
         self._commits: OrderedDict[tuple[str, int], CommitRecord] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -226,7 +226,7 @@ class LogitStore:
                 f"{where}: {place.name} has {size_of(place)} bytes, expected {offset + length} or more: "
                 f"the file is cut off; {REMEDY}."
             )
-        damage = find_damage(bytes(message), self._schema, offset, index)
+        damage = find_damage(message, self._planes, offset, index)
         raise DamagedStoreError(f"{where}: stored bytes differ from their checksum in {damage}; {REMEDY}.")
 
     def read_row(self, split: str, index: int, out: TeacherRecord | None = None) -> Row:
@@ -248,7 +248,7 @@ class LogitStore:
         """
         message = self.read_message(split, index)
         where = row_place(self.path, split, index, self.manifest.rows_per_shard)
-        return decode_row(message, self.manifest, self._schema, index, where, out)
+        return decode_row(message, self.manifest, index, where, out)
 
 
 def open_store(
