@@ -9,13 +9,14 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.errors import DamagedStoreError, StoreError
 from sparsekd.logit_store.json_text import canonical_json
 from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.typed_json import parse_json, read_bounded, short, typed
 
 FORMAT_VERSION = 1
 """Major version of the format. A reader refuses a newer one."""
@@ -24,6 +25,9 @@ ALIGNMENT = "record at position t describes token t+1"
 """The only alignment convention there is; stored so that nobody has to guess."""
 
 MANIFEST_NAME = "MANIFEST.json"
+
+MANIFEST_BYTES = 16 << 20
+"""Bytes of a manifest at most; one that lists 50,000 sources has about 8 MB."""
 
 RESTS = ("exact", "derived", "unknown")
 """What log R is: summed by the capture, 1 - the head's sum at temperature 1, or not known at all."""
@@ -176,7 +180,7 @@ def check_manifest(manifest: Manifest) -> None:
     else:
         _require(record.k + record.n > 0, "record.k", record.k, "k or n above 0, because there is a teacher")
         draw = record.draw_temperature
-        _require(draw in grid, "record.draw_temperature", draw, f"one of the grid {list(grid)}")
+        _require(draw in grid, "record.draw_temperature", draw, f"one of the grid {short(list(grid))}")
     _require(record.rest in RESTS, "record.rest", record.rest, f"one of {', '.join(RESTS)}")
     if record.rest != "exact":
         shape = (record.k > 0, record.n, grid)
@@ -197,7 +201,7 @@ def manifest_to_json(manifest: Manifest) -> str:
     return canonical_json(content)
 
 
-def manifest_from_json(text: str, where: str) -> Manifest:
+def manifest_from_json(text: str | bytes, where: str) -> Manifest:
     """Reads a manifest.
 
     Args:
@@ -208,27 +212,16 @@ def manifest_from_json(text: str, where: str) -> Manifest:
         StoreError: the text is no manifest, a field is missing, unknown or of the wrong type, or the format
             is newer than this reader.
     """
-    try:
-        raw = json.loads(text)
-    except ValueError as error:
-        raise StoreError(f"{where} is not valid JSON ({error}): restore it from a copy.") from error
-    if not isinstance(raw, dict):
-        raise StoreError(f"{where} holds a {type(raw).__name__}, not a manifest: restore it from a copy.")
+    raw = parse_json(text.encode() if isinstance(text, str) else text, where)
     # Before the fields: a newer format may have others.
-    _check_version(raw.get("format_version"), where)
-    values = _fields_of(Manifest, raw, where)
-    values["splits"] = tuple(_typed(values["splits"], list, "splits", where))
-    values["tokenizer"] = TokenizerIdentity(**_fields_of(TokenizerIdentity, values["tokenizer"], where))
-    record = _fields_of(
-        RecordSpec, {**_USUAL_RECORD, **_typed(values["record"], dict, "record", where)}, where
-    )
-    record["temperatures"] = tuple(_typed(record["temperatures"], list, "record.temperatures", where))
-    values["record"] = RecordSpec(**record)
-    if values["teacher"] is not None:
-        values["teacher"] = TeacherIdentity(**_fields_of(TeacherIdentity, values["teacher"], where))
-    values["codec"] = CodecSpec(**_fields_of(CodecSpec, values["codec"], where))
-    _typed(values["dataset"], dict, "dataset", where)
-    return Manifest(**values)
+    if isinstance(raw, dict):
+        _check_version(raw.get("format_version"), where)
+    try:
+        return typed(Manifest, raw, where)
+    except DamagedStoreError:
+        raise
+    except StoreError as error:
+        raise StoreError(f"{where}: {error}") from error
 
 
 def read_manifest(path: StorePath) -> Manifest:
@@ -237,17 +230,22 @@ def read_manifest(path: StorePath) -> Manifest:
     Raises:
         StoreError: there is none, or it cannot be read.
     """
-    place = path / MANIFEST_NAME
+    return manifest_from_json(read_manifest_text(path), str(path / MANIFEST_NAME))
+
+
+def read_manifest_text(path: StorePath) -> bytes:
+    """Returns the bytes of `MANIFEST.json` of the store at `path`, sealed or not.
+
+    Raises:
+        StoreError: there is none, it is too large, or it cannot be read.
+    """
     try:
-        text = place.read_bytes().decode("ascii")
+        return read_bounded(path / MANIFEST_NAME, MANIFEST_BYTES)
     except FileNotFoundError:
         raise StoreError(
             f"{path} is not a logit store: it has no {MANIFEST_NAME}; name the folder that `prepare` or "
             "`capture` wrote."
         ) from None
-    except UnicodeDecodeError as error:
-        raise StoreError(f"{place} is damaged at byte {error.start}: restore it from a copy.") from error
-    return manifest_from_json(text, str(place))
 
 
 def manifest_digest(manifest: Manifest) -> str:
@@ -263,16 +261,10 @@ def compare_manifests(found: Manifest, wanted: Manifest) -> list[str]:
     """
     left, right = _flat(asdict(found)), _flat(asdict(wanted))
     return [
-        f"{name}: found {_short(left.get(name, 'nothing'))}, wanted {_short(right.get(name, 'nothing'))}"
+        f"{name}: found {short(left.get(name, 'nothing'))}, wanted {short(right.get(name, 'nothing'))}"
         for name in sorted(left.keys() | right.keys())
         if name not in left or name not in right or left[name] != right[name]
     ]
-
-
-def _short(value: object) -> str:
-    """Returns a value for a message; a table of a codec may have many thousand letters."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:40]}... ({len(text):,} letters)"
 
 
 def tokenizer_digest(folder: Path) -> str:
@@ -305,7 +297,10 @@ def digest_of_files(files: Iterable[tuple[str, bytes]]) -> str:
 
 def _check_version(version: object, where: str = "The manifest") -> None:
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise StoreError(f"{where} has format_version {version!r}, expected {FORMAT_VERSION}.")
+        raise StoreError(
+            f"{where} has {short(version)} as format_version, expected {FORMAT_VERSION}: restore it from a "
+            "copy."
+        )
     if version > FORMAT_VERSION:
         raise StoreError(
             f"{where} has format version {version}, but this sparsekd reads versions up to {FORMAT_VERSION}: "
@@ -323,42 +318,7 @@ def _as_read_back(value: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _require(holds: bool, name: str, found: object, expected: str) -> None:
     if not holds:
-        raise StoreError(f"The manifest's {name} is {found!r}, expected {expected}.")
-
-
-def _typed(value: Any, kind: type, name: str, where: str) -> Any:
-    if not isinstance(value, kind):
-        raise StoreError(f"{where} has {value!r} as {name}, expected a {kind.__name__}.")
-    return value
-
-
-_KINDS: dict[object, tuple[type, ...]] = {
-    int: (int,),
-    float: (int, float),
-    str: (str,),
-    bool: (bool,),
-    str | None: (str, type(None)),
-    int | None: (int, type(None)),
-}
-
-
-def _fields_of(kind: Any, raw: object, where: str) -> dict[str, Any]:
-    """Returns the values of a dataclass from parsed JSON, refusing missing, unknown and mistyped fields."""
-    values = _typed(raw, dict, kind.__name__, where)
-    declared = {field.name: field.type for field in fields(kind)}
-    if missing := sorted(declared.keys() - values.keys()):
-        raise StoreError(f"{where} lacks {', '.join(missing)} in its {kind.__name__}.")
-    if unknown := sorted(values.keys() - declared.keys()):
-        raise StoreError(f"{where} has the unknown {', '.join(unknown)} in its {kind.__name__}.")
-    for name, type_ in declared.items():
-        value = values[name]
-        allowed = _KINDS.get(type_)
-        is_number_like = isinstance(value, bool) and type_ is not bool
-        if allowed and (not isinstance(value, allowed) or is_number_like):
-            raise StoreError(
-                f"{where} has {value!r} as {name}, expected {getattr(type_, '__name__', type_)}."
-            )
-    return dict(values)
+        raise StoreError(f"The manifest's {name} is {short(found)}, expected {expected}.")
 
 
 def _flat(value: object, prefix: str = "") -> dict[str, object]:

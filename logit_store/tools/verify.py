@@ -6,6 +6,7 @@ Shapes: L positions of a row, k head entries, n draws, K = k + n stored ids.
 import contextlib
 import math
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -238,6 +239,35 @@ class _Alignment:
         )
 
 
+class _Sums:
+    """What the commit records of a split's shards say together."""
+
+    def __init__(self) -> None:
+        self.counts: list[RowCounts] = []  # none, or the sums so far
+        self.plane_bytes: Counter[str] = Counter()
+        self.file_bytes = 0
+
+    def add(self, record: CommitRecord) -> None:
+        self.counts = [sum_of_counts([*self.counts, record.counts])]
+        self.plane_bytes.update(record.plane_bytes)
+        self.file_bytes += record.file_bytes
+
+    def contradictions(self, store: LogitStore, split: str) -> list[str]:
+        """Says where the index has other sums."""
+        index = store.index(split)
+        found = {
+            "counts": [index.counts] == self.counts,
+            "plane_bytes": index.plane_bytes == self.plane_bytes,
+            "file_bytes": index.file_bytes == self.file_bytes,
+        }
+        where = f"{store.path / INDEX_NAME}, {split} has other"
+        return [
+            f"{where} {name} than its commit records together: restore it from a copy."
+            for name, is_right in found.items()
+            if not is_right
+        ]
+
+
 def verify_store(
     path: str | StorePath, *, progress: Callable[[int, int], None] | None = None
 ) -> VerifyResult:
@@ -263,6 +293,7 @@ def verify_store(
     problems: list[str] = []
     damaged: list[tuple[str, int]] = []
     alignment = _Alignment(store.manifest)
+    sums = {split: _Sums() for split in store.manifest.splits}
     rows = bytes_read = done = 0
     places = [(split, shard) for split in store.manifest.splits for shard in range(store.shards(split))]
     with _noted(problems):
@@ -276,9 +307,13 @@ def verify_store(
         good, size = _verify_shard(store, split, shard, alignment, problems)
         if len(problems) > before:
             damaged.append((split, shard))
+        else:
+            sums[split].add(store.commit(split, shard))
         rows, bytes_read, done = rows + good, bytes_read + size, done + 1
         if progress is not None:
             progress(done, len(places))
+    for split in {split for split, _ in places} - {split for split, _ in damaged}:
+        problems += sums[split].contradictions(store, split)
     strangers: tuple[str, ...] = ()
     quarantined: tuple[str, ...] = ()
     with _noted(problems):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sparsekd.logit_store.codecs.codec import codec_of
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
 from sparsekd.logit_store.json_text import signed_json
 from sparsekd.logit_store.manifest import manifest_digest
@@ -114,14 +115,21 @@ def test_twenty_thousand_shards_are_opened_in_little_memory(tmp_path: Path) -> N
     path.mkdir()
     (path / "MANIFEST.json").write_bytes((tmp_path / "small/MANIFEST.json").read_bytes())
     shards = [{"record_digest": f"{shard:064x}", "rows": ROWS_PER_SHARD} for shard in range(SHARDS)]
-    counts = dict.fromkeys(("tokens", "tokens_counted", "tokens_padding", "segments"), 0)
-    split = {"counts": counts, "plane_bytes": {}, "file_bytes": 0}
+    none = {
+        "counts": dict.fromkeys(("tokens", "tokens_counted", "tokens_padding", "segments"), 0),
+        "plane_bytes": dict.fromkeys(codec_of(manifest).planes(manifest), 0),
+        "file_bytes": 0,
+        "rows": 0,
+        "shards": [],
+    }
+    rows = SHARDS * ROWS_PER_SHARD
+    counts = none["counts"] | {"tokens": rows * manifest.sequence_length}
     content = {
         "format_version": 1,
         "manifest_sha256": manifest_digest(manifest),
         "splits": {
-            "train": split | {"rows": SHARDS * ROWS_PER_SHARD, "shards": shards},
-            "heldout": split | {"rows": 0, "shards": []},
+            "train": none | {"counts": counts, "rows": rows, "shards": shards},
+            "heldout": none,
         },
     }
     (path / "INDEX.json").write_bytes(signed_json(content))
