@@ -6,7 +6,7 @@ BIN := $(abspath $(VENV))/bin
 # The current folder must not come first on Python's path (see docs/architecture.md, "one import name").
 export PYTHONSAFEPATH := 1
 
-.PHONY: help setup demo test check format lint copy types pytest pyarrow-range soak clean
+.PHONY: help setup demo test check format lint copy types pytest pyarrow-range soak fuzz clean
 
 help:  ## Shows the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -69,5 +69,10 @@ pyarrow-range: pyarrow-$(PYARROW_OLDEST) pyarrow-$(PYARROW_NEWEST)  ## Stores of
 soak: setup  ## Kills 160 writers of a store, at every step and anywhere: minutes.
 	SPARSEKD_SOAK_KILLS=160 $(BIN)/python -m pytest -s tests/unit/store/test_crash.py -k killed_writers
 
+CASES ?= 20000
+SEED ?= 0
+fuzz: setup  ## Reads 20,000 stores of a hostile stranger (CASES, SEED); keeps those that fail in .fuzz.
+	$(BIN)/python tests/unit/store/fuzz_store.py --cases $(CASES) --seed $(SEED) --keep .fuzz --sentences 100
+
 clean:  ## Removes what the targets made, but not runs.
-	rm -rf $(VENV) $(VENV)-pyarrow-* .check build *.egg-info
+	rm -rf $(VENV) $(VENV)-pyarrow-* .check .fuzz build *.egg-info

@@ -18,6 +18,9 @@ from sparsekd.logit_store.protocol.arrow_layout import (
 from sparsekd.logit_store.protocol.layout import REMEDY
 from sparsekd.logit_store.row import Row, TeacherRecord
 
+ROW_BYTES = 256 << 20
+"""Bytes of a decoded row at most. 16,384 positions of k = 512 and n = 64 take 80 MB."""
+
 
 def stored_planes(manifest: Manifest) -> tuple[str, ...]:
     """Returns the names of the planes of every row, in stored order."""
@@ -59,17 +62,22 @@ def row_message(index: int, planes: Sequence[bytes | memoryview]) -> bytes:
     return batch_message(index, [zlib.crc32(plane) for plane in planes], planes)
 
 
+def decoded_bytes(manifest: Manifest) -> int:
+    """Returns how many bytes the arrays of a decoded row take at most."""
+    record = manifest.record
+    of_position = 4 + 1 + 12  # token, mask, and at most one segment
+    if manifest.teacher is not None:
+        of_position += 8 * record.k + 12 * record.n + 4 * len(record.temperatures) + 12
+    return manifest.sequence_length * of_position
+
+
 def largest_message(manifest: Manifest) -> int:
     """Returns how many bytes a row's batch has at most, under whatever codec.
 
     No codec stores a plane in more than its decoded arrays take, but for the frames around incompressible
     pieces; twice that and a fixed allowance hold any batch, and are what a reader may be made to allocate.
     """
-    record = manifest.record
-    of_position = 4 + 1 + 12  # token, mask, and at most one segment
-    if manifest.teacher is not None:
-        of_position += 8 * record.k + 12 * record.n + 4 * len(record.temperatures) + 12
-    return 2 * manifest.sequence_length * of_position + (1 << 16)
+    return 2 * decoded_bytes(manifest) + (1 << 16)
 
 
 def read_batch(

@@ -41,9 +41,15 @@ from sparsekd.logit_store.protocol.layout import (
     row_place,
     shard_file,
 )
-from sparsekd.logit_store.protocol.message import decode_row, find_damage, stored_planes
+from sparsekd.logit_store.protocol.message import (
+    ROW_BYTES,
+    decode_row,
+    decoded_bytes,
+    find_damage,
+    stored_planes,
+)
 from sparsekd.logit_store.row import Row, TeacherRecord
-from sparsekd.logit_store.typed_json import one_line
+from sparsekd.logit_store.typed_json import one_line, require
 
 COMMIT_RECORDS_KEPT = 1024
 """About 20 bytes per row each: 20 MB where a shard has 1,000 rows."""
@@ -250,6 +256,9 @@ def open_store(
         )
     text = read_manifest_text(path)
     manifest = manifest_from_json(text, str(path / MANIFEST_NAME))
+    size = decoded_bytes(manifest)
+    expected = f"at most {ROW_BYTES:,}"
+    require(size <= ROW_BYTES, path / MANIFEST_NAME, "bytes of a row by its shapes", expected, size)
     try:
         codec_of(manifest)
     except StoreError as error:

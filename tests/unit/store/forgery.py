@@ -10,11 +10,12 @@ import json
 import re
 import struct
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsekd.logit_store.protocol.arrow_layout import file_footer, file_header
+from sparsekd.logit_store.protocol.arrow_layout import file_footer, file_header, split_message
 
 DIGEST = re.compile(rb'"digest": "[0-9a-f]*"')
 
@@ -60,6 +61,14 @@ class ForgedShard:
     footer: bytes | None = None
     record_text: bytes | None = None
 
+    def plane_bytes(self) -> dict[str, int] | None:
+        """Stored bytes of each plane; None where a batch is none."""
+        try:
+            stored = [planes_of(message, self.planes) for message in self.messages]
+        except ValueError:
+            return None
+        return {name: sum(len(planes[name]) for planes in stored) for name in self.planes}
+
     def files(self) -> tuple[bytes, bytes]:
         """(Arrow file, signed commit record)."""
         header = file_header(self.planes, self.metadata) if self.header is None else self.header
@@ -76,6 +85,8 @@ class ForgedShard:
             "file_bytes": len(data),
             "file_sha256": hashlib.sha256(data).hexdigest(),
         }
+        if (stored := self.plane_bytes()) is not None:
+            made["plane_bytes"] = stored
         self.record |= {name: value for name, value in made.items() if name not in self.kept}
         return data, signed(text_of(self.record) if self.record_text is None else self.record_text)
 
@@ -88,6 +99,7 @@ class Forgery:
         manifest: its bytes.
         index: content of the index; digests and sums of file lengths are made anew.
         index_text: of the index, where it is not to be made from `index`; only signed.
+        index_is_forged: whether what the index says of planes is to stay as it is.
         shards: (split, number) -> shard.
         others: the other files.
     """
@@ -97,6 +109,7 @@ class Forgery:
     shards: dict[tuple[str, int], ForgedShard]
     others: dict[str, bytes]
     index_text: bytes | None = None
+    index_is_forged: bool = False
 
     @classmethod
     def of(cls, path: Path) -> "Forgery":
@@ -134,6 +147,7 @@ class Forgery:
     def files(self) -> dict[str, bytes]:
         files = dict(self.others)
         sizes: dict[str, int] = {}
+        stored: dict[str, Counter[str]] = {}
         for (split, number), shard in self.shards.items():
             data, record = shard.files()
             files[f"shards/{split}/{number:06d}.arrow"] = data
@@ -142,6 +156,10 @@ class Forgery:
             entry["shards"][number]["record_digest"] = digest_in(record)
             sizes[split] = sizes.get(split, 0) + len(data)
             entry["file_bytes"] = sizes[split]
+            planes = shard.plane_bytes()
+            stored.setdefault(split, Counter()).update(planes or {})
+            if planes is not None and not self.index_is_forged:
+                entry["plane_bytes"] = dict(stored[split])
         self.index["manifest_sha256"] = hashlib.sha256(self.manifest).hexdigest()
         files["INDEX.json"] = signed(text_of(self.index) if self.index_text is None else self.index_text)
         files["MANIFEST.json"] = self.manifest
@@ -163,18 +181,9 @@ def _taken_apart(data: bytes, record: dict[str, Any]) -> ForgedShard:
 
 
 def planes_of(message: bytes, names: list[str]) -> dict[str, bytes]:
-    """The stored planes of a sound batch."""
-    import pyarrow as pa
-
-    fields = [
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field(
-            "crc32", pa.list_(pa.field("item", pa.uint32(), nullable=False), len(names)), nullable=False
-        ),
-        *(pa.field(name, pa.binary(), nullable=False) for name in names),
-    ]
-    batch = pa.ipc.read_record_batch(pa.py_buffer(message), pa.schema(fields))
-    return {name: batch[name][0].as_py() for name in names}
+    """The stored planes of a batch. Raises ValueError where it is none; Arrow's own reader may die of it."""
+    _, _, stored = split_message(message, len(names))
+    return {name: bytes(plane) for name, plane in zip(names, stored, strict=True)}
 
 
 def row_of(message: bytes) -> int:

@@ -275,6 +275,7 @@ def test_sums_of_the_index_are_compared_with_the_records(tmp_path: Path, sound: 
     for number, (key, name) in enumerate([("counts", "segments"), ("plane_bytes", "entropy")]):
         forged = Forgery.of(sound)
         forged.index["splits"]["train"][key][name] -= 1
+        forged.index_is_forged = True
         path = forged.write(tmp_path / str(number))
         open_store(path)
         (problem,) = verify_store(path).problems
