@@ -5,35 +5,21 @@ records and to the index.
 """
 
 import hashlib
-import itertools
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
 from sparsekd.logit_store.json_text import canonical_json
+from sparsekd.logit_store.manifest_checks import check_manifest, check_version
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.typed_json import parse_json, read_bounded, short, typed
-
-FORMAT_VERSION = 1
-"""Major version of the format. A reader refuses a newer one."""
-
-ALIGNMENT = "record at position t describes token t+1"
-"""The only alignment convention there is; stored so that nobody has to guess."""
 
 MANIFEST_NAME = "MANIFEST.json"
 
 MANIFEST_BYTES = 16 << 20
 """Bytes of a manifest at most; one that lists 50,000 sources has about 8 MB."""
-
-RESTS = ("exact", "derived", "unknown")
-"""What log R is: summed by the capture, 1 - the head's sum at temperature 1, or not known at all."""
-
-_USUAL_RECORD = {"rest": "exact", "tail_logprobs": False}
-"""Fields of the record that stand in the file only where they differ from this."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +43,7 @@ class TokenizerIdentity:
 
 @dataclass(frozen=True)
 class RecordSpec:
-    """What is kept of the teacher's distribution at each position.
+    """What is kept of the teacher's distribution, and at which positions.
 
     Attributes:
         k: entries of the exact head.
@@ -71,6 +57,8 @@ class RecordSpec:
             list is the upper bound min(last head entry, log R). `unknown`: the source had no normaliser, the
             head sums to 1, log R is -inf, and true_logprob outside the head is the last head entry.
         tail_logprobs: whether the draws' log-probabilities are stored.
+        positions: one of `POSITION_RULES`.
+        share: probability with which `sampled` records a counted position of `train`; 1 for other rules.
     """
 
     k: int
@@ -80,9 +68,12 @@ class RecordSpec:
     seed: int
     rest: str = "exact"
     tail_logprobs: bool = False
+    positions: str = "counted"
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         # 1 and 1.0 are equal but are written differently, and equal manifests must be equal bytes.
+        object.__setattr__(self, "share", float(self.share))
         object.__setattr__(self, "temperatures", tuple(float(value) for value in self.temperatures))
         object.__setattr__(self, "draw_temperature", float(self.draw_temperature))
 
@@ -127,19 +118,21 @@ class Manifest:
 
     Attributes:
         format_version: `FORMAT_VERSION`.
-        alignment: `ALIGNMENT`.
+        target: one of `TARGETS`, what a label is.
         sequence_length: L, positions of every row.
         rows_per_shard: rows of every shard; only the last shard of a split may have fewer.
         splits: names of the separate row spaces.
         dataset: identity and order of the data: sources with digests, split, packing, token-store digest.
         tokenizer: which tokenizer made the ids.
-        record: what is kept at each position.
+        record: what is kept of the teacher, and where.
         teacher: None in a token store.
         codec: how rows become bytes.
+        outcomes: names of the classes; None where outcomes are the tokenizer's ids.
+        planes: the `OPTIONAL_PLANES` that rows have.
     """
 
     format_version: int
-    alignment: str
+    target: str
     sequence_length: int
     rows_per_shard: int
     splits: tuple[str, ...]
@@ -148,57 +141,31 @@ class Manifest:
     record: RecordSpec
     teacher: TeacherIdentity | None
     codec: CodecSpec
+    outcomes: tuple[str, ...] | None = None
+    planes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "splits", tuple(self.splits))
+        object.__setattr__(self, "planes", tuple(self.planes))
+        if self.outcomes is not None:
+            object.__setattr__(self, "outcomes", tuple(self.outcomes))
         object.__setattr__(self, "dataset", _as_read_back(self.dataset, "dataset"))
         check_manifest(self)
 
+    @property
+    def outcome_count(self) -> int:
+        """Returns V, over how many outcomes the teacher's distribution is."""
+        return self.tokenizer.vocabulary_size if self.outcomes is None else len(self.outcomes)
 
-def check_manifest(manifest: Manifest) -> None:
-    """Raises StoreError, naming the field, when a manifest contradicts itself."""
-    record = manifest.record
-    vocabulary = manifest.tokenizer.vocabulary_size
-    _check_version(manifest.format_version)
-    _require(manifest.alignment == ALIGNMENT, "alignment", manifest.alignment, repr(ALIGNMENT))
-    for name in ("sequence_length", "rows_per_shard"):
-        _require(getattr(manifest, name) >= 1, name, getattr(manifest, name), "at least 1")
-    names_are_plain = all(name.isidentifier() for name in manifest.splits)
-    _require(names_are_plain, "splits", manifest.splits, "plain names of letters, digits and _")
-    _require(
-        len(set(manifest.splits)) == len(manifest.splits) > 0, "splits", manifest.splits, "distinct names"
-    )
-    _require(1 <= vocabulary < 2**31, "tokenizer.vocabulary_size", vocabulary, "from 1 to 2^31 - 1")
-    _require(0 <= record.k <= vocabulary, "record.k", record.k, f"from 0 to the vocabulary size {vocabulary}")
-    _require(0 <= record.n < 2**31, "record.n", record.n, "from 0 to 2^31 - 1")
-    grid = record.temperatures
-    grid_is_ascending = all(low < high for low, high in itertools.pairwise(grid))
-    grid_is_positive = all(value > 0 and math.isfinite(value) for value in grid)
-    _require(grid_is_ascending and grid_is_positive, "record.temperatures", grid, "ascending and above 0")
-    if manifest.teacher is None:
-        _require(record.k == 0 and record.n == 0, "teacher", None, "an identity, because k or n is above 0")
-    else:
-        _require(record.k + record.n > 0, "record.k", record.k, "k or n above 0, because there is a teacher")
-        draw = record.draw_temperature
-        _require(draw in grid, "record.draw_temperature", draw, f"one of the grid {short(list(grid))}")
-    _require(record.rest in RESTS, "record.rest", record.rest, f"one of {', '.join(RESTS)}")
-    if record.rest != "exact":
-        shape = (record.k > 0, record.n, grid)
-        _require(
-            shape == (True, 0, (1.0,)), "record.rest", record.rest, "exact unless k > 0, n = 0, grid [1.0]"
-        )
-    draws = record.n > 0 or not record.tail_logprobs
-    _require(draws, "record.tail_logprobs", record.tail_logprobs, "false, because there are no draws")
+    @property
+    def has_labels(self) -> bool:
+        """Returns whether labels are a plane; those of `next_token` follow from the tokens."""
+        return self.target != "next_token"
 
 
 def manifest_to_json(manifest: Manifest) -> str:
     """Returns the canonical text: equal manifests give equal text."""
-    content = asdict(manifest)
-    # Written only where it says something: stores from before the field keep their bytes and digests.
-    for name, usual in _USUAL_RECORD.items():
-        if content["record"][name] == usual:
-            del content["record"][name]
-    return canonical_json(content)
+    return canonical_json(asdict(manifest))
 
 
 def manifest_from_json(text: str | bytes, where: str) -> Manifest:
@@ -215,7 +182,12 @@ def manifest_from_json(text: str | bytes, where: str) -> Manifest:
     raw = parse_json(text.encode() if isinstance(text, str) else text, where)
     # Before the fields: a newer format may have others.
     if isinstance(raw, dict):
-        _check_version(raw.get("format_version"), where)
+        check_version(raw.get("format_version"), where)
+        if "target" not in raw:
+            raise StoreError(
+                f"{where} does not say what its labels are (it has no `target`): it was written before the "
+                "format was settled; run `prepare` and `capture` again."
+            )
     try:
         return typed(Manifest, raw, where)
     except DamagedStoreError:
@@ -267,58 +239,12 @@ def compare_manifests(found: Manifest, wanted: Manifest) -> list[str]:
     ]
 
 
-def tokenizer_digest(folder: Path) -> str:
-    """Returns the sha256 (hex) over the files of a tokenizer folder, see `digest_of_files`."""
-    if not folder.is_dir():
-        raise StoreError(f"The tokenizer folder {folder} does not exist: give a folder with tokenizer.json.")
-    return digest_of_files((name, path.read_bytes()) for name, path in files_of_tokenizer(folder))
-
-
-def files_of_tokenizer(folder: Path) -> list[tuple[str, Path]]:
-    """Returns (name relative to the folder, path) of every file below it, sorted by name."""
-    paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".tmp-"))
-    return sorted((path.relative_to(folder).as_posix(), path) for path in paths)
-
-
-def digest_of_files(files: Iterable[tuple[str, bytes]]) -> str:
-    """Returns the sha256 (hex) over names and bytes.
-
-    Each file adds its name in UTF-8, a zero byte, its length as 8 bytes little-endian, and its bytes.
-
-    Args:
-        files: (name, bytes), sorted by name.
-    """
-    total = hashlib.sha256()
-    for name, content in files:
-        total.update(name.encode() + b"\0" + len(content).to_bytes(8, "little"))
-        total.update(content)
-    return total.hexdigest()
-
-
-def _check_version(version: object, where: str = "The manifest") -> None:
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise StoreError(
-            f"{where} has {short(version)} as format_version, expected {FORMAT_VERSION}: restore it from a "
-            "copy."
-        )
-    if version > FORMAT_VERSION:
-        raise StoreError(
-            f"{where} has format version {version}, but this sparsekd reads versions up to {FORMAT_VERSION}: "
-            "update sparsekd."
-        )
-
-
 def _as_read_back(value: dict[str, Any], name: str) -> dict[str, Any]:
     """Returns a free-form value as JSON gives it back (tuples become lists), so that equality holds."""
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise StoreError(f"The manifest's {name} cannot be written as JSON: {error}.") from error
-
-
-def _require(holds: bool, name: str, found: object, expected: str) -> None:
-    if not holds:
-        raise StoreError(f"The manifest's {name} is {short(found)}, expected {expected}.")
 
 
 def _flat(value: object, prefix: str = "") -> dict[str, object]:

@@ -15,23 +15,36 @@ from numpy.typing import NDArray
 
 from sparsekd.logit_store.codecs.ragged import log_sum_exp
 from sparsekd.logit_store.manifest import (
-    ALIGNMENT,
-    FORMAT_VERSION,
     CodecSpec,
     Manifest,
     RecordSpec,
     TeacherIdentity,
     TokenizerIdentity,
-    digest_of_files,
 )
+from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
+from sparsekd.logit_store.positions import recorded_positions
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
-from sparsekd.logit_store.row import NO_ID, PADDING_DOCUMENT, Row, TeacherRecord, segment_lengths
+from sparsekd.logit_store.row import (
+    NO_ID,
+    PADDING_DOCUMENT,
+    Row,
+    TeacherRecord,
+    is_real,
+    segment_lasts,
+    segment_lengths,
+    take_records,
+    weights_of_positions,
+)
+from sparsekd.logit_store.tokenizer_files import digest_of_files
 
 _SHARPNESS = 3.0
 """Standard deviation of the made-up logits: at V = 1,000 an entropy of about 3 nats."""
 
 _CHUNK_VALUES = 1 << 22
 """Float64 probabilities held at once."""
+
+MASK_TOKEN = 1
+"""Id that the inputs hold where a token is masked."""
 
 
 def synthetic_manifest(*, vocabulary_size: int = 300, **overrides: Any) -> Manifest:
@@ -41,13 +54,14 @@ def synthetic_manifest(*, vocabulary_size: int = 300, **overrides: Any) -> Manif
         vocabulary_size: of the made-up tokenizer, whose files `write_synthetic_tokenizer` writes.
         **overrides: fields of Manifest; those of its record may stand among them.
     """
-    fields = {"k", "n", "temperatures", "draw_temperature", "seed", "tail_logprobs"} & overrides.keys()
+    own = {field.name for field in dataclasses.fields(RecordSpec)}
+    fields = own & overrides.keys()
     record = RecordSpec(k=4, n=6, temperatures=(1.0, 2.0, 4.0), draw_temperature=1.0, seed=7)
     record = dataclasses.replace(record, **{name: overrides.pop(name) for name in fields})
     has_teacher = record.k + record.n > 0
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        alignment=ALIGNMENT,
+        target="next_token",
         sequence_length=16,
         rows_per_shard=3,
         splits=("train", "heldout"),
@@ -84,13 +98,19 @@ def write_synthetic_tokenizer(folder: Path, vocabulary_size: int) -> Path:
     return folder
 
 
-def synthetic_rows(manifest: Manifest, count: int, seed: int) -> list[Row]:
+def synthetic_rows(manifest: Manifest, count: int, seed: int, split: str = "train") -> list[Row]:
     """Returns random valid rows of several documents, some with padding, some with a masked prompt.
 
-    Each token is drawn from the teacher's distribution at the position before it, so that the rows are
-    aligned as those of a good teacher are.
+    Each label is drawn from the teacher's distribution where its record stands (for `next_token` at the
+    position before it), so that the rows are aligned as those of a good teacher are.
+
+    Args:
+        manifest: of the store, with any target and rule.
+        count: number of rows.
+        seed: of the rows.
+        split: that they are for, on which it depends where records stand.
     """
-    return [_row(manifest, np.random.default_rng([seed, index])) for index in range(count)]
+    return [_row(manifest, split, np.random.default_rng([seed, index])) for index in range(count)]
 
 
 def write_synthetic_store(path: Path, manifest: Manifest, rows: Mapping[str, int], seed: int) -> str:
@@ -107,7 +127,7 @@ def write_synthetic_store(path: Path, manifest: Manifest, rows: Mapping[str, int
     create_store(path, manifest, tokenizer)
     shards = {}
     for split, count in rows.items():
-        content = synthetic_rows(manifest, count, seed + manifest.splits.index(split))
+        content = synthetic_rows(manifest, count, seed + manifest.splits.index(split), split)
         starts = range(0, count, manifest.rows_per_shard)
         shards[split] = len(starts)
         for shard, start in enumerate(starts):
@@ -153,33 +173,77 @@ def row_frame(manifest: Manifest, random: np.random.Generator) -> tuple[Row, NDA
     return dataclasses.replace(plain, loss_mask=mask), followed
 
 
-def _row(manifest: Manifest, random: np.random.Generator) -> Row:
+def _row(manifest: Manifest, split: str, random: np.random.Generator) -> Row:
     plain, followed = row_frame(manifest, random)
+    plain = dataclasses.replace(plain, optional=_optional(plain, manifest, random))
+    length = manifest.sequence_length
+    if manifest.target == "masked_token":
+        followed = is_real(plain) & (random.random(length) < 0.3)
+        plain = dataclasses.replace(plain, loss_mask=_weighted(plain, followed))
+    elif manifest.target == "class":
+        followed = np.zeros(length, np.bool_)
+        followed[segment_lasts(plain)] = True
+        followed &= is_real(plain)
+        plain = dataclasses.replace(plain, loss_mask=_weighted(plain, followed))
     if manifest.teacher is None:
-        size = manifest.tokenizer.vocabulary_size
-        tokens = random.integers(0, size, manifest.sequence_length).astype(np.int32)
-        return dataclasses.replace(plain, token_ids=tokens)
-    tokens, teacher = _teach(manifest, followed, random)
-    return dataclasses.replace(plain, token_ids=tokens, teacher=teacher)
+        first, drawn = random.integers(0, manifest.outcome_count, (2, length)).astype(np.int32)
+        record = None
+    else:
+        first = random.integers(0, manifest.outcome_count, length).astype(np.int32)
+        drawn, record = _teach(manifest, followed, random)
+    if manifest.target == "next_token":
+        row = dataclasses.replace(plain, token_ids=np.append(first[:1], drawn[:-1]))
+    else:
+        tokens = random.integers(0, manifest.tokenizer.vocabulary_size, length).astype(np.int32)
+        if manifest.target == "masked_token":
+            tokens[plain.loss_mask] = MASK_TOKEN
+        optional = {**plain.optional, "labels": drawn[plain.loss_mask]}
+        row = dataclasses.replace(plain, token_ids=tokens, optional=optional)
+    return row if record is None else with_records(row, record, manifest, split)
+
+
+def with_records(row: Row, record: TeacherRecord, manifest: Manifest, split: str) -> Row:
+    """Returns the row with those of the records, given for all L positions, that the rule asks for."""
+    recorded = recorded_positions(row, manifest, split)
+    return dataclasses.replace(row, teacher=take_records(record, recorded), recorded=recorded)
+
+
+def _optional(row: Row, manifest: Manifest, random: np.random.Generator) -> dict[str, NDArray[Any]]:
+    """Returns the optional planes of a row; every third row has weights of 1, which are not there."""
+    planes: dict[str, NDArray[Any]] = {}
+    length = manifest.sequence_length
+    if "weights" in manifest.planes:
+        runs = 0 if random.random() < 0.3 else min(int(random.integers(1, 4)), length)
+        starts = np.sort(random.permutation(np.arange(1, length))[: max(runs - 1, 0)])
+        planes["weight_starts"] = np.append(np.zeros(min(runs, 1)), starts).astype(np.int32)
+        planes["weights"] = random.choice([0.5, 1.0, 2.5], len(planes["weight_starts"])).astype(np.float32)
+    if "token_types" in manifest.planes:
+        planes["token_types"] = (np.arange(length) >= random.integers(length)).astype(np.uint8)
+    return planes
+
+
+def _weighted(row: Row, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Returns the mask without positions of weight 0."""
+    return mask & (weights_of_positions(row) > 0)
 
 
 def _teach(
     manifest: Manifest, followed: NDArray[np.bool_], random: np.random.Generator
 ) -> tuple[NDArray[np.int32], TeacherRecord]:
-    """Returns token ids [L] and the record of a made-up teacher; `followed` [L]: a true token exists."""
-    length, size = manifest.sequence_length, manifest.tokenizer.vocabulary_size
+    """Returns the outcome drawn at each position [L] and the records of a made-up teacher, for all L
+    positions; `followed` [L]: there is a label."""
+    length, size = manifest.sequence_length, manifest.outcome_count
     chunk = max(1, _CHUNK_VALUES // size)
-    tokens = np.empty(length + 1, np.int32)
-    tokens[0] = random.integers(size)
+    drawn = np.empty(length, np.int32)
     parts: list[dict[str, NDArray[Any]]] = []
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
         logits = random.standard_normal((stop - start, size)) * _SHARPNESS
         logprobs = logits - log_sum_exp(logits)[:, None]
-        tokens[start + 1 : stop + 1] = _draw(logprobs, random.random((stop - start, 1)))[:, 0]
-        parts.append(_record(manifest, logprobs, tokens[start + 1 : stop + 1], followed[start:stop], random))
+        drawn[start:stop] = _draw(logprobs, random.random((stop - start, 1)))[:, 0]
+        parts.append(_record(manifest, logprobs, drawn[start:stop], followed[start:stop], random))
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return tokens[:length], TeacherRecord(**joined)
+    return drawn, TeacherRecord(**joined)
 
 
 def _record(

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsekd.logit_store.codecs.ragged import log_sum_exp
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.row import NO_ID, Row, TeacherRecord
-from sparsekd.logit_store.synthetic import log_sum_exp, row_frame
+from sparsekd.logit_store.synthetic import row_frame, with_records
 
 SINGLE_CELLS = 512
 """Ranks whose probabilities differ; those behind them share 60 cells, spaced geometrically."""
@@ -63,7 +64,9 @@ def _least_vocabulary(manifest: Manifest) -> int:
     return max(8 * (manifest.record.k + manifest.record.n + 2), 2 * SINGLE_CELLS)
 
 
-def text_like_rows(manifest: Manifest, count: int, seed: int, *, ids: str = "text") -> list[Row]:
+def text_like_rows(
+    manifest: Manifest, count: int, seed: int, *, ids: str = "text", split: str = "train"
+) -> list[Row]:
     """Returns random valid rows of several documents.
 
     Args:
@@ -71,6 +74,7 @@ def text_like_rows(manifest: Manifest, count: int, seed: int, *, ids: str = "tex
         count: number of rows.
         seed: of the rows.
         ids: `text` for ids that are as uneven as those of text, `uniform` for nearly uniform ones.
+        split: that they are for, on which it depends where records stand.
 
     Raises:
         StoreError: the vocabulary is too small for that, or `ids` is something else.
@@ -85,7 +89,8 @@ def text_like_rows(manifest: Manifest, count: int, seed: int, *, ids: str = "tex
         )
     by_frequency = _ids_by_frequency(vocabulary, ids)
     return [
-        _row(manifest, ids, by_frequency, np.random.default_rng([seed, index, 1])) for index in range(count)
+        _row(manifest, ids, split, by_frequency, np.random.default_rng([seed, index, 1]))
+        for index in range(count)
     ]
 
 
@@ -96,7 +101,13 @@ def _ids_by_frequency(vocabulary: int, ids: str) -> NDArray[np.int32]:
     return np.argsort(order, kind="stable").astype(np.int32)
 
 
-def _row(manifest: Manifest, ids: str, by_frequency: NDArray[np.int32], random: np.random.Generator) -> Row:
+def _row(
+    manifest: Manifest,
+    ids: str,
+    split: str,
+    by_frequency: NDArray[np.int32],
+    random: np.random.Generator,
+) -> Row:
     length, spec = manifest.sequence_length, manifest.record
     plain, followed = row_frame(manifest, random)
     pool = _pool(length, spec.k + spec.n + 2, ids, by_frequency, random)
@@ -105,7 +116,7 @@ def _row(manifest: Manifest, ids: str, by_frequency: NDArray[np.int32], random: 
     logprobs, sizes = _distributions(length, manifest.tokenizer.vocabulary_size, random)
     record, true_ids = _record(manifest, logprobs, sizes, pool, followed, random)
     tokens = np.concatenate([pool[:1, -1], true_ids[:-1]]).astype(np.int32)
-    return dataclasses.replace(plain, token_ids=tokens, teacher=record)
+    return with_records(dataclasses.replace(plain, token_ids=tokens), record, manifest, split)
 
 
 def _pool(

@@ -10,6 +10,7 @@ from typing import Any
 
 from sparsekd.kernels.objective import DIVERGENCES, TARGET_MODES
 from sparsekd.logit_store.codecs.codec import CODECS, DEFAULT_CODEC
+from sparsekd.logit_store.manifest_checks import POSITION_RULES
 from sparsekd.logit_store.places.access import KINDS as ACCESS_KINDS
 from sparsekd.trainer.errors import ConfigError
 
@@ -80,7 +81,19 @@ class StoreConfig:
     )
     draw_temperature: float = option(1.0, "Temperature of the draws; one of the grid.", minimum=0.05)
     tail_logprobs: bool = option(False, "Keep the draws' log-probabilities, too; no loss of ours reads them.")
-    seed: int = option(0, "Seed of the draws (with each row's token ids and the position).", minimum=0)
+    positions: str = option(
+        "counted",
+        "Where `capture` records: counted, where the loss counts; all, everywhere but at padding; sampled, "
+        "at store.share of the counted positions of train, which the loss weighs by the inverse. At equal "
+        "bytes fewer draws everywhere beat full records at fewer positions.",
+        choices=POSITION_RULES,
+    )
+    share: float = option(
+        1.0, "With positions=sampled: the probability that a position is recorded.", minimum=0.0, maximum=1.0
+    )
+    seed: int = option(
+        0, "Seed of draws and sampled positions (with each row's token ids and the position).", minimum=0
+    )
     codec: str = option(
         DEFAULT_CODEC,
         "How `prepare` and `capture` encode rows (docs/format.md); a reader takes it from the manifest.",

@@ -1,45 +1,29 @@
-"""Codecs: how a row becomes named planes of stored bytes, and back.
+"""Codecs: how the planes of a row become stored bytes, and back.
 
-A codec is two pure functions and what they need to be judged by; the manifest names it and holds its
-parameters. To add one, write the functions and enter it in `CODECS`.
-
-Shapes: L positions of a row, S segments, k head entries, n draws, G grid temperatures.
+A codec is a table of codings, one for each way of storing that the table of planes names, and what they need
+to be judged by; the manifest names it and holds its parameters. To add one, enter it in `CODECS`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsekd.logit_store.checks import MASS_TOLERANCE
-from sparsekd.logit_store.codecs import exact as codec_exact
-from sparsekd.logit_store.codecs import plain as codec_plain
-from sparsekd.logit_store.codecs import tkq8 as codec_tkq8
-from sparsekd.logit_store.codecs.frames import ZSTD_LEVEL, PlaneError, compress_frame, decompress_frame
+from sparsekd.logit_store.codecs import exact, plain, tkq8
 from sparsekd.logit_store.codecs.frequency import check_compact, mass_of
-from sparsekd.logit_store.codecs.pieces import TOKEN_PLANES, smallest_unsigned
 from sparsekd.logit_store.codecs.quantise import without_deep
 from sparsekd.logit_store.codecs.ragged import cut_to_mass
+from sparsekd.logit_store.codecs.room import Coding, Room, Stored
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import Manifest
-from sparsekd.logit_store.row import Row, TeacherRecord, empty_record
+from sparsekd.logit_store.planes import Plane, Planes, names_of, needed_for, planes_of
+from sparsekd.logit_store.row import Row, TeacherRecord, planes_of_row, row_of_planes
 
-__all__ = [
-    "CODECS",
-    "DEFAULT_CODEC",
-    "TOKEN_PLANES",
-    "ZSTD_LEVEL",
-    "Codec",
-    "PlaneError",
-    "codec_of",
-    "compress_frame",
-    "decompress_frame",
-    "new_record",
-    "smallest_unsigned",
-    "stored_record",
-]
+Arrays = dict[str, NDArray[Any]]
+"""Arrays of decoded planes by name."""
 
 
 @dataclass(frozen=True)
@@ -47,46 +31,74 @@ class Codec:
     """One way to store rows.
 
     Attributes:
-        planes: names of the planes of every row under a manifest, in stored order.
-        encode: a row that passed `check_row` -> the stored bytes of each plane. Equal rows give equal bytes.
-        decode_into: the stored bytes of each plane -> the row, whose record is the arrays that are given.
-            Raises PlaneError; never allocates more than the manifest's shapes ask for.
+        codings: by the name that `planes.TABLE` gives them.
         check_parameters: raises StoreError for parameters that the codec does not know or cannot use here.
-        errors: a decoded record -> for each plane of values, by how much (nats, float32 of the plane's shape)
+        error: (rounded plane, decoded values, manifest) -> by how much (nats, float32 of the values' shape)
             an entry may differ from what was written; what was written is `stored_record` of it.
-        mass_tolerance: by how much decoded probabilities of a position may sum to more than 1.
         drops_deep: whether entries far below the first of their position are stored as -inf.
     """
 
-    planes: Callable[[Manifest], tuple[str, ...]]
-    encode: Callable[[Row, Manifest], dict[str, bytes]]
-    decode_into: Callable[[Mapping[str, Any], Manifest, TeacherRecord], Row]
+    codings: Mapping[str, Coding]
     check_parameters: Callable[[Mapping[str, Any], Manifest], None]
-    errors: Callable[[TeacherRecord, Manifest], dict[str, NDArray[np.float32]]]
-    mass_tolerance: float = MASS_TOLERANCE
+    error: Callable[[Plane, NDArray[np.float32], Manifest], NDArray[np.float32]]
     drops_deep: bool = False
 
-    def decode(self, planes: Mapping[str, Any], manifest: Manifest, out: TeacherRecord | None = None) -> Row:
-        """Returns the row of stored planes.
+    def encode(self, row: Row, manifest: Manifest) -> dict[str, bytes]:
+        """Returns the stored bytes of each plane of a row that passed `check_row`, in stored order."""
+        arrays: Planes = planes_of_row(row if row.teacher is None else _as_stored(row, manifest))
+        stored: dict[str, bytes] = {}
+        for coding, members in _by_coding(planes_of(manifest)):
+            stored |= self.codings[coding].encode(arrays, members, manifest)
+        return {name: stored[name] for name in names_of(planes_of(manifest))}
+
+    def decode_planes(
+        self,
+        stored: Stored,
+        manifest: Manifest,
+        wanted: Collection[str] | None = None,
+        reuse: Arrays | None = None,
+    ) -> Arrays:
+        """Returns the decoded arrays of some planes, and of those that say where they stand.
 
         Args:
-            planes: name -> buffer.
+            stored: name -> buffer, of all planes.
             manifest: of the store.
-            out: arrays of the manifest's shapes, as `new_record` makes them, that the record is written to;
-                None makes new ones.
+            wanted: names of planes; those that a store of this manifest does not have are left out. None for
+                all.
+            reuse: arrays of a row that was decoded before, whose memory is taken; what is missing is entered.
 
         Raises:
             PlaneError: a plane cannot be decoded.
         """
-        return self.decode_into(planes, manifest, new_record(manifest) if out is None else out)
+        planes = planes_of(manifest)
+        if wanted is not None:
+            needed = needed_for(wanted, manifest)
+            planes = tuple(plane for plane in planes if plane.name in needed)
+        room = Room(manifest, reuse)
+        present = {plane.name for plane in planes_of(manifest)}
+        for coding, members in _by_coding(planes):
+            self.codings[coding].decode(stored, members, room)
+            if manifest.teacher is not None and "recorded" not in present and "loss_mask" in room.planes:
+                room.planes["recorded"] = room.planes["loss_mask"]
+        return room.planes
+
+    def decode(self, stored: Stored, manifest: Manifest, reuse: Arrays | None = None) -> Row:
+        """Returns the row of stored planes; see `decode_planes`."""
+        return row_of_planes(self.decode_planes(stored, manifest, None, reuse))
+
+    def errors(self, record: TeacherRecord, manifest: Manifest) -> dict[str, NDArray[np.float32]]:
+        """Returns `error` of each rounded plane of a decoded record."""
+        return {
+            plane.name: self.error(plane, getattr(record, plane.name), manifest)
+            for plane in planes_of(manifest)
+            if plane.is_rounded
+        }
 
 
-def new_record(manifest: Manifest) -> TeacherRecord:
-    """Returns a record of the manifest's shapes whose arrays are not filled yet."""
-    spec = manifest.record
-    return empty_record(
-        manifest.sequence_length, spec.k, spec.n, len(spec.temperatures), tail_logprobs=spec.tail_logprobs
-    )
+def _by_coding(planes: tuple[Plane, ...]) -> Iterator[tuple[str, tuple[Plane, ...]]]:
+    """Yields neighbours of one coding together, in stored order."""
+    for coding, members in groupby(planes, key=lambda plane: plane.coding):
+        yield coding, tuple(members)
 
 
 def stored_record(record: TeacherRecord, manifest: Manifest) -> TeacherRecord:
@@ -104,6 +116,14 @@ def stored_record(record: TeacherRecord, manifest: Manifest) -> TeacherRecord:
         head_logprobs=without_deep(record.head_logprobs),
         tail_logprobs=without_deep(record.tail_logprobs),
     )
+
+
+def _as_stored(row: Row, manifest: Manifest) -> Row:
+    """Returns the row with heads that end where the codec's mass is reached."""
+    mass = mass_of(manifest)
+    if mass is None or row.teacher is None:
+        return row
+    return replace(row, teacher=cut_to_mass(row.teacher, manifest.record, mass))
 
 
 def codec_of(manifest: Manifest) -> Codec:
@@ -130,45 +150,16 @@ def _no_parameters(parameters: Mapping[str, Any], manifest: Manifest) -> None:
         )
 
 
+def _lossless(plane: Plane, values: NDArray[np.float32], manifest: Manifest) -> NDArray[np.float32]:
+    return np.zeros_like(values)
+
+
 DEFAULT_CODEC = "tkq8"
 
 CODECS = {
-    "tkq8": Codec(
-        planes=codec_exact.record_planes,
-        encode=codec_tkq8.encode,
-        decode_into=codec_tkq8.decode,
-        check_parameters=_no_parameters,
-        errors=codec_tkq8.errors,
-        drops_deep=True,
-    ),
-    "plain": Codec(
-        planes=codec_exact.record_planes,
-        encode=codec_plain.encode,
-        decode_into=codec_plain.decode,
-        check_parameters=_no_parameters,
-        errors=codec_tkq8.errors,
-        drops_deep=True,
-    ),
-    "compact": Codec(
-        planes=codec_exact.record_planes,
-        encode=codec_tkq8.encode,
-        decode_into=codec_tkq8.decode,
-        check_parameters=check_compact,
-        errors=codec_tkq8.errors,
-        drops_deep=True,
-    ),
-    "fp16": Codec(
-        planes=codec_exact.record_planes,
-        encode=codec_tkq8.encode,
-        decode_into=codec_tkq8.decode,
-        check_parameters=_no_parameters,
-        errors=codec_tkq8.errors,
-    ),
-    "exact": Codec(
-        planes=codec_exact.record_planes,
-        encode=codec_exact.encode,
-        decode_into=codec_exact.decode,
-        check_parameters=_no_parameters,
-        errors=codec_exact.errors,
-    ),
+    "tkq8": Codec(tkq8.CODINGS, _no_parameters, tkq8.error, drops_deep=True),
+    "plain": Codec(plain.CODINGS, _no_parameters, tkq8.error, drops_deep=True),
+    "compact": Codec(tkq8.CODINGS, check_compact, tkq8.error, drops_deep=True),
+    "fp16": Codec(tkq8.CODINGS, _no_parameters, tkq8.error),
+    "exact": Codec(exact.CODINGS, _no_parameters, _lossless),
 }

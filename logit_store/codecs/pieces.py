@@ -1,9 +1,9 @@
 """The pieces that several codecs are made of: ids in planes of bytes and bits, half floats, flattened lists.
 
-Shapes: L positions of a row, E entries of each, D entries of all positions together.
+Shapes: M recorded positions of a row, E entries of each, D entries of all positions together.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,15 +11,10 @@ from numpy.typing import NDArray
 
 from sparsekd.logit_store.codecs.frames import (
     PlaneError,
-    compress_frame,
     decompress_frame,
     split_parts,
 )
 from sparsekd.logit_store.codecs.quantise import to_half
-from sparsekd.logit_store.manifest import Manifest
-from sparsekd.logit_store.row import Row
-
-TOKEN_PLANES = ("token_ids", "loss_mask", "segment_starts", "segment_documents")
 
 _BIT_16 = (
     np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(np.int32) << 16
@@ -119,7 +114,7 @@ def words_from_parts(low: Any, high: Any, kind: str) -> NDArray[Any]:
 
 
 def half_columns(values: NDArray[np.float32]) -> list[NDArray[np.uint8]]:
-    """Returns the byte planes of each column, rounded to halves, of values [L] or [L, columns]."""
+    """Returns the byte planes of each column, rounded to halves, of values [M] or [M, columns]."""
     columns = values[:, None] if values.ndim == 1 else values
     return [part for column in columns.T for part in word_parts(to_half(column))]
 
@@ -153,60 +148,26 @@ def read_parts(stored: Any, plane: str, sizes: Sequence[int], *, skip: int = 0) 
 
 
 def read_flattened_ids(
-    stored: Any, plane: str, manifest: Manifest, width: int
+    stored: Any, plane: str, positions: int, vocabulary: int, width: int
 ) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
-    """Returns (bool [L, width] of the places used, int32 [D] ids) of a plane of sizes and flattened ids.
+    """Returns (bool [M, width] of the places used, int32 [D] ids) of a plane of sizes and flattened ids.
 
     Raises:
         PlaneError: a frame is bad, or a position has more than `width` entries.
     """
-    length, vocabulary = manifest.sequence_length, manifest.tokenizer.vocabulary_size
     kind = smallest_unsigned(width)
     frames = split_parts(stored, plane, 1 + len(id_part_sizes(0, vocabulary)))
-    size = length * kind.itemsize
+    size = positions * kind.itemsize
     sizes = np.frombuffer(decompress_frame(frames[0], plane, size, at_most=size), kind)
-    if int(sizes.max()) > width:
+    if int(sizes.max(initial=0)) > width:
         position = int(sizes.argmax())
-        raise PlaneError(plane, f"position {position} has {sizes[position]} entries, at most {width} fit")
+        raise PlaneError(plane, f"record {position} has {sizes[position]} entries, at most {width} fit")
     ids = np.empty(int(sizes.sum(dtype=np.int64)), np.int32)
     parts = read_parts(stored, plane, [size, *id_part_sizes(ids.size, vocabulary)], skip=1)
     ids_from_parts(parts, vocabulary, ids)
     return used_places(sizes, width), ids
 
 
-def encode_mask_and_segments(row: Row) -> dict[str, bytes]:
-    """Returns the planes of the loss mask and of the segments, one frame each."""
-    return {
-        "loss_mask": compress_frame(np.packbits(row.loss_mask, bitorder="little")),
-        "segment_starts": compress_frame(row.segment_starts.astype("<u4")),
-        "segment_documents": compress_frame(row.segment_documents.astype("<i8")),
-    }
-
-
-def decode_mask_and_segments(
-    planes: Mapping[str, Any], manifest: Manifest
-) -> tuple[NDArray[np.bool_], NDArray[np.int32], NDArray[np.int64]]:
-    """Returns loss mask, segment starts and segment documents.
-
-    Raises:
-        PlaneError: a frame is bad or of another size.
-    """
-    length = manifest.sequence_length
-    size = -(-length // 8)
-    bits = np.frombuffer(decompress_frame(planes["loss_mask"], "loss_mask", size, at_most=size), np.uint8)
-    mask = np.unpackbits(bits, count=length, bitorder="little").view(np.bool_)
-    starts = _segments(planes, "segment_starts", "<u4", length).astype(np.int32)
-    return mask, starts, _segments(planes, "segment_documents", "<i8", length).astype(np.int64)
-
-
-def _segments(planes: Mapping[str, Any], name: str, stored: str, length: int) -> NDArray[Any]:
-    width = np.dtype(stored).itemsize
-    plain = decompress_frame(planes[name], name, None, at_most=length * width)
-    if len(plain) % width:
-        raise PlaneError(name, f"it holds {len(plain)} bytes, expected a multiple of {width}")
-    return np.frombuffer(plain, stored)
-
-
 def used_places(sizes: NDArray[Any], width: int) -> NDArray[np.bool_]:
-    """Returns bool [L, width], true for the first `sizes[t]` entries of each position."""
+    """Returns bool [M, width], true for the first `sizes[m]` entries of each position."""
     return np.arange(width) < sizes[:, None]

@@ -116,7 +116,8 @@ def too_deep(values: NDArray[np.float32], highest: NDArray[np.float32]) -> NDArr
 def without_deep(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Returns values [N, E] with -inf for those that `encode_range` stores as it."""
     highest = values.max(axis=1, keepdims=True, initial=-np.inf)
-    return np.where(too_deep(values, highest), np.float32(-np.inf), values)
+    deep = too_deep(values, highest)
+    return np.where(deep, np.float32(-np.inf), values) if deep.any() else values
 
 
 def _step_of(span: NDArray[np.float32]) -> NDArray[np.float32]:

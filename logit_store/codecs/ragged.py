@@ -1,6 +1,6 @@
 """Heads cut short where their probabilities reach a mass; what leaves a head joins the rest, exactly.
 
-Shapes: L positions of a row, k head entries, D entries that join the rest, G grid temperatures.
+Shapes: M recorded positions of a row, k head entries, D entries that join the rest, G grid temperatures.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def cut_to_mass(record: TeacherRecord, spec: RecordSpec, mass: float) -> Teacher
 def join_rest(
     record: TeacherRecord, joining: NDArray[np.float64], temperatures: Sequence[float]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Returns log R [L, G] and entropy [L] of a record's rest together with entries that join it.
+    """Returns log R [M, G] and entropy [M] of a record's rest together with entries that join it.
 
     With l the log-probabilities at temperature 1 of the entries D that join, R and H the old rest's mass and
     entropy:
@@ -56,7 +56,7 @@ def join_rest(
 
     Args:
         record: whose rest it is.
-        joining: log-probabilities [L, D], -inf for none. A position where none joins stays as it is.
+        joining: log-probabilities [M, D], -inf for none. A position where none joins stays as it is.
         temperatures: the grid; 1 is on it.
     """
     rest = record.log_rest.astype(np.float64)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sparsekd.logit_store.errors import DamagedStoreError
-from sparsekd.logit_store.manifest import tokenizer_digest
 from sparsekd.logit_store.places.cache import Cache
 from sparsekd.logit_store.places.files import REMOTE, TEMPORARY_PREFIX, explained, files_below, read_range
 from sparsekd.logit_store.places.paths import RemotePath, StorePath
+from sparsekd.logit_store.tokenizer_files import tokenizer_digest
 
 KINDS = ("positional", "mapped")
 

@@ -9,11 +9,13 @@ from numpy.typing import NDArray
 
 from sparsekd.logit_store.errors import DamagedStoreError
 from sparsekd.logit_store.json_text import read_signed_json
-from sparsekd.logit_store.manifest import FORMAT_VERSION, Manifest
+from sparsekd.logit_store.manifest import Manifest
+from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
 from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.planes import names_of, planes_of
 from sparsekd.logit_store.protocol.layout import REMEDY, commit_file
-from sparsekd.logit_store.protocol.message import largest_message, stored_planes
-from sparsekd.logit_store.row import PADDING_DOCUMENT, Row, segment_lengths
+from sparsekd.logit_store.protocol.message import largest_message
+from sparsekd.logit_store.row import PADDING_DOCUMENT, Row, is_real
 from sparsekd.logit_store.typed_json import Count, Sha256, read_bounded, require, short, typed
 
 RECORD_BYTES = 16 << 20
@@ -27,12 +29,14 @@ class RowCounts:
     Attributes:
         tokens: positions, padding included.
         tokens_counted: positions where the loss mask is True.
+        tokens_recorded: positions with a teacher's record.
         tokens_padding: positions of padding segments.
         segments: documents, or pieces of one, without padding.
     """
 
     tokens: Count
     tokens_counted: Count
+    tokens_recorded: Count
     tokens_padding: Count
     segments: Count
 
@@ -72,11 +76,13 @@ class CommitRecord:
 
 def count_rows(rows: Sequence[Row]) -> RowCounts:
     """Counts positions and segments over rows."""
-    padding = sum(int(segment_lengths(row)[row.segment_documents == PADDING_DOCUMENT].sum()) for row in rows)
     return RowCounts(
         tokens=sum(len(row.token_ids) for row in rows),
-        tokens_counted=sum(int(row.loss_mask.sum()) for row in rows),
-        tokens_padding=padding,
+        tokens_counted=sum(int(np.count_nonzero(row.loss_mask)) for row in rows),
+        tokens_recorded=sum(
+            0 if row.recorded is None else int(np.count_nonzero(row.recorded)) for row in rows
+        ),
+        tokens_padding=sum(int(np.count_nonzero(~is_real(row))) for row in rows),
         segments=sum(int((row.segment_documents != PADDING_DOCUMENT).sum()) for row in rows),
     )
 
@@ -194,10 +200,11 @@ def check_sums(
     """
     positions = rows * manifest.sequence_length
     require(counts.tokens == positions, where, "counts.tokens", str(positions), counts.tokens)
-    tokens, padding = counts.tokens_counted, counts.tokens_padding
+    padding = counts.tokens_padding
     require(padding <= positions, where, "counts.tokens_padding", f"at most {positions}", padding)
     left = positions - padding
-    require(tokens <= left, where, "counts.tokens_counted", f"at most {left}", tokens)
-    require(counts.segments <= left, where, "counts.segments", f"at most {left}", counts.segments)
-    planes = sorted(stored_planes(manifest))
+    for name in ("tokens_counted", "tokens_recorded", "segments"):
+        found = getattr(counts, name)
+        require(found <= left, where, f"counts.{name}", f"at most {left}", found)
+    planes = sorted(names_of(planes_of(manifest)))
     require(sorted(plane_bytes) == planes, where, "plane_bytes", ", ".join(planes), sorted(plane_bytes))

@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
 from sparsekd.logit_store.json_text import read_signed_json
 from sparsekd.logit_store.manifest import (
-    FORMAT_VERSION,
     MANIFEST_NAME,
     Manifest,
     manifest_digest,
     manifest_to_json,
 )
+from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.protocol.commit import RowCounts, check_sums
 from sparsekd.logit_store.protocol.layout import INDEX_NAME

@@ -2,12 +2,17 @@
 
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
-from sparsekd.logit_store.checks import check_row
-from sparsekd.logit_store.codecs.codec import PlaneError, codec_of
+from sparsekd.logit_store.checks import check_planes
+from sparsekd.logit_store.codecs.codec import Arrays, codec_of
+from sparsekd.logit_store.codecs.frames import PlaneError
+from sparsekd.logit_store.codecs.frequency import mass_of
 from sparsekd.logit_store.errors import DamagedStoreError
-from sparsekd.logit_store.manifest import FORMAT_VERSION, Manifest, manifest_digest
+from sparsekd.logit_store.manifest import Manifest, manifest_digest
+from sparsekd.logit_store.manifest_checks import FORMAT_VERSION, decoded_row_bytes
+from sparsekd.logit_store.planes import names_of, planes_of
 from sparsekd.logit_store.protocol.arrow_layout import (
     batch_message,
     file_footer,
@@ -16,15 +21,7 @@ from sparsekd.logit_store.protocol.arrow_layout import (
     split_message,
 )
 from sparsekd.logit_store.protocol.layout import REMEDY
-from sparsekd.logit_store.row import Row, TeacherRecord
-
-ROW_BYTES = 256 << 20
-"""Bytes of a decoded row at most. 16,384 positions of k = 512 and n = 64 take 80 MB."""
-
-
-def stored_planes(manifest: Manifest) -> tuple[str, ...]:
-    """Returns the names of the planes of every row, in stored order."""
-    return codec_of(manifest).planes(manifest)
+from sparsekd.logit_store.row import Row, row_of_planes
 
 
 def _shard_metadata(manifest: Manifest, split: str, shard: int) -> list[tuple[str, str]]:
@@ -42,7 +39,7 @@ def _shard_metadata(manifest: Manifest, split: str, shard: int) -> list[tuple[st
 
 def shard_header(manifest: Manifest, split: str, shard: int) -> bytes:
     """Returns the bytes with which the shard's file must begin."""
-    return file_header(stored_planes(manifest), _shard_metadata(manifest, split, shard))
+    return file_header(names_of(planes_of(manifest)), _shard_metadata(manifest, split, shard))
 
 
 def shard_footer(manifest: Manifest, split: str, shard: int, batches: Iterable[tuple[int, int]]) -> bytes:
@@ -54,21 +51,12 @@ def shard_footer(manifest: Manifest, split: str, shard: int, batches: Iterable[t
         shard: number of the shard in it.
         batches: (offset, length) of each row's batch in the file.
     """
-    return file_footer(stored_planes(manifest), _shard_metadata(manifest, split, shard), batches)
+    return file_footer(names_of(planes_of(manifest)), _shard_metadata(manifest, split, shard), batches)
 
 
 def row_message(index: int, planes: Sequence[bytes | memoryview]) -> bytes:
     """Returns the bytes of a row's batch with these stored planes, in the codec's order."""
     return batch_message(index, [zlib.crc32(plane) for plane in planes], planes)
-
-
-def decoded_bytes(manifest: Manifest) -> int:
-    """Returns how many bytes the arrays of a decoded row take at most."""
-    record = manifest.record
-    of_position = 4 + 1 + 12  # token, mask, and at most one segment
-    if manifest.teacher is not None:
-        of_position += 8 * record.k + 12 * record.n + 4 * len(record.temperatures) + 12
-    return manifest.sequence_length * of_position
 
 
 def largest_message(manifest: Manifest) -> int:
@@ -77,7 +65,7 @@ def largest_message(manifest: Manifest) -> int:
     No codec stores a plane in more than its decoded arrays take, but for the frames around incompressible
     pieces; twice that and a fixed allowance hold any batch, and are what a reader may be made to allocate.
     """
-    return 2 * decoded_bytes(manifest) + (1 << 16)
+    return 2 * decoded_row_bytes(manifest) + (1 << 16)
 
 
 def read_batch(
@@ -87,7 +75,7 @@ def read_batch(
 
     Args:
         message: the batch's bytes.
-        planes: `stored_planes`.
+        planes: their names, in stored order.
 
     Raises:
         ValueError: they are no such batch; says why not.
@@ -101,7 +89,7 @@ def find_damage(message: bytes | memoryview, planes: Sequence[str], offset: int,
 
     Args:
         message: the batch's bytes.
-        planes: `stored_planes`.
+        planes: their names, in stored order.
         offset: of the batch in the file.
         index: number of the row that should be there.
     """
@@ -120,39 +108,87 @@ def find_damage(message: bytes | memoryview, planes: Sequence[str], offset: int,
     return f"every plane: it is the batch of row {found}, {everywhere}" if found != index else frame
 
 
-def decode_row(
-    message: bytes | memoryview,
-    manifest: Manifest,
-    index: int,
-    where: str,
-    out: TeacherRecord | None = None,
-) -> Row:
-    """Decodes and checks a row's batch whose crc32 was right, which says nothing of who made it.
+def stored_planes(
+    message: bytes | memoryview, manifest: Manifest, index: int, where: str
+) -> dict[str, memoryview]:
+    """Returns the stored bytes of each plane of a row's batch.
 
-    Args:
-        message: the batch's bytes.
-        manifest: of the store.
-        index: number of the row that should be there.
-        where: the row's place, for messages.
-        out: arrays that the record is written to, see `Codec.decode`; None makes new ones.
+    Its crc32 was right, which says nothing of who made it.
 
     Raises:
-        DamagedStoreError: it is no batch of this store, another row, or a plane cannot be decoded.
-        InvalidRowError: the decoded row breaks a rule.
+        DamagedStoreError: it is no batch of this store, or another row.
     """
-    codec = codec_of(manifest)
     try:
-        found, _, planes = read_batch(message, codec.planes(manifest))
+        found, _, planes = read_batch(message, names_of(planes_of(manifest)))
     except ValueError as error:
         raise DamagedStoreError(f"{where}: its batch cannot be read ({error}): {REMEDY}.") from error
     if found != index:
         raise DamagedStoreError(f"{where} holds row {found} instead: rows were swapped; {REMEDY}.")
+    return planes
+
+
+def decode_planes(
+    stored: Mapping[str, Any],
+    manifest: Manifest,
+    split: str,
+    where: str,
+    *,
+    wanted: Collection[str] | None = None,
+    reuse: Arrays | None = None,
+) -> Arrays:
+    """Decodes and checks planes of a row.
+
+    Args:
+        stored: bytes of all its planes.
+        manifest: of the store.
+        split: of the row.
+        where: the row's place, for messages.
+        wanted: names of planes, see `Codec.decode_planes`; None for all.
+        reuse: see `Codec.decode_planes`.
+
+    Raises:
+        DamagedStoreError: a plane cannot be decoded.
+        InvalidRowError: what is decoded breaks a rule.
+    """
     try:
-        row = codec.decode(planes, manifest, out)
+        planes = codec_of(manifest).decode_planes(stored, manifest, wanted, reuse)
     except PlaneError as error:
         raise DamagedStoreError(f"{where}, plane {error.plane}: {error}; {REMEDY}.") from error
     except (ValueError, IndexError, OverflowError) as error:
         # What numpy says of contents that no codec writes and that none looked for.
         raise DamagedStoreError(f"{where}: its planes cannot be decoded ({error}); {REMEDY}.") from error
-    check_row(row, manifest, mass_tolerance=codec.mass_tolerance, where=where)
-    return row
+    check_planes(
+        planes,
+        manifest,
+        split=split,
+        where=where,
+        short_heads=mass_of(manifest) is not None,
+        only=None if wanted is None else planes.keys(),
+    )
+    return planes
+
+
+def decode_row(
+    message: bytes | memoryview,
+    manifest: Manifest,
+    split: str,
+    index: int,
+    where: str,
+    reuse: Arrays | None = None,
+) -> Row:
+    """Decodes and checks a row's batch whose crc32 was right.
+
+    Args:
+        message: the batch's bytes.
+        manifest: of the store.
+        split: of the row.
+        index: number of the row that should be there.
+        where: the row's place, for messages.
+        reuse: see `Codec.decode_planes`.
+
+    Raises:
+        DamagedStoreError: it is another row, or a plane cannot be decoded.
+        InvalidRowError: the decoded row breaks a rule.
+    """
+    stored = stored_planes(message, manifest, index, where)
+    return row_of_planes(decode_planes(stored, manifest, split, where, reuse=reuse))

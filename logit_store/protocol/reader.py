@@ -8,10 +8,11 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 
-from sparsekd.logit_store.codecs.codec import codec_of
+from sparsekd.logit_store.codecs.codec import Arrays, codec_of
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
 from sparsekd.logit_store.json_text import signed_digest
 from sparsekd.logit_store.manifest import (
@@ -32,6 +33,7 @@ from sparsekd.logit_store.places.access import (
 from sparsekd.logit_store.places.cache import Cache, default_cache
 from sparsekd.logit_store.places.files import size_of
 from sparsekd.logit_store.places.paths import RemotePath, StorePath, store_path
+from sparsekd.logit_store.planes import names_of, planes_of, text_planes
 from sparsekd.logit_store.protocol.commit import CommitRecord, check_record, read_commit
 from sparsekd.logit_store.protocol.index import SplitIndex, read_index
 from sparsekd.logit_store.protocol.layout import (
@@ -42,14 +44,13 @@ from sparsekd.logit_store.protocol.layout import (
     shard_file,
 )
 from sparsekd.logit_store.protocol.message import (
-    ROW_BYTES,
+    decode_planes,
     decode_row,
-    decoded_bytes,
     find_damage,
     stored_planes,
 )
-from sparsekd.logit_store.row import Row, TeacherRecord
-from sparsekd.logit_store.typed_json import one_line, require
+from sparsekd.logit_store.row import Row, row_of_planes
+from sparsekd.logit_store.typed_json import one_line
 
 COMMIT_RECORDS_KEPT = 1024
 """About 20 bytes per row each: 20 MB where a shard has 1,000 rows."""
@@ -80,7 +81,7 @@ class LogitStore:
         self._access = access
         self._cache = cache
         self._manifest_sha256 = manifest_digest(manifest)
-        self._planes = stored_planes(manifest)
+        self._planes = names_of(planes_of(manifest))
         self._commits: OrderedDict[tuple[str, int], CommitRecord] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -212,7 +213,7 @@ class LogitStore:
         damage = find_damage(message, self._planes, offset, index)
         raise DamagedStoreError(f"{where}: stored bytes differ from their checksum in {damage}; {REMEDY}.")
 
-    def read_row(self, split: str, index: int, out: TeacherRecord | None = None) -> Row:
+    def read_row(self, split: str, index: int, reuse: Arrays | None = None) -> Row:
         """Returns a row, after one positional read.
 
         Checked are the crc32 of the stored bytes, the checksum of each decompressed plane, the row's own
@@ -221,8 +222,8 @@ class LogitStore:
         Args:
             split: name of the row space.
             index: number of the row in it.
-            out: arrays that the record is written to (see `codec.new_record`), so that many reads take the
-                memory of one; None makes new ones.
+            reuse: arrays of a row that was read before and is needed no more, so that many reads take the
+                memory of one: an empty dictionary at first. None makes new arrays.
 
         Raises:
             DamagedStoreError: the bytes are not those that were written.
@@ -231,7 +232,33 @@ class LogitStore:
         """
         message = self.read_message(split, index)
         where = row_place(self.path, split, index, self.manifest.rows_per_shard)
-        return decode_row(message, self.manifest, index, where, out)
+        return decode_row(message, self.manifest, split, index, where, reuse)
+
+    def read_planes(
+        self, split: str, index: int, names: Collection[str], reuse: Arrays | None = None
+    ) -> Arrays:
+        """Returns some planes of a row by name, after one positional read; the others are not decoded.
+
+        With them come those that say where they stand (`loss_mask`, `recorded`, ...). Names of planes that
+        the store does not have are left out.
+
+        Args:
+            split: name of the row space.
+            index: number of the row in it.
+            names: of planes, see `planes.TABLE`.
+            reuse: as of `read_row`.
+
+        Raises:
+            DamagedStoreError, InvalidRowError, StoreError: as `read_row`.
+        """
+        message = self.read_message(split, index)
+        where = row_place(self.path, split, index, self.manifest.rows_per_shard)
+        stored = stored_planes(message, self.manifest, index, where)
+        return decode_planes(stored, self.manifest, split, where, wanted=names, reuse=reuse)
+
+    def read_text(self, split: str, index: int) -> Row:
+        """Returns a row without its teacher's record, whose planes are not decoded; raises as `read_row`."""
+        return row_of_planes(self.read_planes(split, index, text_planes(self.manifest)))
 
 
 def open_store(
@@ -256,9 +283,6 @@ def open_store(
         )
     text = read_manifest_text(path)
     manifest = manifest_from_json(text, str(path / MANIFEST_NAME))
-    size = decoded_bytes(manifest)
-    expected = f"at most {ROW_BYTES:,}"
-    require(size <= ROW_BYTES, path / MANIFEST_NAME, "bytes of a row by its shapes", expected, size)
     try:
         codec_of(manifest)
     except StoreError as error:

@@ -30,6 +30,7 @@ from sparsekd.logit_store.places.files import (
     size_of,
 )
 from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.planes import names_of, planes_of, text_planes
 from sparsekd.logit_store.protocol.arrow_layout import is_end, message_length
 from sparsekd.logit_store.protocol.commit import (
     CommitRecord,
@@ -46,9 +47,8 @@ from sparsekd.logit_store.protocol.message import (
     row_message,
     shard_footer,
     shard_header,
-    stored_planes,
 )
-from sparsekd.logit_store.row import Row
+from sparsekd.logit_store.row import Row, planes_of_row
 
 LOOKS = 3
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -96,12 +96,10 @@ def keep_copy(path: StorePath, file: StorePath) -> StorePath:
     raise AssertionError("unreachable")
 
 
-def is_same_text(left: Row, right: Row) -> bool:
+def is_same_text(left: Row, right: Row, manifest: Manifest) -> bool:
     """Returns whether two rows are of the same tokens, losses and documents, whatever a teacher said."""
-    return all(
-        np.array_equal(getattr(left, name), getattr(right, name))
-        for name in ("token_ids", "loss_mask", "segment_starts", "segment_documents")
-    )
+    one, other = planes_of_row(left), planes_of_row(right)
+    return all(np.array_equal(one[name], other[name]) for name in text_planes(manifest))
 
 
 def record_of_file(
@@ -132,7 +130,7 @@ def record_of_file(
         data = read_range(place, 0, size)
     if not data.startswith(header):
         raise DamagedStoreError(f"{place} does not begin as this shard of this store must: {REMEDY}.")
-    planes = stored_planes(manifest)
+    planes = names_of(planes_of(manifest))
     first = shard * manifest.rows_per_shard
     view = memoryview(data)
     # Numbers alone are kept: all decoded rows of a shard are many times its file.
@@ -149,8 +147,9 @@ def record_of_file(
             _, _, stored = read_batch(message, planes)
         except ValueError as error:
             raise DamagedStoreError(f"{where}: its batch cannot be read ({error}): {REMEDY}.") from error
-        row = decode_row(message, manifest, index, where)
-        if text is not None and not (len(counts) < len(text) and is_same_text(row, text[len(counts)])):
+        row = decode_row(message, manifest, split, index, where)
+        here = None if text is None else text[len(counts) : len(counts) + 1]
+        if here is not None and not (here and is_same_text(row, here[0], manifest)):
             raise DamagedStoreError(f"{where} holds another text than is written here: {REMEDY}.")
         # From the planes alone, so that not a byte around them is taken over; with their checksums, so that a
         # plane which differs from its own makes another batch.

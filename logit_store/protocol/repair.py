@@ -8,7 +8,7 @@ anew.
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.recover import keep_copy, quarantine, record_of_file
 from sparsekd.logit_store.protocol.shard import write_rows
 from sparsekd.logit_store.protocol.writer import seal
-from sparsekd.logit_store.row import Row
+from sparsekd.logit_store.row import Row, planes_of_row
 
 Recapture = Callable[[str, int], Sequence[Row]]
 """Makes the rows of (split, shard) anew."""
@@ -150,13 +150,10 @@ def _difference(store: LogitStore, record: CommitRecord, rows: Sequence[Row]) ->
 
 
 def _first_difference(stored: Row, row: Row) -> str | None:
-    names = [field.name for field in fields(Row) if field.name != "teacher"]
-    pairs = [(name, getattr(stored, name), getattr(row, name)) for name in names]
-    if stored.teacher is not None and row.teacher is not None:
-        names = [field.name for field in fields(stored.teacher)]
-        pairs += [(name, getattr(stored.teacher, name), getattr(row.teacher, name)) for name in names]
-    for name, left, right in pairs:
-        if left is None or right is None or np.array_equal(left, right):
+    one, other = planes_of_row(stored), planes_of_row(row)
+    for name in (name for name in one if name in other):
+        left, right = one[name], other[name]
+        if np.array_equal(left, right):
             continue
         if left.shape != right.shape:
             return f"the shape of {name}"

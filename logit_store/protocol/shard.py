@@ -11,10 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from sparsekd.logit_store.checks import check_row
-from sparsekd.logit_store.codecs.codec import codec_of, new_record
+from sparsekd.logit_store.codecs.codec import Arrays, codec_of
+from sparsekd.logit_store.codecs.faithful import first_difference
+from sparsekd.logit_store.codecs.frequency import mass_of
+from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import Manifest, manifest_digest
 from sparsekd.logit_store.places.files import HashingFile
 from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.planes import names_of, planes_of
 from sparsekd.logit_store.protocol.commit import CommitRecord, RowCounts, count_rows, sum_of_counts
 from sparsekd.logit_store.protocol.layout import row_place
 from sparsekd.logit_store.protocol.message import row_message, shard_footer, shard_header
@@ -26,28 +30,33 @@ def write_rows(
 ) -> CommitRecord:
     """Writes a shard's Arrow file and returns its commit record.
 
-    Every row is checked, encoded, decoded again and checked again: what could not be read is not written.
+    Every row is checked, encoded, decoded again and compared: what would not be read as it was given is not
+    written.
     Each is taken from `rows` once, in order, so that a sequence which reads them one by one needs little
     memory.
 
     Raises:
         InvalidRowError: a row breaks a rule.
+        StoreError: the codec does not give a row back.
     """
     codec = codec_of(manifest)
-    planes = codec.planes(manifest)
+    planes = names_of(planes_of(manifest))
     plane_bytes = dict.fromkeys(planes, 0)
     batches: list[tuple[int, int]] = []
     crc32: list[int] = []
     counts: list[RowCounts] = []
-    again = new_record(manifest)
+    reuse: Arrays = {}
     first = shard * manifest.rows_per_shard
     file.write(shard_header(manifest, split, shard))
     for index, row in enumerate(rows, start=first):
         where = row_place(store, split, index, manifest.rows_per_shard)
-        check_row(row, manifest, mass_tolerance=codec.mass_tolerance, where=where)
+        check_row(row, manifest, split=split, where=where, short_heads=mass_of(manifest) is not None)
         stored = codec.encode(row, manifest)
-        decoded = codec.decode(stored, manifest, again)
-        check_row(decoded, manifest, mass_tolerance=codec.mass_tolerance, where=where)
+        if difference := first_difference(row, codec.decode_planes(stored, manifest, None, reuse), manifest):
+            raise StoreError(
+                f"{where}: the codec {manifest.codec.name} does not give back {difference}; nothing of the "
+                "shard was written: this is a fault of sparsekd, please report it with the store's manifest."
+            )
         message = row_message(index, [stored[plane] for plane in planes])
         counts.append(count_rows([row]))
         crc32.append(zlib.crc32(message))

@@ -16,17 +16,14 @@ from sparsekd.logit_store.codecs.codec import codec_of
 from sparsekd.logit_store.errors import DamagedStoreError, NameTakenError, StoreError
 from sparsekd.logit_store.json_text import signed_digest, signed_json
 from sparsekd.logit_store.manifest import (
-    FORMAT_VERSION,
     MANIFEST_NAME,
     Manifest,
     compare_manifests,
-    digest_of_files,
-    files_of_tokenizer,
     manifest_digest,
     manifest_to_json,
     read_manifest,
-    tokenizer_digest,
 )
+from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
 from sparsekd.logit_store.places.file_system import Produce
 from sparsekd.logit_store.places.files import (
     TEMPORARY_PREFIX,
@@ -45,6 +42,7 @@ from sparsekd.logit_store.places.files import (
     size_of,
 )
 from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.planes import names_of, planes_of
 from sparsekd.logit_store.protocol.commit import (
     CommitRecord,
     RowCounts,
@@ -64,6 +62,7 @@ from sparsekd.logit_store.protocol.message import shard_header
 from sparsekd.logit_store.protocol.recover import adopt_shard, quarantine
 from sparsekd.logit_store.protocol.shard import write_rows
 from sparsekd.logit_store.row import Row
+from sparsekd.logit_store.tokenizer_files import digest_of_files, files_of_tokenizer, tokenizer_digest
 
 SETTLE_TRIES = 20
 """Times that a writer looks whether record and shard fit, where another may have replaced one of them."""
@@ -340,7 +339,7 @@ def _seal_split(path: StorePath, manifest: Manifest, split: str, shards: int) ->
     digest = manifest_digest(manifest)
     entries = []
     counts = dict.fromkeys((field.name for field in fields(RowCounts)), 0)
-    plane_bytes = dict.fromkeys(codec_of(manifest).planes(manifest), 0)
+    plane_bytes = dict.fromkeys(names_of(planes_of(manifest)), 0)
     file_bytes = 0
 
     def checked(shard: int) -> tuple[CommitRecord, bytes]:

@@ -14,7 +14,7 @@ from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import Manifest, compare_manifests
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
-from sparsekd.logit_store.row import PADDING_DOCUMENT, Row, document_of_position
+from sparsekd.logit_store.row import PADDING_DOCUMENT, Row, document_of_position, narrowed
 from sparsekd.logit_store.tools.derive import (
     PROVENANCE,
     Progress,
@@ -68,8 +68,8 @@ def subset_store(
         target: the new store.
         split: take rows of this split only.
         rows: numbers of rows; needs `split` where the store has rows in several.
-        documents: numbers of documents; a row that holds any of them is taken, and its loss mask is cleared
-            outside of them.
+        documents: numbers of documents; a row that holds any of them is taken, and outside of them its loss
+            mask is cleared and its records are dropped.
         fraction: expected share of the rows, above 0 and at most 1; a row is taken when its key, which
             depends on its token ids and the seed, is below it. So a row's lot does not depend on its place.
         seed: of the fraction, from 0 to 2^64 - 1.
@@ -206,7 +206,7 @@ def _survey(stores: Sequence[LogitStore], allow_repeated_rows: bool, progress: P
     done = 0
     for number, split in places:
         for index in range(stores[number].rows(split)):
-            row = stores[number].read_row(split, index)
+            row = stores[number].read_text(split, index)
             keys[done] = row_key(row)
             highest[number] = max(highest[number], int(row.segment_documents.max()))
             done += 1
@@ -220,7 +220,8 @@ def _survey(stores: Sequence[LogitStore], allow_repeated_rows: bool, progress: P
         part = int(np.searchsorted(starts, flat, side="right")) - 1
         number, split = places[part]
         index = flat - int(starts[part])
-        return f"row {index} of split {split} of {stores[number].path}", stores[number].read_row(split, index)
+        store = stores[number]
+        return f"row {index} of split {split} of {store.path}", store.read_text(split, index)
 
     for place in np.flatnonzero(keys[order][1:] == keys[order][:-1]):
         (where, row), (where_again, again) = read(int(order[place])), read(int(order[place + 1]))
@@ -268,7 +269,7 @@ def _search(
     for split in splits:
         taken = []
         for index in range(store.rows(split)):
-            if is_taken(store.read_row(split, index)):
+            if is_taken(store.read_text(split, index)):
                 taken.append(index)
             done += 1
             progress("rows looked at", done, total)
@@ -292,7 +293,8 @@ def _check_rows(store: LogitStore, split: str, spans: NDArray[np.int64]) -> None
 
 
 def _masked(row: Row, documents: NDArray[np.int64]) -> Row:
-    return replace(row, loss_mask=row.loss_mask & _within(document_of_position(row), documents))
+    """Returns the row without loss and records outside of some documents; a mask is never widened."""
+    return narrowed(row, _within(document_of_position(row), documents))
 
 
 def _spans(numbers: Numbers, name: str) -> NDArray[np.int64]:

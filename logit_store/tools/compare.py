@@ -9,10 +9,10 @@ With S the shared ids, z_T = A_T + R_T and p_i = exp(l_i / T) / z_T of one store
 
 This is a true divergence between the two teachers' distributions over that division: 0 for equal records, the
 tail bucket's divergence where the heads hold the same ids, and never more than the divergence over the whole
-vocabulary (joining outcomes cannot raise it). Draws are not looked at. Positions that either loss mask leaves
-out are not counted.
+vocabulary (joining outcomes cannot raise it). Draws are not looked at. Counted are the positions that both
+loss masks count and both stores recorded.
 
-Shapes: L positions of a row, k and m entries of the two heads, G common grid temperatures.
+Shapes: L counted positions of a row, k and m entries of the two heads, G common grid temperatures.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from sparsekd.logit_store.codecs.ragged import log_sum_exp
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
-from sparsekd.logit_store.row import Row, TeacherRecord
+from sparsekd.logit_store.row import Row, TeacherRecord, records_at
 from sparsekd.logit_store.tools.derive import Progress, no_progress
 from sparsekd.logit_store.tools.inspect import evenly, section, table
 from sparsekd.logit_store.tools.spread import Spread
@@ -155,17 +155,16 @@ def compare_stores(
     for done, (split, index) in enumerate(places, start=1):
         left, right = one.read_row(split, index), other.read_row(split, index)
         _check_tokens(one, other, split, index, left, right)
-        assert left.teacher is not None and right.teacher is not None
-        counted = np.flatnonzero(left.loss_mask & right.loss_mask)
+        both = _counted_in_both(left, right)
+        counted = np.flatnonzero(both)
         progress("rows", done, len(places))
         if not counted.size:
             continue
-        shared = match_heads(left.teacher.head_ids[counted], right.teacher.head_ids[counted])
+        one_record, other_record = records_at(left, both), records_at(right, both)
+        shared = match_heads(one_record.head_ids, other_record.head_ids)
         for number, temperature in enumerate(temperatures):
-            p = divided(left.teacher, counted, shared, temperature, columns[0][number])
-            q = divided(
-                right.teacher, counted, _turned(shared, right.teacher), temperature, columns[1][number]
-            )
+            p = divided(one_record, shared, temperature, columns[0][number])
+            q = divided(other_record, _turned(shared, other_record), temperature, columns[1][number])
             q = _in_order_of(q, shared)
             there = kl(p, q)
             forward[number].add(there)
@@ -175,13 +174,11 @@ def compare_stores(
                 worst[number] = (split, index, int(counted[there.argmax()]))
             if number == 0:
                 sums[1] += np.exp(p[:, -1]).sum()
-        larger = max(left.teacher.head_ids.shape[1], right.teacher.head_ids.shape[1])
+        larger = max(one_record.head_ids.shape[1], other_record.head_ids.shape[1])
         sums[0] += (shared >= 0).sum() / larger
-        sums[2] += (left.teacher.head_ids[counted, 0] == right.teacher.head_ids[counted, 0]).sum()
+        sums[2] += (one_record.head_ids[:, 0] == other_record.head_ids[:, 0]).sum()
         with np.errstate(invalid="ignore"):
-            difference = np.abs(
-                left.teacher.true_logprob[counted].astype(np.float64) - right.teacher.true_logprob[counted]
-            )
+            difference = np.abs(one_record.true_logprob.astype(np.float64) - other_record.true_logprob)
         true_difference.add(np.where(np.isnan(difference), 0, difference))  # -inf in both
         positions += counted.size
     means = sums / max(positions, 1)
@@ -218,25 +215,20 @@ def match_heads(left: NDArray[np.int32], right: NDArray[np.int32]) -> NDArray[np
 
 
 def divided(
-    record: TeacherRecord,
-    counted: NDArray[np.int64],
-    shared: NDArray[np.int64],
-    temperature: float,
-    column: int,
+    record: TeacherRecord, shared: NDArray[np.int64], temperature: float, column: int
 ) -> NDArray[np.float64]:
     """Returns log-probabilities [L, k + 1] at T: entries that are shared, -inf for the others, the joined
     outcome.
 
     Args:
-        record: of a row.
-        counted: positions to take, [L].
+        record: at L positions.
         shared: [L, k], below 0 where the entry is not shared.
         temperature: T.
         column: of T in the record's grid.
     """
     # Without what some codecs store as -inf: where one store has it and the other has not, both count as 0.
-    head = without_deep(record.head_logprobs[counted]).astype(np.float64) / temperature
-    rest = record.log_rest[counted, column].astype(np.float64)[:, None]
+    head = without_deep(record.head_logprobs).astype(np.float64) / temperature
+    rest = record.log_rest[:, column].astype(np.float64)[:, None]
     whole = log_sum_exp(np.concatenate([head, rest], axis=1))[:, None]
     alone = shared < 0
     joined = log_sum_exp(np.concatenate([np.where(alone, head, -np.inf), rest], axis=1))[:, None]
@@ -257,6 +249,12 @@ def bytes_per_token(store: LogitStore) -> float:
     """Returns the stored bytes of the shards over their tokens."""
     indices = [store.index(split) for split in store.manifest.splits]
     return sum(index.file_bytes for index in indices) / max(sum(index.counts.tokens for index in indices), 1)
+
+
+def _counted_in_both(left: Row, right: Row) -> NDArray[np.bool_]:
+    """Returns bool of the row's positions: the loss counts and a record stands, in both rows."""
+    assert left.recorded is not None and right.recorded is not None
+    return left.loss_mask & left.recorded & right.loss_mask & right.recorded
 
 
 def _turned(shared: NDArray[np.int64], record: TeacherRecord) -> NDArray[np.int64]:
@@ -280,6 +278,7 @@ def _check_comparable(one: LogitStore, other: LogitStore) -> list[float]:
             raise StoreError(f"{store.path} has no head (k = 0), so there is nothing to compare id by id.")
     pairs: list[tuple[str, object, object]] = [
         ("tokenizer.digest", one.manifest.tokenizer.digest[:12], other.manifest.tokenizer.digest[:12]),
+        ("target", one.manifest.target, other.manifest.target),
         ("sequence_length", one.manifest.sequence_length, other.manifest.sequence_length),
         ("splits", one.manifest.splits, other.manifest.splits),
         *((f"rows of {split}", one.rows(split), other.rows(split)) for split in one.manifest.splits

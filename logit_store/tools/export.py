@@ -5,6 +5,7 @@ exist (the token after a document's last, and its log-probability) is null. docs
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,18 @@ from sparsekd.logit_store.places.files import (
     remove_stale,
 )
 from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.planes import Plane, planes_of
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
-from sparsekd.logit_store.row import Row, document_of_position
+from sparsekd.logit_store.row import (
+    IGNORED_LABEL,
+    Row,
+    document_of_position,
+    labels_at_records,
+    labels_of,
+    next_tokens,
+    planes_of_row,
+    weights_of_positions,
+)
 from sparsekd.logit_store.tools.derive import Progress, no_progress
 
 EXPORT_NAME = "EXPORT.json"
@@ -83,30 +94,15 @@ def export_store(
 
 def export_schema(manifest: Manifest, *, text: bool) -> pa.Schema:
     """Returns the columns for a store, without metadata."""
-    record = manifest.record
     fields = [
         pa.field("row", pa.int64(), nullable=False),
         pa.field("position", pa.int32(), nullable=False),
-        pa.field("document", pa.int64(), nullable=False),
-        pa.field("token_id", pa.int32(), nullable=False),
-        pa.field("next_token_id", pa.int32()),
     ]
     if text:
         fields.append(pa.field("text", pa.string(), nullable=False))
-    fields.append(pa.field("loss_mask", pa.bool_(), nullable=False))
-    if manifest.teacher is None:
-        return pa.schema(fields)
-    if record.k:
-        fields += [
-            pa.field("head_ids", pa.list_(pa.int32())),
-            pa.field("head_logprobs", pa.list_(pa.float32())),
-        ]
-    if record.n:
-        fields += [pa.field("tail_ids", pa.list_(pa.int32())), pa.field("tail_counts", pa.list_(pa.int32()))]
-    if record.tail_logprobs:
-        fields.append(pa.field("tail_logprobs", pa.list_(pa.float32())))
-    fields += [pa.field(rest_column(value), pa.float32()) for value in record.temperatures]
-    fields += [pa.field(name, pa.float32()) for name in ("rest_entropy", "true_logprob", "entropy")]
+    for plane in planes_of(manifest):
+        if plane.column is not None:
+            fields += COLUMNS[plane.column].fields(plane, manifest)
     return pa.schema(fields)
 
 
@@ -115,45 +111,133 @@ def rest_column(temperature: float) -> str:
     return "log_rest_" + f"{temperature:g}".replace(".", "_").replace("-", "m").replace("+", "")
 
 
-def position_table(row: Row, index: int, schema: pa.Schema, spell: Callable[[int], str] | None) -> pa.Table:
+def position_table(
+    row: Row, index: int, manifest: Manifest, schema: pa.Schema, spell: Callable[[int], str] | None
+) -> pa.Table:
     """Returns the lines of one row.
 
     Args:
         row: of a store.
         index: its number in the split.
+        manifest: of the store.
         schema: `export_schema`, its columns in order.
         spell: id -> text, where the schema has `text`.
     """
     length = len(row.token_ids)
-    ends = np.zeros(length, np.bool_)
-    ends[np.append(row.segment_starts[1:], length) - 1] = True
     columns: dict[str, pa.Array] = {
         "row": pa.array(np.full(length, index, np.int64)),
         "position": pa.array(np.arange(length, dtype=np.int32)),
-        "document": pa.array(document_of_position(row)),
-        "token_id": pa.array(row.token_ids),
-        "next_token_id": pa.array(np.roll(row.token_ids, -1), mask=ends),
-        "loss_mask": pa.array(row.loss_mask),
     }
     if spell is not None:
         columns["text"] = pa.array([spell(int(token)) for token in row.token_ids], pa.string())
-    record = row.teacher
-    if record is not None:
-        in_head = record.head_ids >= 0
-        columns["head_ids"] = _lists(record.head_ids, in_head)
-        columns["head_logprobs"] = _lists(record.head_logprobs, in_head)
-        drawn = record.tail_counts > 0
-        columns["tail_ids"] = _lists(record.tail_ids, drawn)
-        columns["tail_counts"] = _lists(record.tail_counts, drawn)
-        if "tail_logprobs" in schema.names:
-            columns["tail_logprobs"] = _lists(record.tail_logprobs, drawn)
-        rests = [name for name in schema.names if name.startswith("log_rest_")]
-        for column, name in enumerate(rests):
-            columns[name] = pa.array(np.ascontiguousarray(record.log_rest[:, column]))
-        columns["rest_entropy"] = pa.array(record.rest_entropy)
-        columns["true_logprob"] = pa.array(record.true_logprob, mask=ends)
-        columns["entropy"] = pa.array(record.entropy)
+    arrays = planes_of_row(row)
+    for plane in planes_of(manifest):
+        if plane.column is not None:
+            made = COLUMNS[plane.column]
+            names = (field.name for field in made.fields(plane, manifest))
+            columns |= dict(zip(names, made.arrays(plane, row, arrays[plane.name], manifest), strict=True))
     return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """How a plane becomes columns of the export.
+
+    Attributes:
+        fields: (plane, manifest) -> the columns' fields.
+        arrays: (plane, row, its array, manifest) -> the columns, a value for each position.
+    """
+
+    fields: Callable[[Plane, Manifest], list[pa.Field]]
+    arrays: Callable[[Plane, Row, NDArray[Any], Manifest], list[pa.Array]]
+
+
+def _named(name: str | None, *, nullable: bool) -> Callable[[Plane, Manifest], list[pa.Field]]:
+    """Returns what makes the one field of a plane, under its own name for None."""
+
+    def fields(plane: Plane, manifest: Manifest) -> list[pa.Field]:
+        return [pa.field(name or plane.name, pa.from_numpy_dtype(plane.dtype), nullable=nullable)]
+
+    return fields
+
+
+def _token_fields(plane: Plane, manifest: Manifest) -> list[pa.Field]:
+    fields = [pa.field("token_id", pa.int32(), nullable=False)]
+    return fields if manifest.has_labels else [*fields, pa.field("next_token_id", pa.int32())]
+
+
+def _tokens(plane: Plane, row: Row, array: NDArray[Any], manifest: Manifest) -> list[pa.Array]:
+    if manifest.has_labels:
+        return [pa.array(array)]
+    following = next_tokens(row)
+    return [pa.array(array), pa.array(following.astype(np.int32), mask=following == IGNORED_LABEL)]
+
+
+def _labels(plane: Plane, row: Row, array: NDArray[Any], manifest: Manifest) -> list[pa.Array]:
+    labels = labels_of(row, manifest.target)
+    return [pa.array(labels.astype(np.int32), mask=labels == IGNORED_LABEL)]
+
+
+def _list_fields(plane: Plane, manifest: Manifest) -> list[pa.Field]:
+    return [pa.field(plane.name, pa.list_(pa.from_numpy_dtype(plane.dtype)))]
+
+
+def _lists(plane: Plane, row: Row, array: NDArray[Any], manifest: Manifest) -> list[pa.Array]:
+    """A list per position of the entries that are used; null where there is no record."""
+    assert row.teacher is not None and row.recorded is not None
+    used = row.teacher.head_ids >= 0 if plane.coding == "head" else row.teacher.tail_counts > 0
+    sizes = np.zeros(len(row.token_ids), np.int64)
+    sizes[row.recorded] = used.sum(axis=1)
+    offsets = pa.array(np.append(0, np.cumsum(sizes)).astype(np.int32))
+    return [pa.ListArray.from_arrays(offsets, pa.array(array[used]), mask=pa.array(~row.recorded))]
+
+
+def _grid_fields(plane: Plane, manifest: Manifest) -> list[pa.Field]:
+    return [pa.field(rest_column(value), pa.float32()) for value in manifest.record.temperatures]
+
+
+def _grid(plane: Plane, row: Row, array: NDArray[Any], manifest: Manifest) -> list[pa.Array]:
+    return [_scattered(row, column) for column in array.T]
+
+
+def _numbers(plane: Plane, row: Row, array: NDArray[Any], manifest: Manifest) -> list[pa.Array]:
+    return [pa.array(array) if plane.stands == "position" else _scattered(row, array)]
+
+
+def _true(plane: Plane, row: Row, array: NDArray[Any], manifest: Manifest) -> list[pa.Array]:
+    return [_scattered(row, array, labels_at_records(row, manifest.target) != IGNORED_LABEL)]
+
+
+def _documents(plane: Plane, row: Row, array: NDArray[Any], manifest: Manifest) -> list[pa.Array]:
+    return [pa.array(document_of_position(row))]
+
+
+def _weights(plane: Plane, row: Row, array: NDArray[Any], manifest: Manifest) -> list[pa.Array]:
+    return [pa.array(weights_of_positions(row))]
+
+
+def _scattered(row: Row, values: NDArray[Any], known: NDArray[np.bool_] | None = None) -> pa.Array:
+    """Returns a value per position of those of the records, [M]; null elsewhere and where not `known` [M]."""
+    assert row.recorded is not None
+    every, there = np.zeros(len(row.recorded), values.dtype), row.recorded.copy()
+    every[row.recorded] = values
+    if known is not None:
+        there[row.recorded] = known
+    return pa.array(every, mask=~there)
+
+
+COLUMNS: dict[str, _Column] = {
+    "token": _Column(_token_fields, _tokens),
+    "document": _Column(_named("document", nullable=False), _documents),
+    "weight": _Column(_named("weight", nullable=False), _weights),
+    "flag": _Column(_named(None, nullable=False), _numbers),
+    "label": _Column(_named("label", nullable=True), _labels),
+    "list": _Column(_list_fields, _lists),
+    "grid": _Column(_grid_fields, _grid),
+    "number": _Column(_named(None, nullable=True), _numbers),
+    "true": _Column(_named(None, nullable=True), _true),
+}
+"""How each kind of column that `planes.TABLE` names is made."""
 
 
 def _producer(
@@ -162,15 +246,10 @@ def _producer(
     def produce(file: HashingFile) -> None:
         with pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
             for index in numbers:  # a row group each: one row is in memory
-                writer.write_table(position_table(store.read_row(split, index), index, schema, spell))
+                row = store.read_row(split, index)
+                writer.write_table(position_table(row, index, store.manifest, schema, spell))
 
     return produce
-
-
-def _lists(values: NDArray[Any], used: NDArray[np.bool_]) -> pa.Array:
-    """Returns a list per position [L] of the used ones among values [L, K]."""
-    offsets = np.append(0, np.cumsum(used.sum(axis=1))).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values[used]))
 
 
 def _claim(target: StorePath, store: LogitStore, splits: list[str], text: bool) -> None:

@@ -1,6 +1,6 @@
 """A page about a store for people: what it is, how much, what the teacher said, a few positions with text.
 
-Shapes: L positions of a row, G grid temperatures.
+Shapes: M recorded positions of a row, G grid temperatures.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
-from sparsekd.logit_store.row import NO_ID, Row, TeacherRecord
+from sparsekd.logit_store.row import IGNORED_LABEL, NO_ID, Row, TeacherRecord, labels_at_records, labels_of
 
 CONTEXT_TOKENS = 12
 CANDIDATES_SHOWN = 6
@@ -26,10 +26,26 @@ REST_NOTES = {
 }
 """What people must know of records that a capture of sparsekd did not make."""
 
+RULE_NOTES = {
+    "counted": "at every position that the loss counts",
+    "all": "at every position but padding",
+    "masked": "at every masked position",
+    "sampled": "at {share:.4g} of the positions that the loss counts in train, chosen evenly by the text; "
+    "the loss weighs them by the inverse",
+}
+"""Where records stand, by the manifest's rule."""
+
+TARGET_NOTES = {
+    "next_token": "the token that follows in the document",
+    "masked_token": "the token that belongs at the masked position",
+    "class": "one class for a document",
+}
+"""What a label is, by the manifest's target."""
+
 
 @dataclass(frozen=True)
 class RecordMeans:
-    """Means over the positions of some rows where the loss mask is True.
+    """Means over the positions of some rows that the loss counts and that have a record.
 
     Attributes:
         rows: that were read.
@@ -53,7 +69,7 @@ class RecordMeans:
 
 
 def tail_masses(record: TeacherRecord, temperatures: Sequence[float]) -> NDArray[np.float64]:
-    """Returns R_T / (A_T + R_T), float64 [L, G], with A_T the head's sum of exp(log-probability / T)."""
+    """Returns R_T / (A_T + R_T), float64 [M, G], with A_T the head's sum of exp(log-probability / T)."""
     masses = np.empty(record.log_rest.shape)
     for column, temperature in enumerate(temperatures):
         head = np.exp(record.head_logprobs.astype(np.float64) / temperature).sum(axis=1)
@@ -62,22 +78,22 @@ def tail_masses(record: TeacherRecord, temperatures: Sequence[float]) -> NDArray
     return masses
 
 
-def record_means(rows: Sequence[Row], temperatures: Sequence[float]) -> RecordMeans | None:
+def record_means(rows: Sequence[Row], temperatures: Sequence[float], target: str) -> RecordMeans | None:
     """Returns means over rows with teacher records; None where no position is counted."""
     columns: list[NDArray[np.float64]] = []
     for row in rows:
-        record, mask = row.teacher, row.loss_mask
-        assert record is not None
-        next_token = np.roll(row.token_ids, -1)[:, None]
+        record = row.teacher
+        assert record is not None and row.recorded is not None
+        labels = labels_at_records(row, target)[:, None]
         values = [
             -record.true_logprob,
             record.entropy,
             record.rest_entropy,
             (record.tail_ids != NO_ID).sum(axis=1),
-            (record.head_ids == next_token).any(axis=1),
+            (record.head_ids == labels).any(axis=1),
         ]
         every = np.column_stack([*values, tail_masses(record, temperatures)])
-        columns.append(every[mask])
+        columns.append(every[row.loss_mask[row.recorded]])
     together = np.concatenate(columns)
     if not len(together):
         return None
@@ -134,7 +150,10 @@ def _title(store: LogitStore) -> str:
 
 def _identity(manifest: Manifest) -> str:
     tokenizer, record, teacher = manifest.tokenizer, manifest.record, manifest.teacher
-    pairs: list[tuple[str, str]] = []
+    classes = (
+        "" if manifest.outcomes is None else f" of {len(manifest.outcomes):,}: {_some(manifest.outcomes)}"
+    )
+    pairs: list[tuple[str, str]] = [("target", TARGET_NOTES[manifest.target] + classes)]
     if teacher is not None:
         revision = f" at {teacher.revision}" if teacher.revision else ""
         versions = ", ".join(f"{name} {version}" for name, version in sorted(teacher.versions.items()))
@@ -147,6 +166,7 @@ def _identity(manifest: Manifest) -> str:
             ("", f"{teacher.dtype}, logits in {teacher.logits_dtype}, by {teacher.engine}"),
             ("", versions),
             ("record", f"k = {record.k} exact head entries, n = {record.n}{draws}"),
+            ("", RULE_NOTES[record.positions].format(share=record.share)),
             ("", f"log R at T = {grid}"),
             ("", REST_NOTES[record.rest]),
         ]
@@ -172,6 +192,11 @@ def _identity(manifest: Manifest) -> str:
     return section("What it is", [f"{name:<10} {text}".rstrip() for name, text in pairs if text])
 
 
+def _some(names: Sequence[str]) -> str:
+    more = ", ..." if len(names) > SOURCES_SHOWN else ""
+    return ", ".join(names[:SOURCES_SHOWN]) + more
+
+
 def _dataset_lines(dataset: dict[str, Any]) -> list[str]:
     lines = []
     for name, value in dataset.items():
@@ -193,25 +218,26 @@ def _short(value: object) -> str:
 
 
 def _amounts(store: LogitStore) -> str:
-    header = ["split", "shards", "rows", "tokens", "counted", "padding", "documents", "bytes"]
-    lines, totals = [], np.zeros(7, np.int64)
+    header = ["split", "shards", "rows", "tokens", "counted", "recorded", "padding", "documents", "bytes"]
+    lines, totals = [], np.zeros(8, np.int64)
     for split in store.manifest.splits:
         index = store.index(split)
         counts = index.counts
         amounts = [len(index.record_digests), index.rows, counts.tokens, counts.tokens_counted]
-        amounts += [counts.tokens_padding, counts.segments, index.file_bytes]
+        amounts += [counts.tokens_recorded, counts.tokens_padding, counts.segments, index.file_bytes]
         lines.append([split, *_amount_cells(amounts)])
         totals += np.array(amounts)
     if len(lines) > 1:
         lines.append(["all", *_amount_cells(totals.tolist())])
-    note = "counted: the loss counts the next token; documents: whole ones and pieces cut at a row's end"
+    note = "counted: by the loss; recorded: with a teacher's record; documents: whole ones and pieces"
     return section("How much", [*table(header, lines), note])
 
 
 def _amount_cells(amounts: Sequence[int]) -> list[str]:
-    shards, rows, tokens, counted, padding, documents, size = amounts
+    shards, rows, tokens, counted, recorded, padding, documents, size = amounts
     share = f"{padding / tokens:.1%}" if tokens else "-"
-    return [f"{shards:,}", f"{rows:,}", f"{tokens:,}", f"{counted:,}", share, f"{documents:,}", f"{size:,}"]
+    numbers = [f"{number:,}" for number in (shards, rows, tokens, counted, recorded)]
+    return [*numbers, share, f"{documents:,}", f"{size:,}"]
 
 
 def plane_table(store: LogitStore) -> str:
@@ -230,7 +256,7 @@ def plane_table(store: LogitStore) -> str:
 def _means_table(store: LogitStore, samples: dict[str, dict[int, Row]]) -> str:
     record = store.manifest.record
     means = {
-        split: record_means(list(rows.values()), record.temperatures)
+        split: record_means(list(rows.values()), record.temperatures, store.manifest.target)
         for split, rows in samples.items()
         if rows
     }
@@ -258,17 +284,21 @@ def _means_table(store: LogitStore, samples: dict[str, dict[int, Row]]) -> str:
             [f"distinct ids of {record.n} draws", *(f"{mean.distinct_draws:.2f}" for mean in columns)]
         )
     lines.append(["rows read", *(f"{mean.rows:,}" for mean in columns)])
-    lines.append(["positions counted", *(f"{mean.positions:,}" for mean in columns)])
+    lines.append(["positions", *(f"{mean.positions:,}" for mean in columns)])
     return section("What the teacher said, on average", table(["", *present], lines))
 
 
 def _examples(store: LogitStore, samples: dict[str, dict[int, Row]], positions: int) -> str:
     speller = _speller(store)
-    counted = [
-        (split, index, row, np.flatnonzero(row.loss_mask))
+    shown = {
+        (split, index): row.loss_mask if row.recorded is None else row.loss_mask & row.recorded
         for split, rows in samples.items()
         for index, row in rows.items()
-        if row.loss_mask.any()
+    }
+    counted = [
+        (split, index, samples[split][index], np.flatnonzero(places))
+        for (split, index), places in shown.items()
+        if places.any()
     ]
     if not counted:
         return ""
@@ -285,22 +315,28 @@ def _examples(store: LogitStore, samples: dict[str, dict[int, Row]], positions: 
 def _example(
     store: LogitStore, split: str, index: int, row: Row, place: int, spell: Callable[[Sequence[int]], str]
 ) -> list[str]:
+    outcomes = store.manifest.outcomes
+
+    def spell_outcome(number: int) -> str:
+        return spell([number]) if outcomes is None else outcomes[number]
+
     start = int(row.segment_starts[row.segment_starts <= place].max())
     first = max(start, place + 1 - CONTEXT_TOKENS)
     context = row.token_ids[first : place + 1].tolist()
     cut = "... " if first > start else ""
-    true = int(row.token_ids[place + 1])
+    true = int(labels_of(row, store.manifest.target)[place])
+    named = "none" if true == IGNORED_LABEL else spell_outcome(true)
     lines = [f"{split}, row {index}, position {place}: {cut}{spell(context)}"]
-    record = row.teacher
-    if record is None:
-        return [*lines, f"    next   {spell([true])}"]
+    if row.teacher is None or row.recorded is None:
+        return [*lines, f"    label  {named}"]
+    record, place = row.teacher, int(np.count_nonzero(row.recorded[:place]))
     temperatures = store.manifest.record.temperatures
-    lines.append(f"    true   {np.exp(record.true_logprob[place]):6.1%}  {spell([true])}")
+    lines.append(f"    true   {np.exp(record.true_logprob[place]):6.1%}  {named}")
     ids, values = record.head_ids[place], np.exp(record.head_logprobs[place])
     for rank in range(min(CANDIDATES_SHOWN, int((ids != NO_ID).sum()))):  # a head may be cut short
         name = "head" if rank == 0 else ""
         mark = "  <- true" if ids[rank] == true else ""
-        lines.append(f"    {name:<6} {values[rank]:6.1%}  {spell([int(ids[rank])])}{mark}")
+        lines.append(f"    {name:<6} {values[rank]:6.1%}  {spell_outcome(int(ids[rank]))}{mark}")
     mass = ", ".join(
         f"{value:.1%} at T = {temperature:g}"
         for value, temperature in zip(tail_masses(record, temperatures)[place], temperatures, strict=True)
@@ -311,7 +347,7 @@ def _example(
     ]
     if drawn:
         drawn.sort(key=lambda pair: (-pair[0], pair[1]))
-        some = ", ".join(f"{count}x {spell([token])}" for count, token in drawn[:CANDIDATES_SHOWN])
+        some = ", ".join(f"{count}x {spell_outcome(token)}" for count, token in drawn[:CANDIDATES_SHOWN])
         lines.append(f"    drawn  {some}" + (", ..." if len(drawn) > CANDIDATES_SHOWN else ""))
     return lines
 

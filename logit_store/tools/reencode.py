@@ -3,7 +3,7 @@
 A head entry that is dropped joins the rest, and what is stored about the rest gains it exactly
 (`ragged.join_rest`).
 
-Shapes: L positions of a row, k head entries, G grid temperatures, D dropped entries.
+Shapes: M recorded positions of a row, k head entries, G grid temperatures, D dropped entries.
 """
 
 from dataclasses import replace
@@ -144,10 +144,11 @@ def _new_codec(store: LogitStore, codec: str | None, mass: float | None) -> Code
                 f"{mass:g}: give --mass of at most {cut_at:g}, or capture again."
             )
     counts = np.zeros(store.manifest.tokenizer.vocabulary_size, np.int64)
+    has_ids = store.manifest.outcomes is None
     for split in store.manifest.splits:
         for index in evenly(store.rows(split), SAMPLE_ROWS):
             row = store.read_row(split, index)
-            heads = np.empty(0, np.int32) if row.teacher is None else row.teacher.head_ids
+            heads = row.teacher.head_ids if row.teacher is not None and has_ids else np.empty(0, np.int32)
             ids = np.concatenate([row.token_ids, heads[heads >= 0]])
             counts += np.bincount(ids, minlength=len(counts))
     return CodecSpec(name, compact_parameters(counts, mass=mass))
@@ -187,6 +188,6 @@ def _finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _bounded(true_logprob: NDArray[np.float32], shift: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Returns true log-probabilities [L] under the new normaliser; 0 stays 0 where no token follows."""
+    """Returns true log-probabilities [M] under the new normaliser; 0 stays 0 where no token follows."""
     moved = np.minimum(true_logprob.astype(np.float64) - shift, 0)
     return np.where(true_logprob == 0, 0, moved).astype(np.float32)

@@ -1,9 +1,9 @@
 """What a store's records are like: how much mass is in the rest, how sure the teacher was, what a token
 costs.
 
-Only positions where the loss mask is set are looked at.
+Only positions that the loss counts and that have a record are looked at.
 
-Shapes: L positions of a row, k head entries, n draws, G grid temperatures, K = k + n stored ids.
+Shapes: M recorded positions of a row, k head entries, n draws, G grid temperatures, K = k + n stored ids.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
-from sparsekd.logit_store.row import NO_ID, Row
+from sparsekd.logit_store.row import NO_ID, Row, labels_at_records
 from sparsekd.logit_store.tools.derive import Progress, no_progress
 from sparsekd.logit_store.tools.inspect import REST_NOTES, evenly, plane_table, section, table, tail_masses
 from sparsekd.logit_store.tools.spread import Spread
@@ -93,7 +93,7 @@ class StoreStats:
                 notes.append(
                     REST_NOTES[record.rest] + ("; so is the loss" if record.rest == "derived" else "")
                 )
-            title = f"{stats.positions:,} counted positions of {stats.rows:,} rows"
+            title = f"{stats.positions:,} counted positions with a record, of {stats.rows:,} rows"
             parts.append(section(title, [*table(header, lines), *notes]))
         if not self.splits:
             parts.append("A token store: there is no teacher's record to describe.")
@@ -129,7 +129,8 @@ def store_stats(
     for name, numbers in chosen.items():
         counter = _Counter(len(store.manifest.record.temperatures))
         for index in numbers:
-            counter.add(store.read_row(name, index), store.manifest.record.temperatures)
+            row = store.read_row(name, index)
+            counter.add(row, store.manifest.record.temperatures, store.manifest.target)
             done += 1
             progress("rows", done, total)
         found[name] = counter.result()
@@ -143,17 +144,20 @@ def cells(spread: Spread) -> list[str]:
 
 
 def support_overlap(row: Row) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Returns ([L], [L]): the share of each position's stored ids that the one before it stores; where there
-    is one.
+    """Returns ([M], [M]): the share of each record's ids that the record one position before it stores; where
+    there is one.
 
     A position that begins a document has none before it.
     """
     record = row.teacher
-    assert record is not None
-    ids = np.concatenate([record.head_ids, record.tail_ids], axis=1).astype(np.int64)  # [L, K]
+    assert record is not None and row.recorded is not None
+    ids = np.concatenate([record.head_ids, record.tail_ids], axis=1).astype(np.int64)  # [M, K]
     length = len(ids)
-    has_before = np.ones(length, np.bool_)
-    has_before[row.segment_starts] = False
+    begins = np.zeros(len(row.token_ids), np.bool_)
+    begins[row.segment_starts] = True
+    has_before = np.append(False, row.recorded[:-1])[row.recorded] & ~begins[row.recorded]
+    if not length:
+        return np.empty(0), has_before
     used = ids != NO_ID
     span = int(ids.max()) + 2
     places = np.arange(length, dtype=np.int64)[:, None]
@@ -173,9 +177,10 @@ class _Counter:
         self._entropy, self._rest_entropy, self._nll, self._overlap = (Spread() for _ in range(4))
         self._in_head = self._stored = 0
 
-    def add(self, row: Row, temperatures: tuple[float, ...]) -> None:
-        record, mask = row.teacher, row.loss_mask
-        assert record is not None
+    def add(self, row: Row, temperatures: tuple[float, ...], target: str) -> None:
+        record = row.teacher
+        assert record is not None and row.recorded is not None
+        mask = row.loss_mask[row.recorded]
         self._rows += 1
         self._positions += int(mask.sum())
         masses = tail_masses(record, temperatures)
@@ -186,7 +191,7 @@ class _Counter:
         self._nll.add(-record.true_logprob[mask].astype(np.float64))
         share, has_before = support_overlap(row)
         self._overlap.add(share[mask & has_before])
-        true = np.roll(row.token_ids, -1)[:, None]
+        true = labels_at_records(row, target)[:, None]
         in_head = (record.head_ids == true).any(axis=1)
         stored = in_head | (record.tail_ids == true).any(axis=1)
         self._in_head += int(in_head[mask].sum())

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sparsekd.logit_store.codecs.codec import codec_of
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
@@ -25,6 +26,8 @@ from sparsekd.logit_store.places.files import (
     size_of,
 )
 from sparsekd.logit_store.places.paths import StorePath, store_path
+from sparsekd.logit_store.planes import names_of, planes_of
+from sparsekd.logit_store.positions import recorded_positions, rule_of_split
 from sparsekd.logit_store.protocol.commit import CommitRecord, RowCounts, count_rows, sum_of_counts
 from sparsekd.logit_store.protocol.layout import (
     INDEX_NAME,
@@ -39,12 +42,18 @@ from sparsekd.logit_store.protocol.message import (
     read_batch,
     shard_footer,
     shard_header,
-    stored_planes,
 )
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.recover import in_quarantine
 from sparsekd.logit_store.protocol.writer import stored_tokenizer_digest
-from sparsekd.logit_store.row import NO_ID, PADDING_DOCUMENT, Row, document_of_position
+from sparsekd.logit_store.row import (
+    IGNORED_LABEL,
+    NO_ID,
+    PADDING_DOCUMENT,
+    Row,
+    document_of_position,
+    labels_at_records,
+)
 
 PROBLEMS_SHOWN = 20
 
@@ -67,7 +76,8 @@ class AlignmentCheck:
     """Do the records speak of the tokens that follow them? Compared with the same records moved by one.
 
     Attributes:
-        positions: compared; those whose two neighbours are in the same document.
+        positions: compared; those with a record whose two neighbours are in the same document (for targets
+            other than the next token: whose neighbouring records have labels).
         found: share of positions whose true token is among the stored ids.
         found_late: that share if the records stood one position too late (they would fit the token itself).
         found_early: that share if they stood one position too early (they would fit the token after next).
@@ -191,28 +201,28 @@ class _Alignment:
 
     def add(self, row: Row) -> None:
         """Adds a row that has a teacher record."""
-        record, documents = row.teacher, document_of_position(row)
+        record = row.teacher
         assert record is not None
-        same = (documents[:-2] == documents[2:]) & (documents[:-2] != PADDING_DOCUMENT)
-        here = np.flatnonzero(same)
+        here, tokens = _neighbouring_labels(row, self._manifest.target)
         if not here.size:
             return
         self.positions += len(here)
         head, tail, values = record.head_ids[here], record.tail_ids[here], record.head_logprobs[here]
-        for which, ahead in enumerate((1, 0, 2)):
-            token = row.token_ids[here + ahead][:, None]
+        for which, labels in enumerate(tokens):
+            token = labels[:, None]
             is_head = head == token
             in_head = is_head.any(axis=1)
             self.found[which] += int((in_head | (tail == token).any(axis=1)).sum())
             self.in_head[which] += int(in_head.sum())
             stored = np.where(is_head, values, 0).sum(axis=1, dtype=np.float64)
             self.logprob[which] += float(stored[in_head].sum())
-            if ahead == 1:
+            if which == 0:
                 true = record.true_logprob[here]
                 # A true token outside the head is at most as likely as the head's last entry.
                 last = np.where(head == NO_ID, 0, values).min(axis=1, initial=0)
                 errors = codec_of(self._manifest).errors(record, self._manifest)
-                of_head = errors["head_logprobs"][here]
+                # A store without a head has no such errors.
+                of_head = errors.get("head_logprobs", record.head_logprobs)[here]
                 # No bound for an entry that was stored as -inf; it must not reach the others of its position.
                 of_true = np.where(is_head, of_head, 0).sum(axis=1)
                 slack = np.where(in_head, of_true, of_head.max(axis=1, initial=0))
@@ -266,6 +276,32 @@ class _Sums:
             for name, is_right in found.items()
             if not is_right
         ]
+
+
+def _neighbouring_labels(
+    row: Row, target: str
+) -> tuple[NDArray[np.int64], tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
+    """Returns which records are compared, and the labels that fit them as they stand, one late, one early.
+
+    For `next_token` a record that stands a position late would fit the token itself, one that stands early
+    the token after next; all three are in one document. Other targets have labels at records alone: there it
+    is the labels of the neighbouring records.
+    """
+    assert row.recorded is not None
+    if target == "next_token":
+        documents, length = document_of_position(row), len(row.token_ids)
+        places = np.flatnonzero(row.recorded)
+        ahead = np.minimum(places + 2, length - 1)
+        same = (documents[places] == documents[ahead]) & (documents[places] != PADDING_DOCUMENT)
+        here = np.flatnonzero(same & (places + 2 < length))
+        at = places[here]
+        tokens = row.token_ids.astype(np.int64)
+        return here, (tokens[at + 1], tokens[at], tokens[at + 2])
+    labels = labels_at_records(row, target)
+    inner = np.arange(1, max(len(labels) - 1, 1))
+    known = labels != IGNORED_LABEL
+    here = inner[known[inner - 1] & known[inner] & known[inner + 1]] if len(labels) > 2 else inner[:0]
+    return here, (labels[here], labels[here - 1], labels[here + 1])
 
 
 def verify_store(
@@ -346,7 +382,7 @@ def _verify_shard(
 ) -> tuple[int, int]:
     """Checks one shard; returns (rows that are sound, bytes of its file)."""
     place = shard_file(store.path, split, shard)
-    manifest, planes = store.manifest, stored_planes(store.manifest)
+    manifest, planes = store.manifest, names_of(planes_of(store.manifest))
     try:
         if not exists(place):
             problems.append(f"{place} is missing: {REMEDY}.")
@@ -366,7 +402,7 @@ def _verify_shard(
         where = row_place(store.path, split, index, manifest.rows_per_shard)
         try:
             message = store.read_message(split, index)
-            row = decode_row(message, manifest, index, where)
+            row = decode_row(message, manifest, split, index, where)
             _, crc32, found = read_batch(message, planes)
             for expected, (plane, stored) in zip(crc32, found.items(), strict=True):
                 if zlib.crc32(stored) != expected:
@@ -374,6 +410,16 @@ def _verify_shard(
                 plane_bytes[plane] += len(stored)
         except StoreError as error:
             problems.append(str(error))
+            continue
+        if (
+            row.recorded is not None
+            and rule_of_split(manifest, split) == "sampled"
+            and not np.array_equal(row.recorded, recorded_positions(row, manifest, split))
+        ):
+            problems.append(
+                f"{where}: records stand at other positions than the text and the seed choose, so that the "
+                f"loss would weigh them wrongly; {REMEDY}."
+            )
             continue
         sound.append(count_rows([row]))
         if manifest.teacher is not None:

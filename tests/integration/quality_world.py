@@ -10,14 +10,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsekd.logit_store.manifest import (
-    ALIGNMENT,
-    FORMAT_VERSION,
-    CodecSpec,
-    Manifest,
-    RecordSpec,
-    TeacherIdentity,
-)
+from sparsekd.logit_store.manifest import CodecSpec, Manifest, RecordSpec, TeacherIdentity
+from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import NO_ID, PADDING_DOCUMENT, Row, TeacherRecord, position_ids
 from sparsekd.trainer.corpus.tokenizer import save_tokenizer, tokenizer_identity, train_tokenizer
@@ -195,7 +189,7 @@ def make_world(
     for store, size, draws in (("store", k, n), ("tokens", 0, 0)):
         manifest = Manifest(
             format_version=FORMAT_VERSION,
-            alignment=ALIGNMENT,
+            target="next_token",
             sequence_length=length,
             rows_per_shard=8,
             splits=("train", "heldout"),

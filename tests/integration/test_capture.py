@@ -16,13 +16,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.positions import content_uniforms
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.row import segment_lengths
 from sparsekd.trainer.config import Config
 from sparsekd.trainer.corpus.tokenizer import save_tokenizer, train_tokenizer
 from sparsekd.trainer.errors import ConfigError, DataError, ModelError
 from sparsekd.trainer.teacher.capture import run as capture
-from sparsekd.trainer.teacher.draws import row_uniforms
 from sparsekd.trainer.teacher.verify import run as verify
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -70,7 +70,7 @@ def test_records_are_what_the_model_says_of_each_document_alone(
                 assert np.array_equal(getattr(row, name), getattr(bare, name))
             record = row.teacher
             assert record is not None
-            uniforms = row_uniforms(row.token_ids, seed=11, n=n)
+            uniforms = content_uniforms(row.token_ids, seed=11, count=n)
             ends = row.segment_starts + segment_lengths(row)
             for start, end, document in zip(row.segment_starts, ends, row.segment_documents, strict=True):
                 segments += 1

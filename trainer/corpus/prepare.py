@@ -15,7 +15,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from sparsekd.logit_store.codecs.codec import DEFAULT_CODEC
-from sparsekd.logit_store.manifest import ALIGNMENT, FORMAT_VERSION, CodecSpec, Manifest, RecordSpec
+from sparsekd.logit_store.manifest import CodecSpec, Manifest, RecordSpec
+from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
 from sparsekd.logit_store.places.paths import StorePath, store_path
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
@@ -166,7 +167,7 @@ def _manifest(
     }
     return Manifest(
         format_version=FORMAT_VERSION,
-        alignment=ALIGNMENT,
+        target="next_token",
         sequence_length=corpus.sequence_length,
         rows_per_shard=config.store.rows_per_shard,
         splits=SPLITS,

@@ -11,18 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.manifest import (
-    ALIGNMENT,
-    FORMAT_VERSION,
-    CodecSpec,
-    Manifest,
-    RecordSpec,
-    TeacherIdentity,
-    TokenizerIdentity,
-)
+from sparsekd.logit_store.manifest import CodecSpec, Manifest, RecordSpec, TeacherIdentity, TokenizerIdentity
+from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
 from sparsekd.logit_store.places.files import sha256_of
 from sparsekd.logit_store.places.paths import StorePath
-from sparsekd.logit_store.row import PADDING_DOCUMENT, Row, TeacherRecord
+from sparsekd.logit_store.row import PADDING_DOCUMENT, RECORD_NAMES, Row, TeacherRecord, take_records
 from sparsekd.logit_store.tools.derive import Progress, no_progress, write_stream
 from sparsekd.trainer.importers.document import Document, Source
 from sparsekd.trainer.importers.records import put_in_order, record_of
@@ -141,7 +134,7 @@ def import_source(
     survey = _survey(source, settings, progress)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        alignment=ALIGNMENT,
+        target="next_token",
         sequence_length=survey.sequence_length,
         rows_per_shard=settings.rows_per_shard,
         splits=SPLITS,
@@ -218,15 +211,15 @@ def join(parts: list[Row], manifest: Manifest) -> Row:
         parts = [*parts, _padding(missing, manifest)]
     starts = np.cumsum([0] + [len(part.token_ids) for part in parts[:-1]])
     records = [part.teacher for part in parts]
-    names = TeacherRecord.__dataclass_fields__
+    mask = np.concatenate([part.loss_mask for part in parts])
+    every = {name: np.concatenate([getattr(record, name) for record in records]) for name in RECORD_NAMES}
     return Row(
         token_ids=np.concatenate([part.token_ids for part in parts]),
-        loss_mask=np.concatenate([part.loss_mask for part in parts]),
+        loss_mask=mask,
         segment_starts=starts.astype(np.int32),
         segment_documents=np.concatenate([part.segment_documents for part in parts]),
-        teacher=TeacherRecord(
-            **{name: np.concatenate([getattr(record, name) for record in records]) for name in names}
-        ),
+        # An importer gives a record for every position; kept are those that the loss counts.
+        teacher=take_records(TeacherRecord(**every), mask),
     )
 
 

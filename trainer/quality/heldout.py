@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.protocol.reader import LogitStore
-from sparsekd.logit_store.row import Row, document_of_position, position_ids
+from sparsekd.logit_store.row import Row, document_of_position, position_ids, records_at
 from sparsekd.trainer.errors import DataError
 
 SPLIT = "heldout"
@@ -94,12 +94,12 @@ def read_held_out(store: LogitStore, rows_limit: int | None) -> HeldOut:
             true_ids=row.token_ids[where + 1].astype(np.int64),
         )
         if row.teacher is not None:
-            add(loss=-row.teacher.true_logprob[where], entropy=row.teacher.entropy[where])
+            said = records_at(row, row.loss_mask)  # outside of train every counted position has a record
+            add(loss=-said.true_logprob, entropy=said.entropy)
             if record.k > 0:
-                top = row.teacher.head_ids[where, 0]
                 add(
-                    confidence=np.exp(row.teacher.head_logprobs[where, 0]),
-                    hit=top == row.token_ids[where + 1],
+                    confidence=np.exp(said.head_logprobs[:, 0]),
+                    hit=said.head_ids[:, 0] == row.token_ids[where + 1],
                 )
     whole = {name: np.concatenate(parts) for name, parts in columns.items()}
     if len(whole["row"]) == 0:

@@ -12,15 +12,8 @@ from typing import Any
 
 from sparsekd.kernels import memory
 from sparsekd.logit_store.codecs.codec import codec_of
-from sparsekd.logit_store.manifest import (
-    ALIGNMENT,
-    FORMAT_VERSION,
-    CodecSpec,
-    Manifest,
-    RecordSpec,
-    TeacherIdentity,
-    TokenizerIdentity,
-)
+from sparsekd.logit_store.manifest import CodecSpec, Manifest, RecordSpec, TeacherIdentity, TokenizerIdentity
+from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.synthetic import synthetic_rows
 from sparsekd.logit_store.synthetic_text import can_be_text_like, text_like_rows
@@ -119,7 +112,7 @@ def bytes_per_token(config: Config, corpus: Corpus) -> dict[str, float]:
     size = corpus.vocabulary_size
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        alignment=ALIGNMENT,
+        target="next_token",
         sequence_length=length,
         rows_per_shard=spec.rows_per_shard,
         splits=("train", "heldout"),
@@ -132,6 +125,8 @@ def bytes_per_token(config: Config, corpus: Corpus) -> dict[str, float]:
             spec.draw_temperature,
             spec.seed,
             tail_logprobs=spec.tail_logprobs,
+            positions=spec.positions if captured else "counted",
+            share=spec.share if captured else 1.0,
         ),
         teacher=TeacherIdentity("plan", None, "", "", "", "", {}) if captured else None,
         codec=CodecSpec(spec.codec, {"mass": spec.mass} if spec.codec == "compact" else {}),

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from sparsekd.kernels.objective import HeadTransform
 from sparsekd.logit_store.manifest import RecordSpec
 from sparsekd.logit_store.protocol.reader import LogitStore
-from sparsekd.logit_store.row import Row, position_ids
+from sparsekd.logit_store.row import Row, position_ids, records_at
 from sparsekd.trainer.causal_lm import (
     DTYPES,
     ModelSource,
@@ -213,11 +213,12 @@ class _Record(NamedTuple):
         """Gathers the records; None in a token store."""
 
         def gather(name: str, dtype: torch.dtype) -> Tensor:
-            parts = [getattr(row.teacher, name)[row.loss_mask] for row in rows]
+            parts = [getattr(record, name) for record in records]
             return torch.from_numpy(np.concatenate(parts)).to(device, dtype)
 
         if any(row.teacher is None for row in rows):
             return None
+        records = [records_at(row, row.loss_mask) for row in rows]
         log_rest = gather("log_rest", torch.float32)
         at_one = spec.temperatures.index(1.0) if 1.0 in spec.temperatures else None
         # A head that a codec cut short ends with -1 at probability 0: its first id stands there as well.

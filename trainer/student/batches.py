@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsekd.kernels import values
@@ -20,7 +21,7 @@ from sparsekd.kernels.objective import Objective
 from sparsekd.kernels.targets import SparseTargets
 from sparsekd.kernels.temperature import RestFormula, rest_at_temperature, rest_formula
 from sparsekd.logit_store.manifest import Manifest
-from sparsekd.logit_store.row import Row, position_ids
+from sparsekd.logit_store.row import NO_ID, Row, position_ids
 from sparsekd.trainer.errors import DataError
 
 IGNORED_LABEL = -100
@@ -77,23 +78,32 @@ def micro_batch(rows: Sequence[Row], *, rest: RestFormula | None) -> MicroBatch:
 
 def sparse_targets(rows: Sequence[Row], rest: RestFormula) -> SparseTargets:
     """The teacher's records of B rows as N = B * L positions, ids = head | draws, log R as `rest` says."""
-    records = [row.teacher for row in rows if row.teacher is not None]
     ids = np.concatenate(
-        [np.concatenate([record.head_ids, record.tail_ids], axis=1) for record in records]
+        [_spread(rows, "head_ids", NO_ID), _spread(rows, "tail_ids", NO_ID)], axis=1
     )  # (N, K)
     return SparseTargets(
         ids=torch.from_numpy(ids.astype(np.int64)),
-        head_logprobs=torch.from_numpy(np.concatenate([record.head_logprobs for record in records])),
-        tail_counts=torch.from_numpy(
-            np.concatenate([record.tail_counts for record in records]).astype(np.float32)
-        ),
+        head_logprobs=torch.from_numpy(_spread(rows, "head_logprobs", -np.inf)),
+        tail_counts=torch.from_numpy(_spread(rows, "tail_counts", 0).astype(np.float32)),
         log_rest=rest_at_temperature(
             rest,
-            torch.from_numpy(np.concatenate([record.log_rest for record in records])),
-            torch.from_numpy(np.concatenate([record.rest_entropy for record in records])),
+            torch.from_numpy(_spread(rows, "log_rest", 0)),
+            torch.from_numpy(_spread(rows, "rest_entropy", 0)),
         ),
-        entropy=torch.from_numpy(np.concatenate([record.entropy for record in records])),
+        entropy=torch.from_numpy(_spread(rows, "entropy", 0)),
     )
+
+
+def _spread(rows: Sequence[Row], name: str, nothing: float) -> NDArray[Any]:
+    """A record plane of all rows at their N positions; `nothing` where no record stands."""
+    parts = []
+    for row in rows:
+        values = getattr(row.teacher, name)
+        assert row.recorded is not None
+        part = np.full((len(row.recorded), *values.shape[1:]), nothing, values.dtype)
+        part[row.recorded] = values
+        parts.append(part)
+    return np.concatenate(parts)
 
 
 def counting_rows(batch: MicroBatch, count: int) -> MicroBatch:

@@ -25,12 +25,12 @@ from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.recover import adopt_orphans
 from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal
 from sparsekd.logit_store.row import Row, TeacherRecord
-from sparsekd.logit_store.tools.inspect import evenly
+from sparsekd.logit_store.tools.inspect import RULE_NOTES, evenly
 from sparsekd.trainer.config import Config, TeacherConfig, require
 from sparsekd.trainer.distributed import Ranks, broadcast_object, ranks, together
 from sparsekd.trainer.errors import ConfigError, DataError
 from sparsekd.trainer.teacher.model import Teacher, check_teacher_tokenizer, load_teacher
-from sparsekd.trainer.teacher.records import records_of_rows
+from sparsekd.trainer.teacher.records import recorded_rows
 from sparsekd.trainer.teacher.settings import resolved_settings
 from sparsekd.trainer.teacher.weights import teacher_identity, teacher_name
 
@@ -88,6 +88,14 @@ def _announce(config: Config, teacher_path: str, tokens: LogitStore, place: Rank
         f"n={config.store.n}, impl {config.teacher.impl}",
         flush=True,
     )
+    rule = RULE_NOTES[config.store.positions].format(share=config.store.share)
+    print(f"capture: records stand {rule}", flush=True)
+    if config.store.positions == "sampled":
+        print(
+            "capture: at equal bytes, fewer draws everywhere beat full records at fewer positions "
+            "(docs/losses.md): lower store.k and store.n before store.share",
+            flush=True,
+        )
 
 
 def _checked_teacher(config: Config, path: str, tokens: LogitStore, place: Ranks) -> Teacher:
@@ -111,6 +119,8 @@ def _create(
         draw_temperature=config.store.draw_temperature,
         seed=config.store.seed,
         tail_logprobs=config.store.tail_logprobs,
+        positions=config.store.positions,
+        share=config.store.share,
     )
     identity = teacher_identity(
         config.teacher,
@@ -150,7 +160,7 @@ def _text(tokens: LogitStore, split: str, shard: int) -> list[Row]:
     """The rows of a unit without a teacher; none where there is no such unit."""
     if shard >= tokens.shards(split):
         return []
-    return [tokens.read_row(split, index) for index in tokens.shard_rows(split, shard)]
+    return [tokens.read_text(split, index) for index in tokens.shard_rows(split, shard)]
 
 
 def _units(tokens: LogitStore) -> list[Unit]:
@@ -164,7 +174,7 @@ def _codec(config: Config, tokens: LogitStore) -> CodecSpec:
     counts = np.zeros(tokens.manifest.tokenizer.vocabulary_size, np.int64)
     for split in tokens.manifest.splits:
         for index in evenly(tokens.rows(split), FREQUENCY_ROWS):
-            counts += np.bincount(tokens.read_row(split, index).token_ids, minlength=len(counts))
+            counts += np.bincount(tokens.read_text(split, index).token_ids, minlength=len(counts))
     return CodecSpec("compact", compact_parameters(counts, mass=config.store.mass))
 
 
@@ -227,16 +237,16 @@ def captured_rows(
 ) -> list[Row]:
     """The rows of one unit, with the teacher's records."""
     split, shard = unit
-    rows = [replace(tokens.read_row(split, index), teacher=None) for index in tokens.shard_rows(split, shard)]
-    records = records_of_rows(
+    rows = recorded_rows(
         teacher,
-        rows,
-        manifest.record,
+        [tokens.read_text(split, index) for index in tokens.shard_rows(split, shard)],
+        manifest,
+        split,
         micro_batch_rows=config.micro_batch_rows,
         chunk_positions=config.chunk_positions,
         impl=config.impl,
     )
-    return [replace(row, teacher=record) for row, record in zip(rows, records, strict=True)]
+    return list(rows)
 
 
 def readable_seconds(seconds: float) -> str:
@@ -276,9 +286,10 @@ def _summary(store: LogitStore, split: str) -> str:
     for index in chosen.tolist():
         row = store.read_row(split, index)
         record = row.teacher
-        assert record is not None  # capture wrote it
-        losses.append(-record.true_logprob[row.loss_mask])
-        tails.append(tail_mass(record, store.manifest.record.temperatures)[row.loss_mask])
+        assert record is not None and row.recorded is not None  # capture wrote it
+        counted = row.loss_mask[row.recorded]
+        losses.append(-record.true_logprob[counted])
+        tails.append(tail_mass(record, store.manifest.record.temperatures)[counted])
     loss, tail = np.concatenate(losses), np.concatenate(tails)
     if not len(loss):
         return f"no position with a loss in {len(chosen):,} rows"
@@ -287,7 +298,7 @@ def _summary(store: LogitStore, split: str) -> str:
 
 
 def tail_mass(record: TeacherRecord, temperatures: Sequence[float]) -> NDArray[np.float64]:
-    """Probability outside the head at temperature 1, float64 [L].
+    """Probability outside the head at temperature 1, float64 [M].
 
     Exact where the grid has temperature 1. Elsewhere 1 minus the head's mass, which knows a tail only down to
     the rounding of the head's float32 entries.

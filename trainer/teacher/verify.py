@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from sparsekd.logit_store.codecs.codec import codec_of
 from sparsekd.logit_store.manifest import Manifest, TeacherIdentity
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
-from sparsekd.logit_store.row import Row, TeacherRecord
+from sparsekd.logit_store.row import Row, TeacherRecord, records_at
 from sparsekd.trainer.config import Config, LaunchConfig, TeacherConfig, require
 from sparsekd.trainer.distributed import ranks
 from sparsekd.trainer.errors import ConfigError, DataError
 from sparsekd.trainer.teacher.model import check_teacher_tokenizer, load_teacher
-from sparsekd.trainer.teacher.records import records_of_rows
+from sparsekd.trainer.teacher.records import recorded_rows
 from sparsekd.trainer.teacher.settings import resolved_settings
 from sparsekd.trainer.teacher.weights import engine_settings, model_folder, weights_digest
 
@@ -96,20 +96,19 @@ def run(config: Config, store_path: str | Path, *, seed: int | None = None) -> N
             for index in _random_rows(store, split, seed):
                 group, offset = _micro_batch(store, split, index, settings.micro_batch_rows)
                 again = list(
-                    records_of_rows(
+                    recorded_rows(
                         teacher,
                         group,
-                        store.manifest.record,
+                        store.manifest,
+                        split,
                         micro_batch_rows=settings.micro_batch_rows,
                         chunk_positions=settings.chunk_positions,
                         impl=settings.impl,
                     )
-                )
+                )[offset]
                 # What the codec rounds is rounded here, too: on the machine of the capture nothing deviates.
-                row = replace(group[offset], teacher=again[offset])
-                rounded = codec.decode(codec.encode(row, store.manifest), store.manifest).teacher
-                assert rounded is not None
-                stored.append((split, index, group[offset], rounded))
+                rounded = codec.decode(codec.encode(again, store.manifest), store.manifest)
+                stored.append((split, index, *_both_recorded(group[offset], rounded)))
     record = store.manifest.record
     planes = [plane for plane in VALUE_PLANES if record.k or plane != _HEAD]
     deviations = [deviation_of(plane, stored, store.manifest) for plane in planes]
@@ -171,6 +170,16 @@ def runnable(settings: TeacherConfig, device: torch.device, vocabulary_size: int
         return resolved_settings(replace(settings, impl="torch"), device, vocabulary_size)
 
 
+def _both_recorded(stored: Row, again: Row) -> tuple[Row, TeacherRecord]:
+    """The stored row and the teacher's records of now, at the positions that both have.
+
+    `store subset` and imports leave records out that a capture makes.
+    """
+    assert stored.recorded is not None and again.recorded is not None
+    both = stored.recorded & again.recorded
+    return replace(stored, teacher=records_at(stored, both), recorded=both), records_at(again, both)
+
+
 def _random_rows(store: LogitStore, split: str, seed: int) -> list[int]:
     """Up to ROWS different rows of a split, ascending."""
     count = store.rows(split)
@@ -206,9 +215,11 @@ def deviation_of(
         step = 0 if manifest is None else 2 * codec_of(manifest).errors(row.teacher, manifest)[plane]
         beyond = np.maximum(np.where(np.isinf(difference), np.inf, difference - step), 0)
         by_position = beyond.reshape(len(beyond), -1).max(axis=1)
-        position = int(by_position.argmax())
-        if by_position[position] > worst[0]:
-            worst = (float(by_position[position]), split, index, position)
+        assert row.recorded is not None
+        place = int(by_position.argmax())
+        if by_position[place] > worst[0]:
+            position = int(np.flatnonzero(row.recorded)[place])
+            worst = (float(by_position[place]), split, index, position)
         total += float(difference.sum())
         count += difference.size
     mean = total / count if count else 0.0

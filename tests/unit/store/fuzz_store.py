@@ -24,6 +24,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,32 +54,36 @@ GOLDEN = Path(__file__).with_name("golden")
 
 def base_stores(folder: Path) -> dict[str, Forgery]:
     """Sound stores of every codec and kind of record, and the golden ones."""
-    both, both_logprobs = {"k": 4, "n": 6}, {"k": 3, "n": 5, "tail_logprobs": True}
+    both = {"k": 4, "n": 6}
+    most = {"k": 3, "n": 5, "tail_logprobs": True, "planes": ("weights", "token_types")}
+    masked = both | {"target": "masked_token"}
+    classes = {"k": 3, "n": 0, "target": "class", "outcomes": tuple("abcde")}
     counts = np.arange(300)
-    kinds: dict[str, tuple[str, dict[str, object], dict[str, int | bool]]] = {
-        "exact": ("exact", {}, both),
-        "tkq8": ("tkq8", {}, both_logprobs),
+    kinds: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+        "exact": ("exact", {}, most),
+        "exact masked": ("exact", {}, masked),
+        "tkq8": ("tkq8", {}, most),
+        "tkq8 all": ("tkq8", {}, most | {"positions": "all"}),
+        "tkq8 sampled": ("tkq8", {}, both | {"positions": "sampled", "share": 0.5}),
+        "tkq8 masked": ("tkq8", {}, masked),
+        "tkq8 class": ("tkq8", {}, classes),
         "tkq8 head": ("tkq8", {}, {"k": 5, "n": 0}),
         "tkq8 draws": ("tkq8", {}, {"k": 0, "n": 7}),
         "tkq8 tokens": ("tkq8", {}, {"k": 0, "n": 0}),
-        "plain": ("plain", {}, both_logprobs),
-        "fp16": ("fp16", {}, both_logprobs),
-        "compact mass": (
-            "compact",
-            compact_parameters(counts, mass=0.7, table_ids=40),
-            {"k": 5, "n": 0},
-        ),
+        "plain": ("plain", {}, most),
+        "plain class": ("plain", {}, classes),
+        "fp16": ("fp16", {}, most),
         "compact": ("compact", compact_parameters(counts, mass=None, table_ids=40), both),
+        "compact mass": ("compact", compact_parameters(counts, mass=0.7, table_ids=40), {"k": 5, "n": 0}),
     }
-    stores = {}
+    paths = {f"golden {path.name}": path for path in GOLDEN.iterdir() if (path / "INDEX.json").exists()}
     for number, (name, (codec, parameters, record)) in enumerate(kinds.items()):
         manifest = synthetic_manifest(codec=CodecSpec(codec, parameters), **record)
-        write_synthetic_store(folder / str(number), manifest, {"train": 4, "heldout": 1}, seed=number)
-        stores[name] = Forgery.of(folder / str(number))
-    for path in sorted(GOLDEN.iterdir()):
-        if (path / "INDEX.json").exists():
-            stores[f"golden {path.name}"] = Forgery.of(path)
-    return stores
+        paths[name] = folder / str(number)
+        write_synthetic_store(paths[name], manifest, {"train": 4, "heldout": 1}, seed=number)
+    for name, path in paths.items():
+        assert read_case(path) == "rows", f"{name} is sound"
+    return {name: Forgery.of(path) for name, path in paths.items()}
 
 
 def make_case(stores: dict[str, Forgery], seed: int, number: int, path: Path) -> str:

@@ -5,14 +5,16 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from sparsekd.logit_store.codecs.codec import codec_of
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
 from sparsekd.logit_store.json_text import signed_json
 from sparsekd.logit_store.manifest import manifest_digest
+from sparsekd.logit_store.planes import names_of, planes_of
+from sparsekd.logit_store.protocol.commit import RowCounts
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
 
@@ -116,8 +118,8 @@ def test_twenty_thousand_shards_are_opened_in_little_memory(tmp_path: Path) -> N
     (path / "MANIFEST.json").write_bytes((tmp_path / "small/MANIFEST.json").read_bytes())
     shards = [{"record_digest": f"{shard:064x}", "rows": ROWS_PER_SHARD} for shard in range(SHARDS)]
     none = {
-        "counts": dict.fromkeys(("tokens", "tokens_counted", "tokens_padding", "segments"), 0),
-        "plane_bytes": dict.fromkeys(codec_of(manifest).planes(manifest), 0),
+        "counts": dict.fromkeys((field.name for field in fields(RowCounts)), 0),
+        "plane_bytes": dict.fromkeys(names_of(planes_of(manifest)), 0),
         "file_bytes": 0,
         "rows": 0,
         "shards": [],

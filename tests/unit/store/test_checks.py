@@ -5,34 +5,36 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from whole import whole_manifest, whole_row
 
 from sparsekd.logit_store.checks import check_row
 from sparsekd.logit_store.errors import InvalidRowError
-from sparsekd.logit_store.row import Row
-from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
+from sparsekd.logit_store.row import Row, take_records
 
 LENGTH = 12
-MANIFEST = synthetic_manifest(sequence_length=LENGTH, vocabulary_size=50, k=3, n=4, tail_logprobs=True)
+MANIFEST = whole_manifest(sequence_length=LENGTH, vocabulary_size=50, k=3, n=4, tail_logprobs=True)
 
 
 def _row() -> Row:
     """A valid row of two documents and padding: 0-4, 5-8, 9-11."""
-    row = next(row for row in synthetic_rows(MANIFEST, 50, 3))
+    row = whole_row(MANIFEST, 3)
     assert row.teacher is not None
     mask = np.array([1, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0], np.bool_)
     true = np.where(mask, row.teacher.true_logprob - 1, 0).astype(np.float32)
     teacher = dataclasses.replace(row.teacher, true_logprob=true)
+    real = np.arange(LENGTH) < 9
     return dataclasses.replace(
         row,
         loss_mask=mask,
         segment_starts=np.array([0, 5, 9], np.int32),
         segment_documents=np.array([3, 4, -1], np.int64),
-        teacher=teacher,
+        teacher=take_records(teacher, real),
+        recorded=real,
     )
 
 
 def _check(row: Row) -> None:
-    check_row(row, MANIFEST, mass_tolerance=1e-4, where="store, split train, shard 000000, row 7")
+    check_row(row, MANIFEST, split="train", where="store, split train, shard 000000, row 7")
 
 
 def test_the_row_is_valid() -> None:
@@ -99,9 +101,9 @@ def _negative_count(row: Row) -> None:
         (_set("token_ids", 6, 50), ["position 6", "token_ids is 50", "49"]),
         (_set("token_ids", 6, -1), ["position 6", "token_ids is -1"]),
         (_set("loss_mask", 4, True), ["position 4", "last position of a document"]),
-        (_set("loss_mask", 11, True), ["position 11", "last position"]),
+        (_set("loss_mask", 11, True), ["position 11", "padding"]),
         (_set("loss_mask", 9, True), ["position 9", "padding"]),
-        (_set("segment_starts", 0, 1), ["starts at [1]", "expected 0"]),
+        (_set("segment_starts", 0, 1), ["starts at 1", "expected 0"]),
         (_set("segment_starts", 1, 9), ["segment 2 starts at 9", "at 9"]),
         (_set("segment_starts", 2, 12), ["starts at 12", "12 positions"]),
         (_set("segment_documents", 1, -2), ["segment 1", "-2"]),
@@ -117,16 +119,16 @@ def _negative_count(row: Row) -> None:
         (_set("tail_ids", (6, 0), 50), ["position 6", "tail_ids[0] is 50"]),
         (_set("tail_ids", (6, 0), -2), ["position 6", "tail_ids[0] is -2"]),
         (_hole_in_tail, ["position 6", "tail_ids[1] is 1", "ascending"]),
-        (_set("tail_counts", (6, 0), 9), ["position 6", "tail_counts sum to", "expected 4", "not empty"]),
+        (_set("tail_counts", (6, 0), 9), ["position 6", "tail_counts[0] is 9", "from 0 to 4"]),
         (_set("tail_counts", (6, 0), 0), ["position 6", "tail_counts[0] is 0"]),
         (_negative_count, ["position 6", "tail_counts[2] is -1"]),
         (_counts_without_rest, ["position 6", "sum to 4", "expected 0", "rest is empty"]),
         (_set("log_rest", (6, 1), np.nan), ["position 6", "log_rest[1] is nan"]),
         (_set("log_rest", (6, 1), np.inf), ["position 6", "log_rest[1] is inf"]),
-        (_mass, ["position 6", "probability of head and rest"]),
+        (_mass, ["position 6", "probabilities of head and rest"]),
         (_set("true_logprob", 6, 0.5), ["position 6", "true_logprob is 0.5"]),
         (_set("true_logprob", 6, np.nan), ["position 6", "true_logprob is nan"]),
-        (_set("true_logprob", 8, -1.0), ["position 8", "true_logprob is -1.0", "no token follows"]),
+        (_set("true_logprob", 8, -1.0), ["position 8", "true_logprob is -1.0", "no label"]),
         (_set("entropy", 6, -0.5), ["position 6", "entropy is -0.5"]),
         (_set("entropy", 6, 5.0), ["position 6", "entropy is 5.0"]),
         (_set("rest_entropy", 6, np.nan), ["position 6", "rest_entropy is nan"]),
@@ -171,51 +173,51 @@ def test_teacher_record_and_manifest_must_agree() -> None:
     row = _row()
     with pytest.raises(InvalidRowError, match="no teacher record"):
         _check(dataclasses.replace(row, teacher=None))
-    tokens_only = synthetic_manifest(sequence_length=LENGTH, vocabulary_size=50, k=0, n=0)
+    tokens_only = whole_manifest(sequence_length=LENGTH, vocabulary_size=50, k=0, n=0)
     with pytest.raises(InvalidRowError, match="names no teacher"):
-        check_row(row, tokens_only, mass_tolerance=1e-4, where="row 7")
+        check_row(row, tokens_only, split="train", where="row 7")
 
 
 @pytest.mark.parametrize(("k", "n"), [(3, 0), (1, 0), (3, 4), (1, 4), (8, 0)])
 def test_repeated_ids_are_found_wherever_they_stand(k: int, n: int) -> None:
     """Every pair of places of every position, in heads that are else plainly right and in heads with ties."""
-    manifest = synthetic_manifest(sequence_length=LENGTH, vocabulary_size=50, k=k, n=n)
+    manifest = whole_manifest(sequence_length=LENGTH, vocabulary_size=50, k=k, n=n)
     for tied in (False, True):
-        row = synthetic_rows(manifest, 1, 5)[0]
+        row = whole_row(manifest, 5)
         assert row.teacher is not None
         if tied:
             row.teacher.head_logprobs[:] = -12.0
             row.teacher.head_ids.sort(axis=1)
-        check_row(row, manifest, mass_tolerance=1e-4, where="row")
+        check_row(row, manifest, split="train", where="row")
         for position in (0, 1, LENGTH - 1):
             for left in range(k):
                 for right in range(left + 1, k):
                     kept = row.teacher.head_ids[position].copy()
                     row.teacher.head_ids[position, right] = kept[left]
                     with pytest.raises(InvalidRowError, match=f"position {position}: .*(twice|ascending)"):
-                        check_row(row, manifest, mass_tolerance=1e-4, where="row")
+                        check_row(row, manifest, split="train", where="row")
                     row.teacher.head_ids[position] = kept
-        check_row(row, manifest, mass_tolerance=1e-4, where="row")
+        check_row(row, manifest, split="train", where="row")
 
 
 def test_equal_ids_at_the_seam_of_two_positions_are_fine() -> None:
     """The quick look goes over all entries without seeing where positions begin."""
-    manifest = synthetic_manifest(sequence_length=3, vocabulary_size=50, k=2, n=0)
-    row = synthetic_rows(manifest, 1, 0)[0]
+    manifest = whole_manifest(sequence_length=3, vocabulary_size=50, k=2, n=0)
+    row = whole_row(manifest, 0)
     assert row.teacher is not None
     row.teacher.head_ids[:] = [[1, 7], [7, 9], [9, 1]]
     row.teacher.head_logprobs[:] = [[-6.0, -7.0], [-7.0, -8.0], [-6.0, -9.0]]
     row.teacher.log_rest[:] = -5.0
-    check_row(row, manifest, mass_tolerance=1e-4, where="row")
+    check_row(row, manifest, split="train", where="row")
 
 
 def test_mass_is_checked_without_a_head_too() -> None:
-    manifest = synthetic_manifest(sequence_length=3, vocabulary_size=50, k=0, n=2)
-    row = synthetic_rows(manifest, 1, 0)[0]
+    manifest = whole_manifest(sequence_length=3, vocabulary_size=50, k=0, n=2)
+    row = whole_row(manifest, 0)
     assert row.teacher is not None
     row.teacher.log_rest[1, 0] = 0.1
-    with pytest.raises(InvalidRowError, match=r"position 1: probability of head and rest is 1\.1"):
-        check_row(row, manifest, mass_tolerance=1e-4, where="row")
+    with pytest.raises(InvalidRowError, match=r"position 1: the probabilities of head and rest sum to 1\.1"):
+        check_row(row, manifest, split="train", where="row")
 
 
 def test_rounding_is_tolerated() -> None:

@@ -1,20 +1,17 @@
 """`store subset` and `store merge`: the same rows, by other names."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from dense import write_rows
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.row import Row, document_of_position
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_store
 from sparsekd.logit_store.tools.combine import merge_stores, row_key, subset_store
-
-sys.path.append(str(Path(__file__).parent))
-from dense import write_rows
 
 
 def _rows(store: LogitStore, split: str = "train") -> list[Row]:

@@ -1,19 +1,16 @@
 """`store compare` against the divergence of dense distributions, joined by hand."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from dense import GRID, L, dense_logprobs, dense_manifest, dense_rows, write_rows
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
 from sparsekd.logit_store.tools.compare import compare_stores
 from sparsekd.logit_store.tools.reencode import reencode_store
-
-sys.path.append(str(Path(__file__).parent))
-from dense import GRID, L, dense_logprobs, dense_manifest, dense_rows, write_rows
 
 
 def _joined_kl(p: np.ndarray, q: np.ndarray, k: int, m: int, temperature: float) -> np.ndarray:

@@ -5,9 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sparsekd.logit_store.row import Row, TeacherRecord
+from sparsekd.logit_store.row import Row, TeacherRecord, next_tokens
 from sparsekd.trainer.teacher.capture import missing_units, readable_seconds, tail_mass
-from sparsekd.trainer.teacher.records import next_tokens
 from sparsekd.trainer.teacher.verify import deviation_of
 from sparsekd.trainer.teacher.weights import engine_settings
 

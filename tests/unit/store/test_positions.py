@@ -4,14 +4,14 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsekd.trainer.teacher.draws import row_uniforms
+from sparsekd.logit_store.positions import content_uniforms
 
 ROW = np.array([3, 1, 4, 1, 5], dtype=np.int32)
 
 
 def test_known_numbers() -> None:
     # A store that was begun with one version of sparsekd or numpy must be finished the same with another.
-    found = row_uniforms(ROW, seed=7, n=2)
+    found = content_uniforms(ROW, seed=7, count=2)
     assert found.dtype == np.float64 and found.shape == (5, 2)
     assert [value.hex() for value in found[[0, 4]].ravel().tolist()] == [
         "0x1.7959a313a2720p-4",
@@ -24,28 +24,28 @@ def test_known_numbers() -> None:
 @given(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=20), st.integers(0, 2**63), st.integers(0, 9))
 def test_range_and_independence_of_memory_layout(ids: list[int], seed: int, n: int) -> None:
     row = np.array(ids, dtype=np.int32)
-    found = row_uniforms(row, seed=seed, n=n)
+    found = content_uniforms(row, seed=seed, count=n)
     assert found.shape == (len(ids), n)
     assert ((found >= 0) & (found < 1)).all()
     assert np.array_equal(found * 2.0**53, np.floor(found * 2.0**53))
     strided = np.repeat(row, 2)[::2]
-    assert np.array_equal(row_uniforms(strided, seed=seed, n=n), found)
+    assert np.array_equal(content_uniforms(strided, seed=seed, count=n), found)
 
 
 def test_seed_and_every_token_matter_and_positions_differ() -> None:
-    found = row_uniforms(ROW, seed=7, n=3)
-    others = [row_uniforms(ROW, seed=8, n=3)]
+    found = content_uniforms(ROW, seed=7, count=3)
+    others = [content_uniforms(ROW, seed=8, count=3)]
     for position in range(len(ROW)):
         changed = ROW.copy()
         changed[position] += 1
-        others.append(row_uniforms(changed, seed=7, n=3))
+        others.append(content_uniforms(changed, seed=7, count=3))
     for other in others:
         assert not (other == found).any()
     assert len(np.unique(found)) == found.size
 
 
 def test_numbers_are_uniform() -> None:
-    found = row_uniforms(np.arange(20_000, dtype=np.int32), seed=0, n=10)
+    found = content_uniforms(np.arange(20_000, dtype=np.int32), seed=0, count=10)
     counts = np.histogram(found, bins=20, range=(0, 1))[0]
     chi_squared = float(((counts - 10_000) ** 2 / 10_000).sum())
     assert chi_squared < 60  # 19 degrees of freedom: 1 in 300,000 by chance
