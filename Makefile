@@ -6,10 +6,10 @@ BIN := $(abspath $(VENV))/bin
 # The current folder must not come first on Python's path (see docs/architecture.md, "one import name").
 export PYTHONSAFEPATH := 1
 
-.PHONY: help setup demo test check format lint types pytest soak clean
+.PHONY: help setup demo test check format lint copy types pytest pyarrow-range soak fuzz clean
 
 help:  ## Shows the targets.
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(BIN)/.installed  ## Makes the environment with pinned dependencies.
 
@@ -25,7 +25,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 demo: setup  ## The whole road on real text, on the CPU: text -> teacher -> store -> students -> report.
 	PATH="$(BIN):$$PATH" bash launch/demo.sh
 
-test: lint types pytest  ## Everything that CI runs.
+test: lint types pytest pyarrow-range  ## Everything that CI runs.
 
 format: setup  ## Rewrites the code in the one format.
 	$(BIN)/ruff format .
@@ -38,18 +38,43 @@ lint: setup  ## Format and lint.
 # Type checkers cannot follow the editable mapping of the folders: check a built copy, and the benchmarks'
 # scripts, which are no package, against it.
 SCRIPTS := $(patsubst benchmarks/%.py,-m %,$(wildcard benchmarks/*.py))
-types: setup  ## Types, on a non-editable copy.
+copy: setup
 	rm -rf .check build
 	$(BIN)/pip install -q --no-deps --no-build-isolation --target .check .
 	rm -rf build
+
+types: copy  ## Types, on a non-editable copy.
 	cd .check && MYPYPATH=.:../benchmarks $(BIN)/mypy --config-file ../pyproject.toml -p sparsekd $(SCRIPTS)
 
 pytest: setup  ## All tests; those that need a GPU skip with a reason.
 	$(BIN)/python -m pytest tests
 
+# The oldest release that pyproject.toml allows and the newest that CI runs, in small environments of their own.
+PYARROW_OLDEST := $(shell sed -nE 's/.*"pyarrow>=([0-9]+)".*/\1.0.0/p' pyproject.toml)
+PYARROW_NEWEST := $(shell sed -n 's/^pyarrow==//p' constraints.txt)
+
+$(VENV)-pyarrow-%/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	sed '/^pyarrow==/d' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/pip install -q -c $(@D)/constraints.txt numpy zstandard pytest pytest-timeout pyarrow==$*
+	touch $@
+
+pyarrow-%: $(VENV)-pyarrow-%/.installed copy
+	PYTHONPATH=.check $(VENV)-pyarrow-$*/bin/python -m pytest -q --noconftest \
+		tests/unit/store/test_golden.py tests/unit/store/test_hostile_shard.py
+
+pyarrow-range: pyarrow-$(PYARROW_OLDEST) pyarrow-$(PYARROW_NEWEST)  ## Stores of old, and hostile ones, under other releases of pyarrow.
+
+.PRECIOUS: $(VENV)-pyarrow-%/.installed
+
 # 210 kills with those of `make pytest`, each step of the protocol at least 5 times.
 soak: setup  ## Kills 160 writers of a store, at every step and anywhere: minutes.
 	SPARSEKD_SOAK_KILLS=160 $(BIN)/python -m pytest -s tests/unit/store/test_crash.py -k killed_writers
 
+CASES ?= 20000
+SEED ?= 0
+fuzz: setup  ## Reads 20,000 stores of a hostile stranger (CASES, SEED); keeps those that fail in .fuzz.
+	$(BIN)/python tests/unit/store/fuzz_store.py --cases $(CASES) --seed $(SEED) --keep .fuzz --sentences 100
+
 clean:  ## Removes what the targets made, but not runs.
-	rm -rf $(VENV) .check build *.egg-info
+	rm -rf $(VENV) $(VENV)-pyarrow-* .check .fuzz build *.egg-info

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.typed_json import short
 
 if TYPE_CHECKING:
     from sparsekd.logit_store.manifest import Manifest
@@ -104,8 +105,8 @@ def _check_record(manifest: "Manifest") -> None:
         keeps = record.k + record.n > 0 or len(manifest.features) > 0
         _require(keeps, "record.k", record.k, "k or n above 0, or features, because there is a teacher")
         draw = record.draw_temperature
-        _require(draw in grid, "record.draw_temperature", draw, f"one of the grid {list(grid)}")
-    _require(0 <= record.seed < 2**64, "record.seed", record.seed, "from 0 to 2^64 - 1")
+        _require(draw in grid, "record.draw_temperature", draw, f"one of the grid {short(list(grid))}")
+    _require(0 <= record.seed < 2**63, "record.seed", record.seed, "from 0 to 2^63 - 1")
     _one_of(record.rest, RESTS, "record.rest")
     if record.rest != "exact":
         shape = (record.k > 0, record.n, grid)
@@ -173,7 +174,10 @@ def decoded_row_bytes(manifest: "Manifest") -> int:
 
 def check_version(version: object, where: str = "The manifest") -> None:
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise StoreError(f"{where} has format_version {version!r}, expected {FORMAT_VERSION}.")
+        raise StoreError(
+            f"{where} has {short(version)} as format_version, expected {FORMAT_VERSION}: restore it from a "
+            "copy."
+        )
     if version > FORMAT_VERSION:
         raise StoreError(
             f"{where} has format version {version}, but this sparsekd reads versions up to {FORMAT_VERSION}: "
@@ -183,7 +187,7 @@ def check_version(version: object, where: str = "The manifest") -> None:
 
 def _require(holds: bool, name: str, found: object, expected: str) -> None:
     if not holds:
-        raise StoreError(f"The manifest's {name} is {short_text(found)}, expected {expected}.")
+        raise StoreError(f"The manifest's {name} is {short(found)}, expected {expected}.")
 
 
 def _within(value: int, low: int, high: int, name: str) -> None:
@@ -197,9 +201,3 @@ def _one_of(value: object, known: Sequence[str], name: str) -> None:
 def _distinct(values: Sequence[object], name: str, *, most: int, least: int = 0) -> None:
     _require(least <= len(values) <= most, name, len(values), f"from {least} to {most} entries")
     _require(len(set(values)) == len(values), name, values, "distinct entries")
-
-
-def short_text(value: object) -> str:
-    """Returns a value for a message; a table of a codec may have many thousand letters."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:40]}... ({len(text):,} letters)"

@@ -9,10 +9,17 @@ from numpy.typing import NDArray
 
 from sparsekd.logit_store.errors import DamagedStoreError
 from sparsekd.logit_store.json_text import read_signed_json
+from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
 from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.planes import names_of, planes_of
 from sparsekd.logit_store.protocol.layout import REMEDY, commit_file
+from sparsekd.logit_store.protocol.message import largest_message
 from sparsekd.logit_store.row import PADDING_DOCUMENT, Row, is_real
+from sparsekd.logit_store.typed_json import Count, Sha256, read_bounded, require, short, typed
+
+RECORD_BYTES = 16 << 20
+"""Bytes of a commit record at most; a row takes about 40."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +34,11 @@ class RowCounts:
         segments: documents, or pieces of one, without padding.
     """
 
-    tokens: int
-    tokens_counted: int
-    tokens_recorded: int
-    tokens_padding: int
-    segments: int
+    tokens: Count
+    tokens_counted: Count
+    tokens_recorded: Count
+    tokens_padding: Count
+    segments: Count
 
 
 @dataclass(frozen=True)
@@ -52,15 +59,15 @@ class CommitRecord:
     """
 
     split: str
-    shard: int
-    manifest_sha256: str
-    file_sha256: str
-    file_bytes: int
+    shard: Count
+    manifest_sha256: Sha256
+    file_sha256: Sha256
+    file_bytes: Count
     offsets: NDArray[np.int64]
     lengths: NDArray[np.int64]
     crc32: NDArray[np.uint32]
     counts: RowCounts
-    plane_bytes: dict[str, int]
+    plane_bytes: dict[str, Count]
 
     @property
     def rows(self) -> int:
@@ -124,30 +131,80 @@ def read_commit(
     """
     place = commit_file(path, split, shard)
     try:
-        data = place.read_bytes() if read is None else read(place)
+        data = read_bounded(place, RECORD_BYTES, read)
     except FileNotFoundError:
         raise DamagedStoreError(
             f"{place} is missing, and without its commit record shard {shard:06d} of split {split} does not "
             f"exist: {REMEDY}."
         ) from None
-    content = read_signed_json(place, data)
-    record = CommitRecord(
-        split=content["split"],
-        shard=content["shard"],
-        manifest_sha256=content["manifest_sha256"],
-        file_sha256=content["file_sha256"],
-        file_bytes=content["file_bytes"],
-        offsets=np.array(content["offsets"], np.int64),
-        lengths=np.array(content["lengths"], np.int64),
-        crc32=np.array(content["crc32"], np.uint32),
-        counts=RowCounts(**content["counts"]),
-        plane_bytes=content["plane_bytes"],
-    )
+    content, _ = read_signed_json(place, data, FORMAT_VERSION)
+    record = typed(CommitRecord, content, str(place))
     found = (record.split, record.shard, record.manifest_sha256)
     if found != (split, shard, manifest_sha256):
         raise DamagedStoreError(
-            f"{place} is the record of shard {record.shard:06d} of split {record.split} under manifest "
-            f"{record.manifest_sha256[:12]}, expected shard {shard:06d} of split {split} under manifest "
-            f"{manifest_sha256[:12]}: {REMEDY}."
+            f"{place} is the record of shard {record.shard:06d} of split {short(record.split)[1:-1]} under "
+            f"manifest {record.manifest_sha256[:12]}, expected shard {shard:06d} of split {split} under "
+            f"manifest {manifest_sha256[:12]}: {REMEDY}."
         )
+    _check_places(record, place)
     return record, data
+
+
+def _check_places(record: CommitRecord, place: StorePath) -> None:
+    """Raises DamagedStoreError where the batches do not lie one behind the other in the file."""
+    lengths = {len(column) for column in (record.offsets, record.lengths, record.crc32)}
+    require(len(lengths) == 1, place, "offsets, lengths and crc32", "lists of one length", sorted(lengths))
+    require(record.rows > 0, place, "offsets", "at least one row", 0)
+    require(bool((record.lengths > 0).all()), place, "lengths", "above 0", int(record.lengths.min()))
+    require(int(record.offsets[0]) > 0, place, "offsets[0]", "behind the header", int(record.offsets[0]))
+    # Before anything is added up, which could overflow.
+    for name, column in (("offsets", record.offsets), ("lengths", record.lengths)):
+        most = int(column.max())
+        require(most < record.file_bytes, place, name, f"inside of the {record.file_bytes:,} bytes", most)
+    ends = record.offsets + record.lengths
+    wrong = np.flatnonzero(record.offsets[1:] != ends[:-1])
+    if wrong.size:
+        row = int(wrong[0]) + 1
+        require(False, place, f"offsets[{row}]", f"{ends[row - 1]}", int(record.offsets[row]))
+    end = int(ends[-1])
+    require(end < record.file_bytes, place, "file_bytes", f"above {end}", record.file_bytes)
+
+
+def check_record(record: CommitRecord, manifest: Manifest, rows: int, place: StorePath) -> None:
+    """Compares a commit record with the manifest, before anything is allocated by it.
+
+    Args:
+        record: from `read_commit`.
+        manifest: of the store.
+        rows: that the shard must have.
+        place: of the record, for messages.
+
+    Raises:
+        DamagedStoreError: its number of rows, a row's length, a count or a plane is not what it can be.
+    """
+    require(record.rows == rows, place, "offsets", f"of {rows} rows", record.rows)
+    most, longest = largest_message(manifest), int(record.lengths.max())
+    require(longest <= most, place, "lengths", f"at most {most:,} bytes for a row of this store", longest)
+    check_sums(record.counts, record.plane_bytes, rows, manifest, str(place))
+    stored, total = sum(record.plane_bytes.values()), int(record.lengths.sum())
+    require(stored < total, place, "plane_bytes", f"below the rows' {total} bytes in all", stored)
+
+
+def check_sums(
+    counts: RowCounts, plane_bytes: dict[str, int], rows: int, manifest: Manifest, where: str
+) -> None:
+    """Compares what is counted over rows with what so many rows of a store can have.
+
+    Raises:
+        DamagedStoreError: a number cannot be, or the planes are others than the store's.
+    """
+    positions = rows * manifest.sequence_length
+    require(counts.tokens == positions, where, "counts.tokens", str(positions), counts.tokens)
+    padding = counts.tokens_padding
+    require(padding <= positions, where, "counts.tokens_padding", f"at most {positions}", padding)
+    left = positions - padding
+    for name in ("tokens_counted", "tokens_recorded", "segments"):
+        found = getattr(counts, name)
+        require(found <= left, where, f"counts.{name}", f"at most {left}", found)
+    planes = sorted(names_of(planes_of(manifest)))
+    require(sorted(plane_bytes) == planes, where, "plane_bytes", ", ".join(planes), sorted(plane_bytes))

@@ -1,13 +1,9 @@
-"""A row as one Arrow record batch: its schema, its bytes, what they decode to, and what is wrong in them."""
+"""A row as one Arrow record batch: its bytes, what they decode to, and what is wrong in them."""
 
 import json
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
-
-import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
 
 from sparsekd.logit_store.checks import check_planes
 from sparsekd.logit_store.codecs.codec import Arrays, codec_of
@@ -15,132 +11,117 @@ from sparsekd.logit_store.codecs.frames import PlaneError
 from sparsekd.logit_store.codecs.frequency import mass_of
 from sparsekd.logit_store.errors import DamagedStoreError
 from sparsekd.logit_store.manifest import Manifest, manifest_digest
-from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
+from sparsekd.logit_store.manifest_checks import FORMAT_VERSION, decoded_row_bytes
 from sparsekd.logit_store.planes import names_of, planes_of
+from sparsekd.logit_store.protocol.arrow_layout import (
+    batch_message,
+    file_footer,
+    file_header,
+    plane_offsets,
+    split_message,
+)
 from sparsekd.logit_store.protocol.layout import REMEDY
 from sparsekd.logit_store.row import Row, row_of_planes
 
-_MAGIC = b"ARROW1\0\0"
-"""First bytes of every Arrow IPC file, padded to 8."""
 
-
-def row_schema(manifest: Manifest) -> pa.Schema:
-    """Returns the Arrow schema of a row's batch, without metadata."""
-    planes = names_of(planes_of(manifest))
-    checksum = pa.field("item", pa.uint32(), nullable=False)
-    return pa.schema(
-        [
-            pa.field("row", pa.int64(), nullable=False),
-            pa.field("crc32", pa.list_(checksum, len(planes)), nullable=False),
-            *(pa.field(plane, pa.binary(), nullable=False) for plane in planes),
-        ]
-    )
-
-
-def shard_schema(manifest: Manifest, split: str, shard: int) -> pa.Schema:
-    """Returns the schema of a shard's file: that of a row, with the shard's identity as metadata."""
-    return row_schema(manifest).with_metadata(
-        {
-            "sparsekd.format_version": str(FORMAT_VERSION),
-            "sparsekd.manifest_sha256": manifest_digest(manifest),
-            "sparsekd.codec": manifest.codec.name,
-            "sparsekd.codec_parameters": json.dumps(
-                manifest.codec.parameters, sort_keys=True, separators=(",", ":")
-            ),
-            "sparsekd.split": split,
-            "sparsekd.shard": str(shard),
-        }
-    )
+def _shard_metadata(manifest: Manifest, split: str, shard: int) -> list[tuple[str, str]]:
+    """Returns a shard's identity, as the metadata of its schema."""
+    parameters = json.dumps(manifest.codec.parameters, sort_keys=True, separators=(",", ":"))
+    return [
+        ("sparsekd.format_version", str(FORMAT_VERSION)),
+        ("sparsekd.manifest_sha256", manifest_digest(manifest)),
+        ("sparsekd.codec", manifest.codec.name),
+        ("sparsekd.codec_parameters", parameters),
+        ("sparsekd.split", split),
+        ("sparsekd.shard", str(shard)),
+    ]
 
 
 def shard_header(manifest: Manifest, split: str, shard: int) -> bytes:
     """Returns the bytes with which the shard's file must begin."""
-    return _MAGIC + shard_schema(manifest, split, shard).serialize().to_pybytes()
+    return file_header(names_of(planes_of(manifest)), _shard_metadata(manifest, split, shard))
 
 
-def _one_value(stored: bytes) -> pa.Array:
-    """Returns a binary column of one value, without copying it."""
-    offsets = pa.py_buffer(np.array([0, len(stored)], np.int32))
-    return pa.Array.from_buffers(pa.binary(), 1, [None, offsets, pa.py_buffer(stored)])
+def shard_footer(manifest: Manifest, split: str, shard: int, batches: Iterable[tuple[int, int]]) -> bytes:
+    """Returns the bytes with which the shard's file must end.
+
+    Args:
+        manifest: of the store.
+        split: name of the row space.
+        shard: number of the shard in it.
+        batches: (offset, length) of each row's batch in the file.
+    """
+    return file_footer(names_of(planes_of(manifest)), _shard_metadata(manifest, split, shard), batches)
 
 
-def row_batch(schema: pa.Schema, index: int, stored: Mapping[str, bytes]) -> pa.RecordBatch:
-    """Returns the one batch of a row with these stored planes."""
-    planes = schema.names[2:]
-    plane_crcs = pa.array([zlib.crc32(stored[plane]) for plane in planes], pa.uint32())
-    return pa.record_batch(
-        [
-            pa.array([index], pa.int64()),
-            pa.FixedSizeListArray.from_arrays(plane_crcs, type=schema.field("crc32").type),
-            *(_one_value(stored[plane]) for plane in planes),
-        ],
-        schema=schema,
-    )
+def row_message(index: int, planes: Sequence[bytes | memoryview]) -> bytes:
+    """Returns the bytes of a row's batch with these stored planes, in the codec's order."""
+    return batch_message(index, [zlib.crc32(plane) for plane in planes], planes)
+
+
+def largest_message(manifest: Manifest) -> int:
+    """Returns how many bytes a row's batch has at most, under whatever codec.
+
+    No codec stores a plane in more than its decoded arrays take, but for the frames around incompressible
+    pieces; twice that and a fixed allowance hold any batch, and are what a reader may be made to allocate.
+    """
+    return 2 * decoded_row_bytes(manifest) + (1 << 16)
 
 
 def read_batch(
-    message: bytes | memoryview, schema: pa.Schema
-) -> tuple[int, NDArray[np.uint32], dict[str, pa.Buffer]]:
+    message: bytes | memoryview, planes: Sequence[str]
+) -> tuple[int, tuple[int, ...], dict[str, memoryview]]:
     """Returns (row number, crc32 of each plane, stored bytes of each plane) of a row's batch.
 
     Args:
-        message: the batch's bytes, whose checksum the caller has compared: Arrow trusts what it reads.
-        schema: `row_schema`.
+        message: the batch's bytes.
+        planes: their names, in stored order.
+
+    Raises:
+        ValueError: they are no such batch; says why not.
     """
-    batch = pa.ipc.read_record_batch(pa.py_buffer(message), schema)
-    planes = {name: _only_value(batch.column(name)) for name in schema.names[2:]}
-    return batch.column("row")[0].as_py(), batch.column("crc32").values.to_numpy(), planes
+    row, crc32, stored = split_message(message, len(planes))
+    return row, crc32, dict(zip(planes, stored, strict=True))
 
 
-def _only_value(column: pa.Array) -> pa.Buffer:
-    """Returns the one value of a binary column, without copying it as Arrow's scalars do."""
-    _, offsets, values = column.buffers()
-    begin, end = np.frombuffer(offsets, np.int32, count=2)
-    return values.slice(int(begin), int(end - begin)) if end > begin else pa.py_buffer(b"")
-
-
-def find_damage(message: bytes, schema: pa.Schema, offset: int, index: int) -> str:
+def find_damage(message: bytes | memoryview, planes: Sequence[str], offset: int, index: int) -> str:
     """Says what is wrong with a batch that differs from its crc32, and where it lies in the file.
 
     Args:
         message: the batch's bytes.
-        schema: `row_schema`.
+        planes: their names, in stored order.
         offset: of the batch in the file.
         index: number of the row that should be there.
     """
     everywhere = f"bytes {offset} to {offset + len(message) - 1} of the file"
+    frame = f"no single plane, but the frame around them, {everywhere}"
     try:
-        buffer = pa.py_buffer(message)
-        batch = pa.ipc.read_record_batch(buffer, schema)
-        batch.validate(full=True)
-        crcs = batch.column("crc32").values.to_numpy()
-        for position, plane in enumerate(schema.names[2:]):
-            stored = _only_value(batch.column(plane))
-            begin = stored.address - buffer.address
-            # A damaged header may place a plane outside of the batch.
-            inside = 0 <= begin < begin + stored.size <= len(message)
-            if inside and zlib.crc32(stored) != crcs[position]:
-                return (
-                    f"plane {plane}, bytes {offset + begin} to {offset + begin + stored.size - 1} of the file"
-                )
-        found = batch.column("row")[0].as_py()
-        if found != index:
-            return f"every plane: it is the batch of row {found}, {everywhere}"
-    except (pa.ArrowException, EOFError, OSError, ValueError, IndexError, AttributeError, OverflowError):
-        # Expected of damaged bytes: the header that says where the planes lie is itself unreadable.
-        pass
-    return f"no single plane, but the frame around them, {everywhere}"
+        found, crc32, stored = read_batch(message, planes)
+    except ValueError:
+        return frame
+    for (plane, data), expected, begin in zip(
+        stored.items(), crc32, plane_offsets(message, len(planes)), strict=True
+    ):
+        if zlib.crc32(data) != expected:
+            first = offset + begin
+            return f"plane {plane}, bytes {first} to {first + len(data) - 1} of the file"
+    return f"every plane: it is the batch of row {found}, {everywhere}" if found != index else frame
 
 
 def stored_planes(
-    message: bytes | memoryview, schema: pa.Schema, index: int, where: str
-) -> dict[str, pa.Buffer]:
-    """Returns the stored bytes of each plane of a row's batch whose crc32 was right.
+    message: bytes | memoryview, manifest: Manifest, index: int, where: str
+) -> dict[str, memoryview]:
+    """Returns the stored bytes of each plane of a row's batch.
+
+    Its crc32 was right, which says nothing of who made it.
 
     Raises:
-        DamagedStoreError: it is another row.
+        DamagedStoreError: it is no batch of this store, or another row.
     """
-    found, _, planes = read_batch(message, schema)
+    try:
+        found, _, planes = read_batch(message, names_of(planes_of(manifest)))
+    except ValueError as error:
+        raise DamagedStoreError(f"{where}: its batch cannot be read ({error}): {REMEDY}.") from error
     if found != index:
         raise DamagedStoreError(f"{where} holds row {found} instead: rows were swapped; {REMEDY}.")
     return planes
@@ -173,6 +154,9 @@ def decode_planes(
         planes = codec_of(manifest).decode_planes(stored, manifest, wanted, reuse)
     except PlaneError as error:
         raise DamagedStoreError(f"{where}, plane {error.plane}: {error}; {REMEDY}.") from error
+    except (ValueError, IndexError, OverflowError) as error:
+        # What numpy says of contents that no codec writes and that none looked for.
+        raise DamagedStoreError(f"{where}: its planes cannot be decoded ({error}); {REMEDY}.") from error
     check_planes(
         planes,
         manifest,
@@ -187,7 +171,6 @@ def decode_planes(
 def decode_row(
     message: bytes | memoryview,
     manifest: Manifest,
-    schema: pa.Schema,
     split: str,
     index: int,
     where: str,
@@ -198,7 +181,6 @@ def decode_row(
     Args:
         message: the batch's bytes.
         manifest: of the store.
-        schema: `row_schema`.
         split: of the row.
         index: number of the row that should be there.
         where: the row's place, for messages.
@@ -208,5 +190,5 @@ def decode_row(
         DamagedStoreError: it is another row, or a plane cannot be decoded.
         InvalidRowError: the decoded row breaks a rule.
     """
-    stored = stored_planes(message, schema, index, where)
+    stored = stored_planes(message, manifest, index, where)
     return row_of_planes(decode_planes(stored, manifest, split, where, reuse=reuse))

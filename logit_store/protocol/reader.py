@@ -9,23 +9,18 @@ import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from sparsekd.logit_store.codecs.codec import Arrays, codec_of
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
-from sparsekd.logit_store.json_text import read_signed_json, signed_digest
+from sparsekd.logit_store.json_text import signed_digest
 from sparsekd.logit_store.manifest import (
     MANIFEST_NAME,
     Manifest,
     manifest_digest,
-    manifest_to_json,
-    read_manifest,
+    manifest_from_json,
+    read_manifest_text,
 )
 from sparsekd.logit_store.places.access import (
     KINDS,
@@ -36,12 +31,12 @@ from sparsekd.logit_store.places.access import (
     local_tokenizer,
 )
 from sparsekd.logit_store.places.cache import Cache, default_cache
-from sparsekd.logit_store.places.files import exists, explained, size_of
+from sparsekd.logit_store.places.files import size_of
 from sparsekd.logit_store.places.paths import RemotePath, StorePath, store_path
-from sparsekd.logit_store.planes import text_planes
-from sparsekd.logit_store.protocol.commit import CommitRecord, RowCounts, read_commit
+from sparsekd.logit_store.planes import names_of, planes_of, text_planes
+from sparsekd.logit_store.protocol.commit import CommitRecord, check_record, read_commit
+from sparsekd.logit_store.protocol.index import SplitIndex, read_index
 from sparsekd.logit_store.protocol.layout import (
-    INDEX_NAME,
     REMEDY,
     TOKENIZER_NAME,
     commit_file,
@@ -52,32 +47,13 @@ from sparsekd.logit_store.protocol.message import (
     decode_planes,
     decode_row,
     find_damage,
-    row_schema,
     stored_planes,
 )
 from sparsekd.logit_store.row import Row, row_of_planes
+from sparsekd.logit_store.typed_json import one_line
 
 COMMIT_RECORDS_KEPT = 1024
 """About 20 bytes per row each: 20 MB where a shard has 1,000 rows."""
-
-
-@dataclass(frozen=True)
-class SplitIndex:
-    """What the index says of one split.
-
-    Attributes:
-        rows: in all shards.
-        counts: over these rows.
-        plane_bytes: stored bytes of each plane, over these rows.
-        file_bytes: of all Arrow files.
-        record_digests: of each shard's commit record, in order; 64 bytes each.
-    """
-
-    rows: int
-    counts: RowCounts
-    plane_bytes: dict[str, int]
-    file_bytes: int
-    record_digests: NDArray[np.bytes_]  # [shards] S64: objects would be ten times as large
 
 
 class LogitStore:
@@ -105,7 +81,7 @@ class LogitStore:
         self._access = access
         self._cache = cache
         self._manifest_sha256 = manifest_digest(manifest)
-        self._schema = row_schema(manifest)
+        self._planes = names_of(planes_of(manifest))
         self._commits: OrderedDict[tuple[str, int], CommitRecord] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -181,15 +157,15 @@ class LogitStore:
 
     def _read_commit(self, split: str, shard_index: int) -> CommitRecord:
         place = commit_file(self.path, split, shard_index)
-        with explained(place):
-            record, data = read_commit(
-                self.path, self._manifest_sha256, split, shard_index, read=self._access.whole
-            )
+        record, data = read_commit(
+            self.path, self._manifest_sha256, split, shard_index, read=self._access.whole
+        )
         if not self.is_record(split, shard_index, data):
             raise DamagedStoreError(
                 f"{self.path}, split {split}, shard {shard_index:06d}: the commit record is not the one that "
                 f"was sealed; {REMEDY}."
             )
+        check_record(record, self.manifest, len(self.shard_rows(split, shard_index)), place)
         return record
 
     def read_message(self, split: str, index: int) -> bytes | memoryview:
@@ -234,7 +210,7 @@ class LogitStore:
                 f"{where}: {place.name} has {size_of(place)} bytes, expected {offset + length} or more: "
                 f"the file is cut off; {REMEDY}."
             )
-        damage = find_damage(bytes(message), self._schema, offset, index)
+        damage = find_damage(message, self._planes, offset, index)
         raise DamagedStoreError(f"{where}: stored bytes differ from their checksum in {damage}; {REMEDY}.")
 
     def read_row(self, split: str, index: int, reuse: Arrays | None = None) -> Row:
@@ -256,7 +232,7 @@ class LogitStore:
         """
         message = self.read_message(split, index)
         where = row_place(self.path, split, index, self.manifest.rows_per_shard)
-        return decode_row(message, self.manifest, self._schema, split, index, where, reuse)
+        return decode_row(message, self.manifest, split, index, where, reuse)
 
     def read_planes(
         self, split: str, index: int, names: Collection[str], reuse: Arrays | None = None
@@ -277,7 +253,7 @@ class LogitStore:
         """
         message = self.read_message(split, index)
         where = row_place(self.path, split, index, self.manifest.rows_per_shard)
-        stored = stored_planes(message, self._schema, index, where)
+        stored = stored_planes(message, self.manifest, index, where)
         return decode_planes(stored, self.manifest, split, where, wanted=names, reuse=reuse)
 
     def read_text(self, split: str, index: int) -> Row:
@@ -305,37 +281,16 @@ def open_store(
             f"{path} cannot be read {access!r}: local stores are read {' or '.join(KINDS)}, remote ones "
             "positional."
         )
-    manifest = read_manifest(path)
-    codec_of(manifest)
-    place = path / INDEX_NAME
-    if not exists(place):
-        raise StoreError(
-            f"{path} is not finished: it has no {INDEX_NAME}; run the command that writes it again, which "
-            "continues and seals it."
-        )
-    with explained(place):
-        data = place.read_bytes()
-        text_is_canonical = (path / MANIFEST_NAME).read_bytes() == manifest_to_json(manifest).encode("ascii")
-    content = read_signed_json(place, data)
-    if content["manifest_sha256"] != manifest_digest(manifest) or not text_is_canonical:
-        raise DamagedStoreError(
-            f"{path / MANIFEST_NAME} is not the manifest that was sealed: it was edited or damaged; restore "
-            "it from a copy."
-        )
-    index = {name: _split_index(content["splits"][name]) for name in manifest.splits}
-    digest = signed_digest(data)
+    text = read_manifest_text(path)
+    manifest = manifest_from_json(text, str(path / MANIFEST_NAME))
+    try:
+        codec_of(manifest)
+    except StoreError as error:
+        # It may quote what a stranger wrote.
+        raise StoreError(f"{path / MANIFEST_NAME}: {one_line(str(error))}") from error
+    index, digest = read_index(path, manifest, text)
     if isinstance(path, RemotePath):
         cache = cache or default_cache(os.environ)
         return LogitStore(path, manifest, digest, index, CachedAccess(cache, digest), cache)
     chosen = MappedAccess() if access == "mapped" else PositionalAccess()
     return LogitStore(path, manifest, digest, index, chosen, None)
-
-
-def _split_index(content: dict[str, Any]) -> SplitIndex:
-    return SplitIndex(
-        rows=content["rows"],
-        counts=RowCounts(**content["counts"]),
-        plane_bytes=content["plane_bytes"],
-        file_bytes=content["file_bytes"],
-        record_digests=np.array([entry["record_digest"] for entry in content["shards"]], "S64"),
-    )

@@ -6,20 +6,18 @@ give; so the file itself is read, checked as a reader would, and given its recor
 """
 
 import contextlib
+import hashlib
 import itertools
-import os
 import time
 import zlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import pyarrow as pa
 
 from sparsekd.logit_store.errors import DamagedStoreError, NameTakenError, StoreError
 from sparsekd.logit_store.json_text import signed_json
 from sparsekd.logit_store.manifest import Manifest, manifest_digest
 from sparsekd.logit_store.places.files import (
-    HashingFile,
     exists,
     explained,
     files_below,
@@ -29,11 +27,11 @@ from sparsekd.logit_store.places.files import (
     names_in,
     publish_bytes,
     read_range,
-    sha256_of,
     size_of,
 )
 from sparsekd.logit_store.places.paths import StorePath
-from sparsekd.logit_store.planes import text_planes
+from sparsekd.logit_store.planes import names_of, planes_of, text_planes
+from sparsekd.logit_store.protocol.arrow_layout import is_end, message_length
 from sparsekd.logit_store.protocol.commit import (
     CommitRecord,
     RowCounts,
@@ -44,11 +42,11 @@ from sparsekd.logit_store.protocol.commit import (
 from sparsekd.logit_store.protocol.layout import QUARANTINE_NAME, REMEDY, commit_file, row_place, shard_file
 from sparsekd.logit_store.protocol.message import (
     decode_row,
+    largest_message,
     read_batch,
-    row_batch,
-    row_schema,
+    row_message,
+    shard_footer,
     shard_header,
-    shard_schema,
 )
 from sparsekd.logit_store.row import Row, planes_of_row
 
@@ -109,8 +107,8 @@ def record_of_file(
 ) -> CommitRecord:
     """Returns the commit record of a shard's file, made from the file alone.
 
-    Every row is checked as a reader checks it, and the file must be, to the byte, what Arrow writes of these
-    rows: header, batches, footer.
+    Every row is checked as a reader checks it, and the file must be, to the byte, what its planes make:
+    header, batches, footer.
 
     Args:
         path: of the store.
@@ -124,61 +122,55 @@ def record_of_file(
         StoreError: it cannot be read, or a row breaks a rule.
     """
     place = shard_file(path, split, shard)
-    with explained(place):
-        data = read_range(place, 0, size_of(place))
-        digest = sha256_of(place)
     header = shard_header(manifest, split, shard)
+    with explained(place):
+        size = size_of(place)
+        if size > len(header) + (manifest.rows_per_shard + 1) * largest_message(manifest):
+            raise DamagedStoreError(f"{place} has {size:,} bytes, more than a shard can have: {REMEDY}.")
+        data = read_range(place, 0, size)
     if not data.startswith(header):
         raise DamagedStoreError(f"{place} does not begin as this shard of this store must: {REMEDY}.")
-    schema, full_schema = row_schema(manifest), shard_schema(manifest, split, shard)
+    planes = names_of(planes_of(manifest))
     first = shard * manifest.rows_per_shard
+    view = memoryview(data)
     # Numbers alone are kept: all decoded rows of a shard are many times its file.
     counts: list[RowCounts] = []
-    batches: list[tuple[int, int, int]] = []
-    plane_bytes = dict.fromkeys(schema.names[2:], 0)
-    # Written again to nowhere, to know where each batch lies and that nothing else is in the file.
-    with open(os.devnull, "wb") as nowhere:
-        again = HashingFile(nowhere.fileno())
-        writer = pa.ipc.new_file(again, full_schema)
+    batches: list[tuple[int, int]] = []
+    crc32s: list[int] = []
+    plane_bytes = dict.fromkeys(planes, 0)
+    offset = len(header)
+    while len(counts) < manifest.rows_per_shard and not is_end(view[offset:]):
+        index = first + len(counts)
+        where = row_place(path, split, index, manifest.rows_per_shard)
         try:
-            file = pa.ipc.open_file(pa.BufferReader(data))
-            for index in range(file.num_record_batches):
-                batch = file.get_batch(index)
-                # Before anything else touches it: Arrow ends the process over lengths that make no sense.
-                if batch.num_rows != 1:
-                    raise DamagedStoreError(
-                        f"{place} holds {batch.num_rows} rows in batch {index}: {REMEDY}."
-                    )
-                batch.validate(full=True)
-                message = batch.serialize().to_pybytes()
-                where = row_place(path, split, first + index, manifest.rows_per_shard)
-                row = decode_row(message, manifest, schema, split, first + index, where)
-                if text is not None and not (index < len(text) and is_same_text(row, text[index], manifest)):
-                    raise DamagedStoreError(f"{where} holds another text than is written here: {REMEDY}.")
-                counts.append(count_rows([row]))
-                _, _, found = read_batch(message, schema)
-                planes = {name: stored.to_pybytes() for name, stored in found.items()}
-                # From the planes alone, so that not a byte around them is taken over; with their checksums,
-                # so that a plane which differs from its own makes another file.
-                batch = row_batch(full_schema, first + index, planes)
-                offset = max(again.size, len(header))
-                writer.write_batch(batch)
-                batches.append((offset, again.size - offset, zlib.crc32(batch.serialize())))
-                for name, stored in planes.items():
-                    plane_bytes[name] += len(stored)
-        except (pa.ArrowException, OSError, EOFError, ValueError, IndexError, AttributeError) as error:
-            raise DamagedStoreError(f"{place} cannot be read as an Arrow file: {REMEDY}.") from error
-        writer.close()
-    if again.hexdigest() != digest or not 1 <= len(counts) <= manifest.rows_per_shard:
-        raise DamagedStoreError(f"{place} is not the file that its {len(counts)} rows make: {REMEDY}.")
+            message = view[offset : offset + message_length(view[offset:], len(planes))]
+            _, _, stored = read_batch(message, planes)
+        except ValueError as error:
+            raise DamagedStoreError(f"{where}: its batch cannot be read ({error}): {REMEDY}.") from error
+        row = decode_row(message, manifest, split, index, where)
+        here = None if text is None else text[len(counts) : len(counts) + 1]
+        if here is not None and not (here and is_same_text(row, here[0], manifest)):
+            raise DamagedStoreError(f"{where} holds another text than is written here: {REMEDY}.")
+        # From the planes alone, so that not a byte around them is taken over; with their checksums, so that a
+        # plane which differs from its own makes another batch.
+        if row_message(index, list(stored.values())) != message:
+            raise DamagedStoreError(f"{where}: its batch is not the one that its planes make; {REMEDY}.")
+        counts.append(count_rows([row]))
+        batches.append((offset, len(message)))
+        crc32s.append(zlib.crc32(message))
+        for name, plane in stored.items():
+            plane_bytes[name] += len(plane)
+        offset += len(message)
+    if not counts or view[offset:] != shard_footer(manifest, split, shard, batches):
+        raise DamagedStoreError(f"{place} does not end as its {len(counts)} rows make it end: {REMEDY}.")
     if text is not None and len(counts) != len(text):
         raise DamagedStoreError(f"{place} has {len(counts)} rows, expected {len(text)}: {REMEDY}.")
-    offsets, lengths, crc32s = zip(*batches, strict=True)
+    offsets, lengths = zip(*batches, strict=True)
     return CommitRecord(
         split=split,
         shard=shard,
         manifest_sha256=manifest_digest(manifest),
-        file_sha256=digest,
+        file_sha256=hashlib.sha256(data).hexdigest(),
         file_bytes=len(data),
         offsets=np.array(offsets, np.int64),
         lengths=np.array(lengths, np.int64),

@@ -44,7 +44,14 @@ from sparsekd.logit_store.places.files import (
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.planes import names_of, planes_of
 from sparsekd.logit_store.projections import projections_of, write_projections
-from sparsekd.logit_store.protocol.commit import CommitRecord, RowCounts, commit_to_content, read_commit
+from sparsekd.logit_store.protocol.commit import (
+    CommitRecord,
+    RowCounts,
+    check_record,
+    commit_to_content,
+    read_commit,
+)
+from sparsekd.logit_store.protocol.index import INDEX_BYTES
 from sparsekd.logit_store.protocol.layout import (
     INDEX_NAME,
     SHARD_NAME,
@@ -296,6 +303,11 @@ def seal(path: StorePath, shards_per_split: Mapping[str, int], *, replace: bool 
         },
     }
     data = signed_json(content)
+    if len(data) > INDEX_BYTES:
+        raise StoreError(
+            f"{path} would have an index of {len(data):,} bytes, more than the {INDEX_BYTES:,} that are "
+            "read: write it with more rows in each shard."
+        )
     index = path / INDEX_NAME
     if not replace and exists(index) and index.read_bytes() != data:
         raise StoreError(
@@ -341,12 +353,14 @@ def _seal_split(path: StorePath, manifest: Manifest, split: str, shards: int) ->
 
     def checked(shard: int) -> tuple[CommitRecord, bytes]:
         record, data = read_commit(path, digest, split, shard)
-        if record.rows != manifest.rows_per_shard and shard != shards - 1:
+        is_short = record.rows < manifest.rows_per_shard and shard == shards - 1
+        if record.rows != manifest.rows_per_shard and not is_short:
             raise StoreError(
                 f"{path}, split {split}, shard {shard:06d} has {record.rows} rows, expected "
                 f"{manifest.rows_per_shard}: only the last shard may be short; remove both its files and run "
                 "again."
             )
+        check_record(record, manifest, record.rows, commit_file(path, split, shard))
         _check_shard_file(path, manifest, record)
         return record, data
 

@@ -3,9 +3,11 @@
 Shapes: L positions of a row, k head entries, n draws, K = k + n stored ids.
 """
 
+import contextlib
 import math
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,9 +26,10 @@ from sparsekd.logit_store.places.files import (
     size_of,
 )
 from sparsekd.logit_store.places.paths import StorePath, store_path
+from sparsekd.logit_store.planes import names_of, planes_of
 from sparsekd.logit_store.positions import recorded_positions, rule_of_split
 from sparsekd.logit_store.projections import projected, projection_name, read_projection
-from sparsekd.logit_store.protocol.commit import RowCounts, count_rows, sum_of_counts
+from sparsekd.logit_store.protocol.commit import CommitRecord, RowCounts, count_rows, sum_of_counts
 from sparsekd.logit_store.protocol.layout import (
     INDEX_NAME,
     QUARANTINE_NAME,
@@ -35,7 +38,12 @@ from sparsekd.logit_store.protocol.layout import (
     row_place,
     shard_file,
 )
-from sparsekd.logit_store.protocol.message import decode_row, read_batch, row_schema, shard_header
+from sparsekd.logit_store.protocol.message import (
+    decode_row,
+    read_batch,
+    shard_footer,
+    shard_header,
+)
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.recover import in_quarantine
 from sparsekd.logit_store.protocol.writer import stored_tokenizer_digest
@@ -242,6 +250,35 @@ class _Alignment:
         )
 
 
+class _Sums:
+    """What the commit records of a split's shards say together."""
+
+    def __init__(self) -> None:
+        self.counts: list[RowCounts] = []  # none, or the sums so far
+        self.plane_bytes: Counter[str] = Counter()
+        self.file_bytes = 0
+
+    def add(self, record: CommitRecord) -> None:
+        self.counts = [sum_of_counts([*self.counts, record.counts])]
+        self.plane_bytes.update(record.plane_bytes)
+        self.file_bytes += record.file_bytes
+
+    def contradictions(self, store: LogitStore, split: str) -> list[str]:
+        """Says where the index has other sums."""
+        index = store.index(split)
+        found = {
+            "counts": [index.counts] == self.counts,
+            "plane_bytes": index.plane_bytes == self.plane_bytes,
+            "file_bytes": index.file_bytes == self.file_bytes,
+        }
+        where = f"{store.path / INDEX_NAME}, {split} has other"
+        return [
+            f"{where} {name} than its commit records together: restore it from a copy."
+            for name, is_right in found.items()
+            if not is_right
+        ]
+
+
 def _neighbouring_labels(
     row: Row, target: str
 ) -> tuple[NDArray[np.int64], tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
@@ -293,26 +330,34 @@ def verify_store(
     problems: list[str] = []
     damaged: list[tuple[str, int]] = []
     alignment = _Alignment(store.manifest)
+    sums = {split: _Sums() for split in store.manifest.splits}
     rows = bytes_read = done = 0
     places = [(split, shard) for split in store.manifest.splits for shard in range(store.shards(split))]
-    if stored_tokenizer_digest(path) != store.manifest.tokenizer.digest:
-        problems.append(
-            f"{path / TOKENIZER_NAME} does not hold the manifest's tokenizer: a file is damaged, missing or "
-            "too many; restore it from a copy."
-        )
+    with _noted(problems):
+        if stored_tokenizer_digest(path) != store.manifest.tokenizer.digest:
+            problems.append(
+                f"{path / TOKENIZER_NAME} does not hold the manifest's tokenizer: a file is damaged, missing "
+                "or too many; restore it from a copy."
+            )
     for spec in projected(store.manifest):
-        try:
+        with _noted(problems):
             read_projection(path, spec)
-        except StoreError as error:
-            problems.append(str(error))
     for split, shard in places:
         before = len(problems)
         good, size = _verify_shard(store, split, shard, alignment, problems)
         if len(problems) > before:
             damaged.append((split, shard))
+        else:
+            sums[split].add(store.commit(split, shard))
         rows, bytes_read, done = rows + good, bytes_read + size, done + 1
         if progress is not None:
             progress(done, len(places))
+    for split in {split for split, _ in places} - {split for split, _ in damaged}:
+        problems += sums[split].contradictions(store, split)
+    strangers: tuple[str, ...] = ()
+    quarantined: tuple[str, ...] = ()
+    with _noted(problems):
+        strangers, quarantined = _strangers(store), tuple(in_quarantine(path))
     return VerifyResult(
         path=path,
         digest=store.digest,
@@ -321,10 +366,19 @@ def verify_store(
         bytes_read=bytes_read,
         problems=tuple(problems),
         damaged=tuple(damaged),
-        strangers=_strangers(store),
-        quarantined=tuple(in_quarantine(path)),
+        strangers=strangers,
+        quarantined=quarantined,
         alignment=alignment.result() if store.manifest.teacher is not None else None,
     )
+
+
+@contextlib.contextmanager
+def _noted(problems: list[str]) -> Iterator[None]:
+    """Turns what is wrong with a store into a problem of it: damage does not raise."""
+    try:
+        yield
+    except StoreError as error:
+        problems.append(str(error))
 
 
 def _verify_shard(
@@ -332,31 +386,32 @@ def _verify_shard(
 ) -> tuple[int, int]:
     """Checks one shard; returns (rows that are sound, bytes of its file)."""
     place = shard_file(store.path, split, shard)
-    manifest, schema = store.manifest, row_schema(store.manifest)
-    if not exists(place):
-        problems.append(f"{place} is missing: {REMEDY}.")
-        return 0, 0
+    manifest, planes = store.manifest, names_of(planes_of(store.manifest))
     try:
+        if not exists(place):
+            problems.append(f"{place} is missing: {REMEDY}.")
+            return 0, 0
         record = store.commit(split, shard)
         with explained(place):
             size = size_of(place)
             digest = sha256_of(place)
-            header = shard_header(manifest, split, shard)
-            right_header = read_range(place, 0, len(header)) == header
+        frame = _wrong_frame(store, record)
     except StoreError as error:
         problems.append(str(error))
         return 0, 0
     before = len(problems)
     sound: list[RowCounts] = []  # of each row that is; all decoded rows of a shard would fill the memory
+    plane_bytes = dict.fromkeys(planes, 0)
     for index in store.shard_rows(split, shard):
         where = row_place(store.path, split, index, manifest.rows_per_shard)
         try:
             message = store.read_message(split, index)
-            _, crc32, planes = read_batch(message, schema)
-            for position, (plane, stored) in enumerate(planes.items()):
-                if zlib.crc32(stored) != crc32[position]:
-                    raise DamagedStoreError(f"{where}, plane {plane}: its own checksum differs.")
-            row = decode_row(message, manifest, schema, split, index, where)
+            row = decode_row(message, manifest, split, index, where)
+            _, crc32, found = read_batch(message, planes)
+            for expected, (plane, stored) in zip(crc32, found.items(), strict=True):
+                if zlib.crc32(stored) != expected:
+                    raise DamagedStoreError(f"{where}, plane {plane}: its own checksum differs; {REMEDY}.")
+                plane_bytes[plane] += len(stored)
         except StoreError as error:
             problems.append(str(error))
             continue
@@ -373,16 +428,39 @@ def _verify_shard(
         sound.append(count_rows([row]))
         if manifest.teacher is not None:
             alignment.add(row)
-    if len(sound) == record.rows and sum_of_counts(sound) != record.counts:
+    if len(problems) > before:
+        return len(sound), size
+    if sum_of_counts(sound) != record.counts:
         problems.append(f"{place} holds other numbers of tokens than its commit record says.")
-    if digest != record.file_sha256 and len(problems) == before:
-        part = "" if right_header else ", in its header"
+    if plane_bytes != record.plane_bytes:
+        problems.append(f"{place} holds planes of other lengths than its commit record says.")
+    if digest != record.file_sha256:
+        part = f", in its {frame}" if frame else ""
         problems.append(
             f"{place} ({size:,} bytes) is not the file that was written ({record.file_bytes:,} "
             f"bytes){part}; its "
             f"rows are sound; {REMEDY}."
         )
+    elif frame:
+        problems.append(
+            f"{place} is the file of its commit record, but its {frame} is not what the manifest and the "
+            f"rows make it, and misleads other programs: {REMEDY}."
+        )
     return len(sound), size
+
+
+def _wrong_frame(store: LogitStore, record: CommitRecord) -> str:
+    """Returns which part of a shard's file around its batches is not what it must be, if any."""
+    place = shard_file(store.path, record.split, record.shard)
+    header = shard_header(store.manifest, record.split, record.shard)
+    batches = list(zip(record.offsets.tolist(), record.lengths.tolist(), strict=True))
+    footer = shard_footer(store.manifest, record.split, record.shard, batches)
+    end = sum(batches[-1])
+    with explained(place):
+        # One byte more than there must be, for a file that goes on.
+        if read_range(place, 0, len(header)) != header or batches[0][0] != len(header):
+            return "header"
+        return "" if read_range(place, end, len(footer) + 1) == footer else "footer"
 
 
 def _strangers(store: LogitStore) -> tuple[str, ...]:

@@ -1,11 +1,11 @@
 """Ways to the bytes: a file cut short under its reader, mapped files, and a store of 20,000 shards."""
 
-import dataclasses
 import os
 import re
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import pytest
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
 from sparsekd.logit_store.json_text import signed_json
 from sparsekd.logit_store.manifest import manifest_digest
+from sparsekd.logit_store.planes import names_of, planes_of
 from sparsekd.logit_store.protocol.commit import RowCounts
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
@@ -117,14 +118,21 @@ def test_twenty_thousand_shards_are_opened_in_little_memory(tmp_path: Path) -> N
     path.mkdir()
     (path / "MANIFEST.json").write_bytes((tmp_path / "small/MANIFEST.json").read_bytes())
     shards = [{"record_digest": f"{shard:064x}", "rows": ROWS_PER_SHARD} for shard in range(SHARDS)]
-    counts = dict.fromkeys((field.name for field in dataclasses.fields(RowCounts)), 0)
-    split = {"counts": counts, "plane_bytes": {}, "file_bytes": 0}
+    none = {
+        "counts": dict.fromkeys((field.name for field in fields(RowCounts)), 0),
+        "plane_bytes": dict.fromkeys(names_of(planes_of(manifest)), 0),
+        "file_bytes": 0,
+        "rows": 0,
+        "shards": [],
+    }
+    rows = SHARDS * ROWS_PER_SHARD
+    counts = none["counts"] | {"tokens": rows * manifest.sequence_length}
     content = {
         "format_version": 1,
         "manifest_sha256": manifest_digest(manifest),
         "splits": {
-            "train": split | {"rows": SHARDS * ROWS_PER_SHARD, "shards": shards},
-            "heldout": split | {"rows": 0, "shards": []},
+            "train": none | {"counts": counts, "rows": rows, "shards": shards},
+            "heldout": none,
         },
     }
     (path / "INDEX.json").write_bytes(signed_json(content))

@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
-from sparsekd.logit_store.protocol.message import decode_row, read_batch, row_schema
+from sparsekd.logit_store.planes import names_of, planes_of
+from sparsekd.logit_store.protocol.message import decode_row, read_batch
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.synthetic import (
@@ -77,7 +77,7 @@ def test_every_flipped_byte_of_a_row_is_found_and_placed(tmp_path: Path) -> None
     begin, length = int(commit.offsets[0]), int(commit.lengths[0])
     owners = _plane_of_byte(store)
     file = path / SHARD
-    assert set(owners.values()) == set(row_schema(store.manifest).names[2:])
+    assert set(owners.values()) == set(names_of(planes_of(store.manifest)))
     for offset in range(begin, begin + length):
         _flip(file, offset, 1 << offset % 8)
         with pytest.raises(DamagedStoreError) as caught:
@@ -96,12 +96,12 @@ def test_every_flipped_byte_of_a_row_is_found_and_placed(tmp_path: Path) -> None
 
 def _plane_of_byte(store: LogitStore) -> dict[int, str]:
     begin = int(store.commit("train", 0).offsets[0])
-    message = pa.py_buffer(store.read_message("train", 0))
-    _, _, planes = read_batch(message, row_schema(store.manifest))
+    message = store.read_message("train", 0)
+    _, _, planes = read_batch(message, names_of(planes_of(store.manifest)))
     owners = {}
     for name, stored in planes.items():
-        place = stored.address - message.address
-        owners |= dict.fromkeys(range(begin + place, begin + place + stored.size), name)
+        place = message.index(stored)
+        owners |= dict.fromkeys(range(begin + place, begin + place + len(stored)), name)
     return owners
 
 
@@ -199,7 +199,7 @@ def test_sound_bytes_of_another_row_are_refused(tmp_path: Path) -> None:
     store = open_store(_store_of_nine(tmp_path / "store"))
     message = store.read_message("train", 4)
     with pytest.raises(DamagedStoreError, match="row 3 holds row 4 instead"):
-        decode_row(message, store.manifest, row_schema(store.manifest), "train", 3, "store, row 3")
+        decode_row(message, store.manifest, "train", 3, "store, row 3")
 
 
 def test_shard_of_another_split_or_store_is_found(tmp_path: Path) -> None:

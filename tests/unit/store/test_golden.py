@@ -14,7 +14,9 @@ import zstandard
 from sparsekd.logit_store.codecs.codec import CODECS, codec_of
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.planes import names_of, planes_of
+from sparsekd.logit_store.protocol.commit import commit_to_content
 from sparsekd.logit_store.protocol.reader import open_store
+from sparsekd.logit_store.protocol.recover import record_of_file
 from sparsekd.logit_store.row import planes_of_row
 from sparsekd.logit_store.tools.verify import verify_store
 
@@ -50,6 +52,16 @@ def test_golden_store_decodes_to_fixed_digests(name: str) -> None:
     for place, planes in DIGESTS[name]["rows"].items():
         split, index = place.split("/")
         assert make.digests_of(store.read_row(split, int(index))) == planes, place
+
+
+@pytest.mark.parametrize("name", sorted(DIGESTS))
+def test_golden_shards_would_be_adopted_with_the_records_they_have(name: str) -> None:
+    """Whatever releases are installed: every byte of a shard follows from its planes."""
+    store = open_store(GOLDEN / name)
+    for split in store.manifest.splits:
+        for shard in range(store.shards(split)):
+            made = record_of_file(store.path, store.manifest, split, shard)
+            assert commit_to_content(made) == commit_to_content(store.commit(split, shard))
 
 
 @pytest.mark.parametrize("name", sorted(DIGESTS))
