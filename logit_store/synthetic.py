@@ -22,8 +22,8 @@ from sparsekd.logit_store.manifest import (
     RecordSpec,
     TeacherIdentity,
     TokenizerIdentity,
-    digest_of_files,
 )
+from sparsekd.logit_store.places.tokenizer_folder import digest_of_files
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import NO_ID, PADDING_DOCUMENT, Row, TeacherRecord, segment_lengths
 

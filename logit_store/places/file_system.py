@@ -10,11 +10,11 @@ import hashlib
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
 from typing import Any, Protocol
 
-from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.errors import NameTakenError, StoreError
 from sparsekd.logit_store.places.paths import StorePath
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -83,11 +83,25 @@ class Files(Protocol):
     def sha256(self, path: Any) -> str:
         """Returns the sha256 (hex) of a file, read in pieces."""
 
-    def names(self, folder: Any) -> list[str]:
-        """Returns the names of what lies directly in a folder, sorted; empty where there is none."""
+    def read_file(self, path: Any, largest: int) -> bytes:
+        """Returns a whole file. Raises OSError where it has more than `largest` bytes."""
 
-    def files_below(self, folder: Any) -> list[str]:
-        """Returns the names, relative to the folder and with `/`, of all files below it, sorted."""
+    def names(self, folder: Any) -> list[str]:
+        """Returns the names of what lies directly in a folder, sorted; empty where there is none.
+
+        Raises StoreError where `names.admitted_name` does, and over what is neither file nor folder.
+        """
+
+    def sizes(self, folder: Any, *, below: bool, most: int | None) -> dict[str, int]:
+        """Returns the bytes of each file by its name, relative to the folder and with `/`, sorted.
+
+        Args:
+            folder: there need not be one.
+            below: whether those of all folders below it are meant, else those directly in it.
+            most: more files than this raise StoreError.
+
+        Raises StoreError where `names` does.
+        """
 
     def make_folder(self, folder: Any) -> None:
         """Makes a folder and its parents where the file system has any, durably."""
@@ -100,6 +114,22 @@ class Files(Protocol):
 
     def remove_stale(self, folder: Any) -> None:
         """Removes what writers that are no longer alive left directly in a folder."""
+
+
+def name_taken(final: StorePath) -> NameTakenError:
+    """Returns the error about a file that is there with other bytes than were to be written."""
+    return NameTakenError(
+        f"{final} holds other bytes than this run made: another configuration, model or package version "
+        "wrote it, or the upload failed; use a new folder, or remove this file if nothing refers to it."
+    )
+
+
+def require_few(names: Sized, most: int | None, folder: StorePath) -> None:
+    """Raises StoreError where a listing gave more files than `most`."""
+    if most is not None and len(names) > most:
+        raise StoreError(
+            f"{folder} holds more than {most:,} files: it is not what it should be; restore it from a copy."
+        )
 
 
 def reached(step: str, final: StorePath) -> None:

@@ -9,6 +9,7 @@ Tested against an S3 server and a local file system behind pyarrow's interface; 
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import tempfile
@@ -20,9 +21,16 @@ from typing import IO
 import pyarrow as pa
 from pyarrow.fs import FileSelector, FileType
 
-from sparsekd.logit_store.errors import NameTakenError
 from sparsekd.logit_store.places import file_system
-from sparsekd.logit_store.places.file_system import READ_BYTES, TEMPORARY_PREFIX, HashingFile, Produce
+from sparsekd.logit_store.places.file_system import (
+    READ_BYTES,
+    TEMPORARY_PREFIX,
+    HashingFile,
+    Produce,
+    name_taken,
+    require_few,
+)
+from sparsekd.logit_store.places.names import admitted_name
 from sparsekd.logit_store.places.paths import OBJECT_STORES, RemotePath
 
 UPLOAD_BYTES = 8 << 20
@@ -77,13 +85,20 @@ class RemoteFiles:
                 total.update(piece)
         return total.hexdigest()
 
-    def names(self, folder: RemotePath) -> list[str]:
-        return sorted(info.base_name for info in self._infos(folder, recursive=False))
+    def read_file(self, path: RemotePath, largest: int) -> bytes:
+        with path.file_system.open_input_file(path.key) as file:
+            if file.size() > largest:
+                raise OSError(errno.EFBIG, f"it has {file.size():,} bytes, {largest:,} at most were expected")
+            return file.read()
 
-    def files_below(self, folder: RemotePath) -> list[str]:
-        infos = self._infos(folder, recursive=True)
-        start = len(folder.key.lstrip("/")) + 1
-        return sorted(info.path.lstrip("/")[start:] for info in infos if info.type == FileType.File)
+    def names(self, folder: RemotePath) -> list[str]:
+        return sorted(self._listed(folder, recursive=False))
+
+    def sizes(self, folder: RemotePath, *, below: bool, most: int | None) -> dict[str, int]:
+        listed = self._listed(folder, recursive=below)
+        files = {name: int(info.size) for name, info in listed.items() if info.type == FileType.File}
+        require_few(files, most, folder)
+        return dict(sorted(files.items()))
 
     def make_folder(self, folder: RemotePath) -> None:
         # An object store has no folders, only names with slashes in them.
@@ -137,11 +152,7 @@ class RemoteFiles:
 
     def _require_same(self, final: RemotePath, digest: str) -> None:
         if self.sha256(final) != digest:
-            raise NameTakenError(
-                f"{final} holds other bytes than this run made: another configuration, model or package "
-                "version wrote it, or the upload failed; use a new folder, or remove this file if nothing "
-                "refers to it."
-            )
+            raise name_taken(final)
 
     def _remove_half(self, final: RemotePath, spool: IO[bytes]) -> None:
         """Removes an upload that was completed with the beginning of `spool` alone.
@@ -160,9 +171,16 @@ class RemoteFiles:
         if self.sha256(final) == begin.hexdigest():
             final.file_system.delete_file(final.key)
 
-    def _infos(self, folder: RemotePath, *, recursive: bool) -> list[pa.fs.FileInfo]:
+    def _listed(self, folder: RemotePath, *, recursive: bool) -> dict[str, pa.fs.FileInfo]:
+        """Returns what lies in a folder, by its name relative to it."""
         selector = FileSelector(folder.key, recursive=recursive, allow_not_found=True)
-        return list(folder.file_system.get_file_info(selector))
+        start = folder.key.lstrip("/") + "/"
+        listed = {}
+        for info in folder.file_system.get_file_info(selector):
+            # One that is not below the folder keeps the slash, and is refused.
+            name = f"/{info.path.lstrip('/')}".removeprefix(f"/{start}")
+            listed[admitted_name(name, folder)] = info
+        return listed
 
 
 def _temporary_beside(final: RemotePath) -> RemotePath:

@@ -28,6 +28,7 @@ from sparsekd.logit_store.places.files import (
     move,
     names_in,
     publish_bytes,
+    read_file,
     read_range,
     sha256_of,
     size_of,
@@ -86,7 +87,7 @@ def keep_copy(path: StorePath, file: StorePath) -> StorePath:
     folder = path / QUARANTINE_NAME
     make_folder(folder)
     with explained(file):
-        data = file.read_bytes()
+        data = read_file(file)
     for number in itertools.count():
         target = folder / (f"{file.name}.{number}" if number else file.name)
         try:

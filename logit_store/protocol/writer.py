@@ -7,10 +7,13 @@ two writers of one shard cannot harm each other and a killed run is continued by
 import contextlib
 import random
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
+
+import numpy as np
 
 from sparsekd.logit_store.codecs.codec import codec_of
 from sparsekd.logit_store.errors import DamagedStoreError, NameTakenError, StoreError
@@ -20,12 +23,9 @@ from sparsekd.logit_store.manifest import (
     MANIFEST_NAME,
     Manifest,
     compare_manifests,
-    digest_of_files,
-    files_of_tokenizer,
     manifest_digest,
     manifest_to_json,
     read_manifest,
-    tokenizer_digest,
 )
 from sparsekd.logit_store.places.file_system import Produce
 from sparsekd.logit_store.places.files import (
@@ -39,21 +39,30 @@ from sparsekd.logit_store.places.files import (
     names_in,
     publish,
     publish_bytes,
+    read_file,
     read_range,
     remove_stale,
+    require_no_links,
     sha256_of,
     size_of,
 )
 from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.places.tokenizer_folder import (
+    files_of_tokenizer,
+    require_tokenizer,
+    tokenizer_digest,
+)
 from sparsekd.logit_store.protocol.commit import CommitRecord, RowCounts, commit_to_content, read_commit
 from sparsekd.logit_store.protocol.layout import (
     INDEX_NAME,
+    REMEDY,
     SHARD_NAME,
     TOKENIZER_NAME,
     commit_file,
+    folders_of,
     shard_file,
 )
-from sparsekd.logit_store.protocol.message import shard_header
+from sparsekd.logit_store.protocol.message import decode_row, row_schema, shard_header
 from sparsekd.logit_store.protocol.recover import adopt_shard, quarantine
 from sparsekd.logit_store.protocol.shard import write_rows
 from sparsekd.logit_store.row import Row
@@ -77,7 +86,7 @@ def create_store(path: StorePath, manifest: Manifest, tokenizer_files: Path) -> 
 
     Raises:
         StoreError: another store is there (naming the fields that differ), the folder holds something else,
-            or the tokenizer's files are not those of the manifest.
+            a folder of the store is a link, or the tokenizer's files are not those of the manifest.
     """
     codec_of(manifest)
     found = tokenizer_digest(tokenizer_files)
@@ -87,6 +96,7 @@ def create_store(path: StorePath, manifest: Manifest, tokenizer_files: Path) -> 
             f"{manifest.tokenizer.digest[:12]}: give the folder of the tokenizer that made the ids."
         )
     make_folder(path)
+    require_no_links(folders_of(path, manifest.splits))
     if exists(path / MANIFEST_NAME):
         _require_same_manifest(path, manifest)
     else:
@@ -109,7 +119,7 @@ def create_store(path: StorePath, manifest: Manifest, tokenizer_files: Path) -> 
 def write_shard(
     path: StorePath, manifest: Manifest, split: str, shard_index: int, rows: Sequence[Row]
 ) -> None:
-    """Writes one shard and commits it, or does nothing when it is committed.
+    """Writes one shard and commits it, or does nothing when it is committed with rows of this text.
 
     Whatever goes wrong, a half-written file never has a shard's name, and no temporary file stays behind. A
     file that has the name but no commit record is adopted where it is sound and of the same text, also where
@@ -125,7 +135,8 @@ def write_shard(
 
     Raises:
         InvalidRowError: a row breaks a rule; the message names position and value.
-        StoreError: no room, another store, or a sealed store.
+        StoreError: no room, another store, a sealed store, or a shard that is committed with other rows: as
+            many, and of the same tokens in the first one, is taken for the same.
     """
     _require_same_manifest(path, manifest)
     where = f"{path}, split {split}, shard {shard_index:06d}"
@@ -137,6 +148,7 @@ def write_shard(
     # The record first: another writer makes it last, so that its shard must be there at the second look.
     is_committed, is_there = exists(commit), exists(final)
     if is_there and is_committed:
+        _require_same_text(path, manifest, split, shard_index, rows)
         return
     is_sealed = exists(path / INDEX_NAME)
     if is_sealed and not is_committed:
@@ -153,7 +165,7 @@ def write_shard(
 
     def produce(file: HashingFile) -> None:
         records.append(write_rows(file, path, manifest, split, shard_index, rows))
-        if is_sealed and signed_json(commit_to_content(records[-1])) != commit.read_bytes():
+        if is_sealed and signed_json(commit_to_content(records[-1])) != read_file(commit):
             raise StoreError(
                 f"{where} is sealed with other rows than these: write to a new folder, or make the shard "
                 f"again with `sparsekd store verify {path} --repair`."
@@ -169,6 +181,44 @@ def write_shard(
             return
         publish(final, produce)
     _commit(path, split, records[-1], produce, is_sealed=is_sealed)
+
+
+def _require_same_text(
+    path: StorePath, manifest: Manifest, split: str, shard: int, rows: Sequence[Row]
+) -> None:
+    """Compares the first row of a committed shard, which is one read, with the one that was to be written."""
+    where = f"{path}, split {split}, shard {shard:06d}"
+    remedy = "write to a new folder, or give the rows that this store was begun with"
+    record, _ = _read_record(path, manifest_digest(manifest), split, shard)
+    if record.rows != len(rows):
+        raise StoreError(
+            f"{where} is committed with {record.rows} rows, but {len(rows)} were given for it: {remedy}."
+        )
+    index = shard * manifest.rows_per_shard
+    offset, length = int(record.offsets[0]), int(record.lengths[0])
+    place = shard_file(path, split, shard)
+    with explained(place):
+        message = read_range(place, offset, length)
+    if len(message) != length or zlib.crc32(message) != record.crc32[0]:
+        raise DamagedStoreError(
+            f"{where}: the bytes of row {index} are not those that were written: {REMEDY}."
+        )
+    found = decode_row(message, manifest, row_schema(manifest), index, where).token_ids
+    given = rows[0].token_ids
+    if not np.array_equal(found, given):
+        both = min(len(found), len(given))
+        differing = np.flatnonzero(found[:both] != given[:both])
+        position = differing[0] if len(differing) else both
+        raise StoreError(
+            f"{where} is committed with other text than was given for it: row {index} differs from position "
+            f"{position} on; {remedy}."
+        )
+
+
+def _read_record(path: StorePath, manifest_sha256: str, split: str, shard: int) -> tuple[CommitRecord, bytes]:
+    """Returns a commit record and its file; see `read_commit`."""
+    with explained(commit_file(path, split, shard)):
+        return read_commit(path, manifest_sha256, split, shard, read=read_file)
 
 
 def _commit(path: StorePath, split: str, record: CommitRecord, produce: Produce, *, is_sealed: bool) -> None:
@@ -214,7 +264,7 @@ def _settle(path: StorePath, record: CommitRecord, text: bytes, produce: Produce
     final = shard_file(path, record.split, record.shard)
     for look in range(SETTLE_TRIES):
         try:
-            found, _ = read_commit(path, record.manifest_sha256, record.split, record.shard)
+            found, _ = _read_record(path, record.manifest_sha256, record.split, record.shard)
             with explained(final):
                 stored = sha256_of(final)
         except StoreError:  # replaced while it was read
@@ -275,10 +325,7 @@ def seal(path: StorePath, shards_per_split: Mapping[str, int], *, replace: bool 
         raise StoreError(
             f"{path} has no shard in any split: there is nothing to seal, write some rows first."
         )
-    if stored_tokenizer_digest(path) != manifest.tokenizer.digest:
-        raise DamagedStoreError(
-            f"{path / TOKENIZER_NAME} does not hold the manifest's tokenizer: restore its files."
-        )
+    require_tokenizer(path / TOKENIZER_NAME, manifest.tokenizer.digest)
     remove_leftovers(path, manifest)
     content = {
         "format_version": FORMAT_VERSION,
@@ -289,7 +336,9 @@ def seal(path: StorePath, shards_per_split: Mapping[str, int], *, replace: bool 
     }
     data = signed_json(content)
     index = path / INDEX_NAME
-    if not replace and exists(index) and index.read_bytes() != data:
+    with explained(index):
+        is_another = not replace and exists(index) and read_file(index) != data
+    if is_another:
         raise StoreError(
             f"{path} was sealed before with other shards, or its {INDEX_NAME} is damaged: remove "
             f"{INDEX_NAME} if "
@@ -297,16 +346,6 @@ def seal(path: StorePath, shards_per_split: Mapping[str, int], *, replace: bool 
         )
     publish_bytes(index, data, replace=replace)
     return signed_digest(data)
-
-
-def stored_tokenizer_digest(path: StorePath) -> str:
-    """Returns the `tokenizer_digest` of the files in a store."""
-    folder = path / TOKENIZER_NAME
-    with explained(folder):
-        names = [
-            name for name in files_below(folder) if not name.rpartition("/")[2].startswith(TEMPORARY_PREFIX)
-        ]
-        return digest_of_files((name, (folder / name).read_bytes()) for name in names)
 
 
 def _seal_split(path: StorePath, manifest: Manifest, split: str, shards: int) -> dict[str, object]:
@@ -332,7 +371,7 @@ def _seal_split(path: StorePath, manifest: Manifest, split: str, shards: int) ->
     file_bytes = 0
 
     def checked(shard: int) -> tuple[CommitRecord, bytes]:
-        record, data = read_commit(path, digest, split, shard)
+        record, data = _read_record(path, digest, split, shard)
         if record.rows != manifest.rows_per_shard and shard != shards - 1:
             raise StoreError(
                 f"{path}, split {split}, shard {shard:06d} has {record.rows} rows, expected "
@@ -393,9 +432,13 @@ def _require_same_manifest(path: StorePath, manifest: Manifest) -> None:
 
 
 def remove_leftovers(path: StorePath, manifest: Manifest) -> None:
-    """Removes the temporary files of writers that are no longer alive from all folders of a store."""
-    folders = {path, path / TOKENIZER_NAME, *(shard_file(path, split, 0).parent for split in manifest.splits)}
-    for name in files_below(path / TOKENIZER_NAME):
-        folders.add((path / TOKENIZER_NAME / name).parent)
-    for folder in folders:
+    """Removes the temporary files of writers that are no longer alive from all folders of a store.
+
+    Raises:
+        StoreError: a folder of the store is a link, and the files may be those of something else.
+    """
+    folders = folders_of(path, manifest.splits)
+    require_no_links(folders)
+    inner = {(path / TOKENIZER_NAME / name).parent for name in files_below(path / TOKENIZER_NAME)}
+    for folder in {path, *folders, *inner}:
         remove_stale(folder)

@@ -23,6 +23,7 @@ from sparsekd.logit_store.places.files import (
     size_of,
 )
 from sparsekd.logit_store.places.paths import StorePath, store_path
+from sparsekd.logit_store.places.tokenizer_folder import require_tokenizer
 from sparsekd.logit_store.protocol.commit import RowCounts, count_rows, sum_of_counts
 from sparsekd.logit_store.protocol.layout import (
     INDEX_NAME,
@@ -35,7 +36,6 @@ from sparsekd.logit_store.protocol.layout import (
 from sparsekd.logit_store.protocol.message import decode_row, read_batch, row_schema, shard_header
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.recover import in_quarantine
-from sparsekd.logit_store.protocol.writer import stored_tokenizer_digest
 from sparsekd.logit_store.row import NO_ID, PADDING_DOCUMENT, Row, document_of_position
 
 PROBLEMS_SHOWN = 20
@@ -258,11 +258,10 @@ def verify_store(
     alignment = _Alignment(store.manifest)
     rows = bytes_read = done = 0
     places = [(split, shard) for split in store.manifest.splits for shard in range(store.shards(split))]
-    if stored_tokenizer_digest(path) != store.manifest.tokenizer.digest:
-        problems.append(
-            f"{path / TOKENIZER_NAME} does not hold the manifest's tokenizer: a file is damaged, missing or "
-            "too many; restore it from a copy."
-        )
+    try:
+        require_tokenizer(path / TOKENIZER_NAME, store.manifest.tokenizer.digest)
+    except StoreError as error:
+        problems.append(str(error))
     for split, shard in places:
         before = len(problems)
         good, size = _verify_shard(store, split, shard, alignment, problems)
@@ -271,6 +270,12 @@ def verify_store(
         rows, bytes_read, done = rows + good, bytes_read + size, done + 1
         if progress is not None:
             progress(done, len(places))
+    strangers: tuple[str, ...] = ()
+    quarantined: tuple[str, ...] = ()
+    try:
+        strangers, quarantined = _strangers(store), tuple(in_quarantine(path))
+    except StoreError as error:
+        problems.append(str(error))
     return VerifyResult(
         path=path,
         digest=store.digest,
@@ -279,8 +284,8 @@ def verify_store(
         bytes_read=bytes_read,
         problems=tuple(problems),
         damaged=tuple(damaged),
-        strangers=_strangers(store),
-        quarantined=tuple(in_quarantine(path)),
+        strangers=strangers,
+        quarantined=quarantined,
         alignment=alignment.result() if store.manifest.teacher is not None else None,
     )
 

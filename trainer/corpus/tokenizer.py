@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sparsekd.logit_store.json_text import canonical_json
-from sparsekd.logit_store.manifest import TokenizerIdentity, tokenizer_digest
+from sparsekd.logit_store.manifest import TokenizerIdentity
+from sparsekd.logit_store.places.tokenizer_folder import tokenizer_digest
 from sparsekd.trainer.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"

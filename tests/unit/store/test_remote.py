@@ -1,19 +1,15 @@
 """Stores on S3 (moto's server on loopback) and behind pyarrow's interface: the same bytes and promises."""
 
-import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from moto.server import ThreadedMotoServer
 from pyarrow.fs import LocalFileSystem
 
 from sparsekd.logit_store.errors import DamagedStoreError, NameTakenError, StoreError
@@ -34,42 +30,6 @@ from sparsekd.trainer.cli import main
 
 SERVER = Path(__file__).with_name("crash_server.py")
 ROWS = {"train": 9, "heldout": 2}
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[None]:
-    """An S3 server, found as any is: by the variables of Amazon's own tools."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    address = f"http://127.0.0.1:{port}"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": address,
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "NO_PROXY": "127.0.0.1",
-        }.items():
-            patch.setenv(name, value)
-        urllib.request.urlopen(urllib.request.Request(f"{address}/bucket", method="PUT"))
-        yield
-    server.stop()
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def bucket(s3: None, tmp_path: Path) -> RemotePath:
-    """A place on the server that no other test knows."""
-    place = store_path(f"s3://bucket/{tmp_path.name}")
-    assert isinstance(place, RemotePath)
-    return place
 
 
 def _tree(path: StorePath) -> dict[str, bytes]:

@@ -14,8 +14,8 @@ from sparsekd.logit_store.manifest import (
     manifest_digest,
     manifest_from_json,
     manifest_to_json,
-    tokenizer_digest,
 )
+from sparsekd.logit_store.places.tokenizer_folder import tokenizer_digest
 from sparsekd.logit_store.row import Row, document_of_position, position_ids
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_tokenizer
 

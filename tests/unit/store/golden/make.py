@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from sparsekd.logit_store.codecs.frequency import compact_parameters
-from sparsekd.logit_store.manifest import CodecSpec, Manifest, TokenizerIdentity, digest_of_files
+from sparsekd.logit_store.manifest import CodecSpec, Manifest, TokenizerIdentity
+from sparsekd.logit_store.places.tokenizer_folder import digest_of_files
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import Row
