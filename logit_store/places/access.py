@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sparsekd.logit_store.places.cache import Cache
-from sparsekd.logit_store.places.files import REMOTE, read_file, read_range
+from sparsekd.logit_store.places.files import forget, read_file, read_range
 from sparsekd.logit_store.places.local_files import opened
 from sparsekd.logit_store.places.paths import RemotePath, StorePath
 
@@ -45,8 +45,7 @@ class PositionalAccess:
         return read_file(place)
 
     def forget(self, place: StorePath, offset: int) -> None:
-        if isinstance(place, RemotePath):
-            REMOTE.forget(place)
+        forget(place)
 
 
 class MappedAccess:
@@ -104,7 +103,7 @@ class CachedAccess:
 
     def forget(self, place: RemotePath, offset: int) -> None:
         self._cache.remove(self._name(place, offset))
-        REMOTE.forget(place)
+        forget(place)
 
     def _name(self, place: RemotePath, offset: int) -> str:
         return f"{self._store}-{place.parent.name}-{place.name}-{offset}"

@@ -1,7 +1,7 @@
 """What a store needs of a file system, and the words for what goes wrong there.
 
-Two kinds keep the promise that a file is whole or absent: `local_files` by temporary name, fsync and link,
-`remote_files` by an upload that shows when it is completed.
+Three kinds keep the promise that a file is whole or absent: `local_files` by temporary name, fsync and link,
+`object_files` by an upload that shows when it is completed, `remote_files` by temporary name and move.
 """
 
 import contextlib
@@ -68,11 +68,15 @@ Produce = Callable[[HashingFile], None]
 class Files(Protocol):
     """What a store asks of a file system. Missing files raise FileNotFoundError, other failures OSError."""
 
-    is_exclusive: bool
-    """Whether `publish` never replaces a file that another writer makes at the same moment."""
+    def is_exclusive(self, folder: Any) -> bool:
+        """Returns whether `publish` never replaces a file that another writer makes at the same moment.
+
+        Args:
+            folder: where this may be tried out.
+        """
 
     def exists(self, path: Any) -> bool:
-        """Returns whether there is such a file or folder."""
+        """Returns whether there is such a file."""
 
     def size(self, path: Any) -> int:
         """Returns the bytes of a file."""
@@ -111,6 +115,9 @@ class Files(Protocol):
 
     def move(self, source: Any, target: Any) -> None:
         """Gives a file another name, durably. Raises FileExistsError where there is such a file."""
+
+    def forget(self, path: Any) -> None:
+        """Has the next read of a file that was wrong go to the file system itself."""
 
     def remove_stale(self, folder: Any) -> None:
         """Removes what writers that are no longer alive left directly in a folder."""

@@ -13,22 +13,17 @@ from sparsekd.logit_store.places.file_system import (
     explained,
 )
 from sparsekd.logit_store.places.local_files import LocalFiles
-from sparsekd.logit_store.places.paths import RemotePath, StorePath
-from sparsekd.logit_store.places.remote_files import RemoteFiles
+from sparsekd.logit_store.places.paths import LARGEST_FILE, RemotePath, StorePath
 
 __all__ = ["READ_BYTES", "TEMPORARY_PREFIX", "HashingFile", "explained"]
 
 LOCAL = LocalFiles()
-REMOTE = RemoteFiles()
-
-
-LARGEST_FILE = 1 << 30
-"""Bytes of the largest file that is read whole: the index of a million shards has 120 million."""
 
 
 def files_of(path: StorePath) -> Files:
     """Returns the file system that a path is on."""
-    return REMOTE if isinstance(path, RemotePath) else LOCAL
+    files: Files = path.files if isinstance(path, RemotePath) else LOCAL
+    return files
 
 
 def publish(final: StorePath, produce: Produce, *, replace: bool = False) -> str:
@@ -102,7 +97,7 @@ def move(source: StorePath, target: StorePath) -> None:
 
 
 def exists(path: StorePath) -> bool:
-    """Returns whether there is such a file or folder."""
+    """Returns whether there is such a file."""
     with explained(path):
         return files_of(path).exists(path)
 
@@ -153,6 +148,20 @@ def files_below(folder: StorePath) -> list[str]:
 def read_file(path: StorePath, *, largest: int = LARGEST_FILE) -> bytes:
     """Returns a whole file. Raises OSError as it comes, also where it has more than `largest` bytes."""
     return files_of(path).read_file(path, largest)
+
+
+def is_exclusive(path: StorePath) -> bool:
+    """Returns whether `publish` of a file never replaces one that another writer makes at the same moment.
+
+    On an object store this is tried out, once in a process, by uploading a small object twice.
+    """
+    with explained(path.parent):
+        return files_of(path).is_exclusive(path.parent)
+
+
+def forget(path: StorePath) -> None:
+    """Has the next read of a file that was wrong go to the file system itself."""
+    files_of(path).forget(path)
 
 
 def sha256_of(path: StorePath) -> str:

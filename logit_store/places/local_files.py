@@ -49,7 +49,8 @@ _KINDS = {
 class LocalFiles:
     """A POSIX file system; see `file_system.Files`."""
 
-    is_exclusive = True
+    def is_exclusive(self, folder: Path) -> bool:
+        return True
 
     def exists(self, path: Path) -> bool:
         return path.exists()
@@ -137,6 +138,9 @@ class LocalFiles:
         # The new name first: a crash between the two must leave the file at least one.
         sync_folder(target.parent)
         sync_folder(source.parent)
+
+    def forget(self, path: Path) -> None:
+        pass  # nothing is kept
 
     def remove_stale(self, folder: Path) -> None:
         for path in folder.glob(TEMPORARY_PREFIX + "*"):

@@ -39,6 +39,19 @@ def admitted_name(name: str, folder: StorePath) -> str:
     )
 
 
+def name_below(place: str, key: str, folder: StorePath) -> str:
+    """Returns the admitted name, relative to a folder, of a place that its file system lists.
+
+    Args:
+        place: as the file system names it, from its root.
+        key: the folder's place in the same form; empty for the root.
+        folder: for the message.
+    """
+    start = f"/{key.strip('/')}/" if key.strip("/") else "/"
+    # One that is not below the folder keeps its slash, and is refused.
+    return admitted_name(f"/{place.removeprefix('/')}".removeprefix(start), folder)
+
+
 def _fault(name: str) -> str | None:
     """Says what is wrong with a name; None where nothing is."""
     parts = name.split("/")

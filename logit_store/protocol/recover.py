@@ -23,7 +23,7 @@ from sparsekd.logit_store.places.files import (
     exists,
     explained,
     files_below,
-    files_of,
+    is_exclusive,
     make_folder,
     move,
     names_in,
@@ -209,7 +209,7 @@ def adopt_shard(
     """
     place, commit = shard_file(path, split, shard), commit_file(path, split, shard)
     # Where uploads replace one another, a file that is read meanwhile is half of each.
-    for _ in range(1 if files_of(place).is_exclusive else LOOKS):
+    for _ in range(1 if is_exclusive(place) else LOOKS):
         try:
             record = record_of_file(path, manifest, split, shard, text)
         except StoreError:
@@ -217,7 +217,7 @@ def adopt_shard(
                 return True
             if not exists(place):
                 return False
-            time.sleep(0 if files_of(place).is_exclusive else SECONDS_BETWEEN_LOOKS)
+            time.sleep(0 if is_exclusive(place) else SECONDS_BETWEEN_LOOKS)
             continue
         with contextlib.suppress(NameTakenError):  # by another writer, which looks that the two fit
             publish_bytes(commit, signed_json(commit_to_content(record)))

@@ -8,7 +8,7 @@ import contextlib
 import random
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -34,7 +34,7 @@ from sparsekd.logit_store.places.files import (
     exists,
     explained,
     files_below,
-    files_of,
+    is_exclusive,
     make_folder,
     names_in,
     publish,
@@ -44,7 +44,7 @@ from sparsekd.logit_store.places.files import (
     remove_stale,
     require_no_links,
     sha256_of,
-    size_of,
+    sizes_in,
 )
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.places.tokenizer_folder import (
@@ -72,6 +72,9 @@ SETTLE_TRIES = 20
 
 RECORDS_AT_A_TIME = 16
 """Commit records that sealing reads at once: on an object store each is a question of some 20 ms."""
+
+RECORDS_IN_MEMORY = 1024
+"""Commit records that sealing holds at a time, some 40 bytes for each row."""
 
 
 def create_store(path: StorePath, manifest: Manifest, tokenizer_files: Path) -> None:
@@ -229,11 +232,11 @@ def _commit(path: StorePath, split: str, record: CommitRecord, produce: Produce,
     except NameTakenError:
         if is_sealed:
             raise
-        if files_of(commit).is_exclusive:
+        if is_exclusive(commit):
             # A record whose file had gone, of another capture of the same rows.
             quarantine(path, commit, split)
             publish_bytes(commit, text)
-    if not files_of(commit).is_exclusive:
+    if not is_exclusive(commit):
         _settle(path, record, text, produce)
 
 
@@ -289,19 +292,24 @@ def _settle(path: StorePath, record: CommitRecord, text: bytes, produce: Produce
 def committed_shards(path: StorePath, split: str) -> set[int]:
     """Returns the numbers of the shards of a split that are there with their commit records."""
     names = set(names_in(path / "shards" / split))
-    matches = (SHARD_NAME.fullmatch(name) for name in names)
-    numbers = {int(match[1]) for match in matches if match}
-    return {
-        number
-        for number in numbers
-        if {shard_file(path, split, number).name, commit_file(path, split, number).name} <= names
-    }
+    return {number for number in _shard_numbers(names) if _names_of_shard(number) <= names}
+
+
+def _shard_numbers(names: Iterable[str]) -> set[int]:
+    """Returns the numbers of the shards that have any file among those of a split's folder."""
+    return {int(match[1]) for name in names if (match := SHARD_NAME.fullmatch(name))}
+
+
+def _names_of_shard(number: int) -> set[str]:
+    return {f"{number:06d}.arrow", f"{number:06d}.json"}
 
 
 def seal(path: StorePath, shards_per_split: Mapping[str, int], *, replace: bool = False) -> str:
     """Writes the index, after which the store can be read; does nothing when it is sealed so already.
 
-    Each shard's commit record, length and header are checked; its content is not read, see `verify_store`.
+    Each shard's commit record and length are checked, on a local disk its header, too; its content is not
+    read, see `verify_store`. On an object store this takes one listing of each split's folder, a page for
+    each 1,000 files, and one request for each commit record.
 
     Args:
         path: of the store.
@@ -350,9 +358,10 @@ def seal(path: StorePath, shards_per_split: Mapping[str, int], *, replace: bool 
 
 def _seal_split(path: StorePath, manifest: Manifest, split: str, shards: int) -> dict[str, object]:
     folder = shard_file(path, split, 0).parent
-    present = {int(match[1]) for name in names_in(folder) if (match := SHARD_NAME.fullmatch(name))}
-    committed = committed_shards(path, split)
-    if missing := sorted(set(range(shards)) - committed):
+    # One listing of all names and sizes: on an object store each question about a file costs some 20 ms.
+    sizes = sizes_in(folder)
+    present = _shard_numbers(sizes)
+    if missing := [shard for shard in range(shards) if not _names_of_shard(shard) <= sizes.keys()]:
         some = ", ".join(f"{number:06d}" for number in missing[:5])
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise StoreError(
@@ -378,17 +387,22 @@ def _seal_split(path: StorePath, manifest: Manifest, split: str, shards: int) ->
                 f"{manifest.rows_per_shard}: only the last shard may be short; remove both its files and run "
                 "again."
             )
-        _check_shard_file(path, manifest, record)
+        _check_length(path, record, sizes[shard_file(path, split, shard).name])
+        if isinstance(path, Path):
+            _check_header(path, manifest, record)
         return record, data
 
     with ThreadPoolExecutor(RECORDS_AT_A_TIME) as pool:
-        for record, data in pool.map(checked, range(shards)):
-            entries.append({"record_digest": signed_digest(data), "rows": record.rows})
-            for name, value in asdict(record.counts).items():
-                counts[name] += value
-            for name, value in record.plane_bytes.items():
-                plane_bytes[name] += value
-            file_bytes += record.file_bytes
+        # In turns, so that not all records of a large store wait in memory.
+        for first in range(0, shards, RECORDS_IN_MEMORY):
+            turn = range(first, min(first + RECORDS_IN_MEMORY, shards))
+            for record, data in pool.map(checked, turn):
+                entries.append({"record_digest": signed_digest(data), "rows": record.rows})
+                for name, value in asdict(record.counts).items():
+                    counts[name] += value
+                for name, value in record.plane_bytes.items():
+                    plane_bytes[name] += value
+                file_bytes += record.file_bytes
     return {
         "rows": sum(int(str(entry["rows"])) for entry in entries),
         "counts": counts,
@@ -398,15 +412,19 @@ def _seal_split(path: StorePath, manifest: Manifest, split: str, shards: int) ->
     }
 
 
-def _check_shard_file(path: StorePath, manifest: Manifest, record: CommitRecord) -> None:
-    """Compares what can be compared without reading a whole shard."""
+def _check_length(path: StorePath, record: CommitRecord, length: int) -> None:
+    """Compares a shard's length with its record; wrong bytes are for `verify_store` and readers to find."""
     place = shard_file(path, record.split, record.shard)
-    length = size_of(place)
     if length != record.file_bytes:
         raise DamagedStoreError(
             f"{place} has {length} bytes, but its commit record says {record.file_bytes}: "
             + (_repair(path) or "remove both files and run the command that writes the store again.")
         )
+
+
+def _check_header(path: StorePath, manifest: Manifest, record: CommitRecord) -> None:
+    """Compares the beginning of a shard, which is one read: of local stores only."""
+    place = shard_file(path, record.split, record.shard)
     header = shard_header(manifest, record.split, record.shard)
     with explained(place):
         begins_right = read_range(place, 0, len(header)) == header

@@ -52,6 +52,14 @@ def s3() -> Iterator["S3Server"]:
 
 
 @pytest.fixture
+def careless(s3: "S3Server") -> Iterator[None]:
+    """Has the server replace an object also where it was asked not to."""
+    s3.honours_conditions = False
+    yield
+    s3.honours_conditions = True
+
+
+@pytest.fixture
 def bucket(s3: "S3Server", tmp_path: Path) -> RemotePath:
     """A place on the server that no other test knows."""
     place = store_path(f"s3://bucket/{tmp_path.name}")

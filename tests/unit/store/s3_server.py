@@ -3,8 +3,10 @@
 import logging
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 from moto.server import ThreadedMotoServer
@@ -18,11 +20,19 @@ class S3Server:
     Attributes:
         address: of the server.
         requests: (method, key, whether it lists) of every request so far.
+        answer: the WSGI application itself.
+        before: is given the WSGI environment of each request first, and may change it.
+        accepted: how often an object was made or replaced, by its key.
+        honours_conditions: whether it looks at `If-None-Match`; some services do not, and replace.
     """
 
     def __init__(self, address: str) -> None:
         self.address = address
         self.requests: list[tuple[str, str, bool]] = []
+        self.accepted: Counter[str] = Counter()
+        self.honours_conditions = True
+        self.answer: Callable[..., Any]
+        self.before: Callable[[dict[str, Any]], None] = lambda environment: None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -36,22 +46,51 @@ class S3Server:
             "NO_PROXY": "127.0.0.1",
         }
 
-    def put(self, key: str, content: bytes) -> None:
-        """Makes an object of any name, as a stranger can who needs none of our code."""
+    @cached_property
+    def _client(self) -> Any:
         import boto3
 
-        client = boto3.client("s3", endpoint_url=self.address, region_name="us-east-1")
-        client.put_object(Bucket=BUCKET, Key=key, Body=content)
+        return boto3.client("s3", endpoint_url=self.address, region_name="us-east-1")
+
+    def put(self, key: str, content: bytes) -> None:
+        """Makes an object of any name, as a stranger can who needs none of our code."""
+        self._client.put_object(Bucket=BUCKET, Key=key, Body=content)
+
+    def fill(self, objects: Mapping[str, bytes]) -> None:
+        """Makes many objects at once, without a request."""
+        from moto.s3.models import s3_backends
+
+        backend = s3_backends["123456789012"]["aws"]
+        for key, content in objects.items():
+            backend.put_object(BUCKET, key, content)
 
     def counting(self, application: Callable[..., Any]) -> Callable[..., Any]:
         """Wraps the server's WSGI application."""
+
+        self.answer = application
 
         def counted(environment: dict[str, Any], start: Callable[..., Any]) -> Any:
             # As it was sent: `PATH_INFO` has no `..` any more.
             path, _, query = environment["RAW_URI"].partition("?")
             key = urllib.parse.unquote(path).removeprefix(f"/{BUCKET}").removeprefix("/")
             self.requests.append((environment["REQUEST_METHOD"], key, "list-type" in query))
-            return application(environment, start)
+            self.before(environment)
+            # Google's words for the same two things.
+            if not environment.get("HTTP_AUTHORIZATION", "").startswith("AWS4"):
+                environment["HTTP_AUTHORIZATION"] = (
+                    "AWS4-HMAC-SHA256 Credential=a/20260101/us-east-1/s3/aws4_request, Signature=0"
+                )
+            if environment.pop("HTTP_X_GOOG_IF_GENERATION_MATCH", "") == "0":
+                environment["HTTP_IF_NONE_MATCH"] = "*"
+            if not self.honours_conditions:
+                environment.pop("HTTP_IF_NONE_MATCH", None)
+
+            def noted(status: str, *rest: Any) -> Any:
+                if environment["REQUEST_METHOD"] == "PUT" and status.startswith("2"):
+                    self.accepted[key] += 1
+                return start(status, *rest)
+
+            return self.answer(environment, noted)
 
         return counted
 
