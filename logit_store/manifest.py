@@ -14,6 +14,7 @@ from typing import Any
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.json_text import canonical_json
+from sparsekd.logit_store.places.files import explained, read_file
 from sparsekd.logit_store.places.paths import StorePath
 
 FORMAT_VERSION = 1
@@ -237,15 +238,16 @@ def read_manifest(path: StorePath) -> Manifest:
         StoreError: there is none, or it cannot be read.
     """
     place = path / MANIFEST_NAME
-    try:
-        text = place.read_bytes().decode("ascii")
-    except FileNotFoundError:
-        raise StoreError(
-            f"{path} is not a logit store: it has no {MANIFEST_NAME}; name the folder that `prepare` or "
-            "`capture` wrote."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise StoreError(f"{place} is damaged at byte {error.start}: restore it from a copy.") from error
+    with explained(place):
+        try:
+            text = read_file(place).decode("ascii")
+        except FileNotFoundError:
+            raise StoreError(
+                f"{path} is not a logit store: it has no {MANIFEST_NAME}; name the folder that `prepare` or "
+                "`capture` wrote."
+            ) from None
+        except UnicodeDecodeError as error:
+            raise StoreError(f"{place} is damaged at byte {error.start}: restore it from a copy.") from error
     return manifest_from_json(text, str(place))
 
 

@@ -34,7 +34,7 @@ from sparsekd.logit_store.places.access import (
     PositionalAccess,
 )
 from sparsekd.logit_store.places.cache import Cache, default_cache
-from sparsekd.logit_store.places.files import exists, explained, size_of
+from sparsekd.logit_store.places.files import exists, explained, read_file, size_of
 from sparsekd.logit_store.places.paths import RemotePath, StorePath, store_path
 from sparsekd.logit_store.places.tokenizer_folder import local_tokenizer, require_tokenizer
 from sparsekd.logit_store.protocol.commit import CommitRecord, RowCounts, read_commit
@@ -284,8 +284,8 @@ def open_store(
             "continues and seals it."
         )
     with explained(place):
-        data = place.read_bytes()
-        text_is_canonical = (path / MANIFEST_NAME).read_bytes() == manifest_to_json(manifest).encode("ascii")
+        data = read_file(place)
+        text_is_canonical = read_file(path / MANIFEST_NAME) == manifest_to_json(manifest).encode("ascii")
     content = read_signed_json(place, data)
     if content["manifest_sha256"] != manifest_digest(manifest) or not text_is_canonical:
         raise DamagedStoreError(

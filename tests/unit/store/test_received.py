@@ -239,6 +239,20 @@ def test_a_remote_tokenizer_is_bounded_before_it_is_read(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["MANIFEST.json", "INDEX.json"])
+def test_what_is_no_file_is_refused_in_place_of_a_text(kind: str, name: str, local: Path) -> None:
+    (local / name).unlink()
+    KINDS[kind](local / name)
+    said = rf"^Could not use .*/store/{name}: it is {kind} where a file belongs\.$"
+    for use in (
+        lambda: open_store(local),
+        lambda: seal(local, {"train": 2, "heldout": 0}),
+    ):
+        with pytest.raises(StoreError, match=said):
+            use()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("access", ["positional", "mapped"])
 @pytest.mark.parametrize("ending", ["arrow", "json"])
 def test_what_is_no_file_is_refused_in_a_shards_place(
