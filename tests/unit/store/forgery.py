@@ -121,7 +121,7 @@ class Forgery:
         shards = {}
         for split, entry in index["splits"].items():
             for number in range(len(entry["shards"])):
-                stem = f"shards/{split}/{number:06d}"
+                stem = f"shards/{split}/{number // 1000:03d}/{number:06d}"
                 shards[split, number] = _taken_apart(
                     files.pop(stem + ".arrow"), json.loads(files.pop(stem + ".json"))
                 )
@@ -150,8 +150,8 @@ class Forgery:
         stored: dict[str, Counter[str]] = {}
         for (split, number), shard in self.shards.items():
             data, record = shard.files()
-            files[f"shards/{split}/{number:06d}.arrow"] = data
-            files[f"shards/{split}/{number:06d}.json"] = record
+            files[f"shards/{split}/{number // 1000:03d}/{number:06d}.arrow"] = data
+            files[f"shards/{split}/{number // 1000:03d}/{number:06d}.json"] = record
             entry = self.index["splits"][split]
             entry["shards"][number]["record_digest"] = digest_in(record)
             sizes[split] = sizes.get(split, 0) + len(data)

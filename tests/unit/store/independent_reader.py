@@ -16,9 +16,9 @@ def read_store(path):
     manifest, index = json.loads(text), signed(path / "INDEX.json")
     assert manifest["format_version"] == 1 and index["manifest_sha256"] == hashlib.sha256(text).hexdigest()
     for split, shard in [(s, i) for s in index["splits"] for i in range(len(index["splits"][s]["shards"]))]:
-        record = signed(path / f"shards/{split}/{shard:06d}.json")
+        record = signed(path / f"shards/{split}/{shard // 1000:03d}/{shard:06d}.json")
         assert record["digest"] == index["splits"][split]["shards"][shard]["record_digest"]
-        data = (path / f"shards/{split}/{shard:06d}.arrow").read_bytes()
+        data = (path / f"shards/{split}/{shard // 1000:03d}/{shard:06d}.arrow").read_bytes()
         schema = pa.ipc.read_schema(pa.py_buffer(data[8:]))
         for begin, length, crc32 in zip(record["offsets"], record["lengths"], record["crc32"], strict=True):
             assert zlib.crc32(data[begin : begin + length]) == crc32

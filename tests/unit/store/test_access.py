@@ -77,7 +77,7 @@ def test_a_file_cut_short_kills_only_a_reader_that_maps_it(tmp_path: Path, acces
     write_synthetic_store(path, manifest, {"train": 3}, seed=0)
     reader = _run(READER, path, access)
     assert reader.stdout is not None and reader.stdout.readline() == "read\n"
-    os.truncate(path / "shards/train/000000.arrow", 4096)
+    os.truncate(path / "shards/train/000/000000.arrow", 4096)
     said, _ = reader.communicate("go on\n", timeout=60)
     if access == "positional":
         assert reader.returncode == 0
@@ -93,7 +93,7 @@ def test_mapped_files_give_the_same_rows_and_the_same_errors(tmp_path: Path) -> 
     for index in range(7):
         assert bytes(mapped.read_message("train", index)) == plain.read_message("train", index)
         assert (mapped.read_row("train", index).token_ids == plain.read_row("train", index).token_ids).all()
-    shard = path / "shards/train/000001.arrow"
+    shard = path / "shards/train/000/000001.arrow"
     whole = shard.read_bytes()
     middle = int(plain.commit("train", 1).offsets[1]) + int(plain.commit("train", 1).lengths[1]) // 2
     for content in (whole[:middle] + b"\xff\x00" + whole[middle + 2 :], whole[:middle], b""):

@@ -225,7 +225,7 @@ def test_a_text_of_many_values_is_refused_before_they_are_made(tmp_path: Path, s
     assert "holds more values than its length" in _outcome(forged.write(tmp_path / "store"))
 
 
-@pytest.mark.parametrize("name", ["MANIFEST.json", "INDEX.json", "shards/train/000000.json"])
+@pytest.mark.parametrize("name", ["MANIFEST.json", "INDEX.json", "shards/train/000/000000.json"])
 @pytest.mark.parametrize("kind", ["folder", "pipe", "large", "unreadable"])
 def test_what_is_no_file_of_a_store_gives_a_sentence(
     tmp_path: Path, sound: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch

@@ -258,7 +258,7 @@ def test_what_is_no_file_is_refused_in_place_of_a_text(kind: str, name: str, loc
 def test_what_is_no_file_is_refused_in_a_shards_place(
     kind: str, access: str, ending: str, local: Path
 ) -> None:
-    place = local / f"shards/train/000001.{ending}"
+    place = local / f"shards/train/000/000001.{ending}"
     place.unlink()
     KINDS[kind](place)
     store = open_store(local, access=access)
@@ -279,5 +279,5 @@ def test_what_is_no_file_is_refused_in_a_shards_place(
         with pytest.raises(StoreError):
             committed_shards(local, "train")
     if ending == "arrow":
-        (local / "shards/train/000001.json").unlink()
+        (local / "shards/train/000/000001.json").unlink()
         assert not adopt_shard(local, manifest, "train", 1), "in quarantine"
