@@ -77,7 +77,7 @@ def put_in_order(document: Document, rest: str, vocabulary_size: int) -> Checked
             f"{document.where}, position {position}: id {together[position, column]} is listed twice: the "
             "file is damaged, or its description does not fit it."
         )
-    true = document.true_logprob
+    true = np.full(len(ids), np.nan) if document.true_logprob is None else document.true_logprob
     excess = np.zeros(len(ids))
     if rest == "derived":
         mass = np.exp(log_sum_exp(values))
@@ -144,7 +144,7 @@ def record_of(document: Document, checked: Checked, rest: str, k: int, vocabular
     # Outside of the head nothing is as likely as its last entry, and nothing more likely than the whole rest.
     bound = values[:, -1] if rest == "unknown" else np.minimum(values[:, -1], log_rest)
     true = np.where(in_head.any(axis=1), listed, np.where(np.isnan(true), bound, np.minimum(true, 0)))
-    true[-1] = 0
+    true[lasts(document)] = 0
     probabilities, mass = np.exp(values), np.exp(log_rest)
     entropy = -(probabilities * values).sum(axis=1) - mass * np.where(mass > 0, log_rest, 0)
     return TeacherRecord(
@@ -157,6 +157,12 @@ def record_of(document: Document, checked: Checked, rest: str, k: int, vocabular
         true_logprob=true.astype(np.float32),
         entropy=np.maximum(entropy, 0).astype(np.float32),
     )
+
+
+def lasts(document: Document) -> NDArray[np.int64]:
+    """Returns the last position of each document inside a document, int64 [S]: no token follows there."""
+    starts = np.zeros(1, np.int64) if document.segment_starts is None else document.segment_starts
+    return np.append(starts[1:], len(document.token_ids)) - 1
 
 
 def _by_value(

@@ -2,6 +2,9 @@
 
 Documents stay whole, for the teacher saw each from its beginning: they are packed into rows, several to a row
 where they fit, and what remains of a row is padding. A document that is longer than a row is cut at its end.
+What is a row of a token store stays a row.
+
+All importers write here alone; they know documents, not rows.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,7 +27,7 @@ from sparsekd.logit_store.places.files import sha256_of
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.row import PADDING_DOCUMENT, Row, TeacherRecord
 from sparsekd.logit_store.tools.derive import Progress, no_progress, write_stream
-from sparsekd.trainer.importers.document import Document, Source
+from sparsekd.trainer.importers.document import NOT_LISTED, Document, Format, Source
 from sparsekd.trainer.importers.records import put_in_order, record_of
 
 OPEN_ROWS = 8
@@ -32,6 +35,19 @@ OPEN_ROWS = 8
 
 SPLITS = ("train", "heldout")
 """Training asks for both; an import fills the first."""
+
+NOT_GIVEN = {
+    "derived": (
+        "log R (1 - the sum of what is listed, at temperature 1 only)",
+        "the entropies (lower bounds: what is not listed counts as one outcome)",
+    ),
+    "unknown": (
+        "a normaliser: probabilities are relative to what is listed, for target_mode=renormalized only",
+    ),
+}
+"""What a source lacks by its `rest`."""
+
+TRUE_NOT_GIVEN = "log-probabilities of true tokens that are not listed (upper bounds)"
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,9 @@ class ImportSettings:
         k: head entries; None for as many as every counted position lists.
         mask_short: leave positions that list fewer than k ids out of the loss, instead of refusing them.
         rows_per_shard: of the new store.
+
+    Where the source's tokens are those of a token store, tokenizer, sequence length and rows per shard are
+    that store's, and not looked at here.
     """
 
     tokenizer: TokenizerIdentity
@@ -91,18 +110,20 @@ class ImportResult:
     Attributes:
         digest: of the new store.
         survey: what was found.
+        layout: of the source.
         source: what it was made from.
     """
 
     digest: str
     survey: Survey
+    layout: Format
     source: Source
 
     def text(self) -> str:
         """Returns the report for people."""
         survey = self.survey
         lines = [
-            f"read       {survey.documents:,} documents of {self.source.format} in "
+            f"read       {survey.documents:,} documents of {self.layout.name} in "
             f"{len(self.source.files):,} files",
             f"rows       {survey.sequence_length:,} tokens each, k = {survey.k}, the rest is "
             f"{self.source.rest}",
@@ -119,16 +140,27 @@ class ImportResult:
                 f"scaled     {survey.above_one:.2%} of the positions list probabilities that sum to more "
                 f"than 1, by up to {survey.largest_excess:.2g}: rounding of the source"
             )
-        lines += [f"not given  {phrase}" for phrase in self.source.cannot_give]
+        lines += [f"not given  {phrase}" for phrase in not_given(self.layout, self.source)]
         return "\n".join(lines)
 
 
+def not_given(layout: Format, source: Source) -> tuple[str, ...]:
+    """Returns what a store holds and this source does not, one phrase each."""
+    true = () if source.gives_true or source.rest == "unknown" else (TRUE_NOT_GIVEN,)
+    return (*NOT_GIVEN[source.rest], *true, *layout.cannot_give)
+
+
 def import_source(
-    source: Source, target: StorePath, settings: ImportSettings, progress: Progress = no_progress
+    layout: Format,
+    source: Source,
+    target: StorePath,
+    settings: ImportSettings,
+    progress: Progress = no_progress,
 ) -> ImportResult:
     """Writes a source's documents to a new store; the same call continues one that was cut off.
 
     Args:
+        layout: of the source.
         source: what an importer opened.
         target: the new store.
         settings: how.
@@ -139,6 +171,26 @@ def import_source(
             ids; the message names the place. Nothing was written then.
     """
     survey = _survey(source, settings, progress)
+    manifest = _manifest(layout, source, settings, survey, file_identities(source.files, progress))
+    files = settings.tokenizer_files if source.tokens is None else source.tokens.tokenizer_path
+    content: dict[str, Iterable[Row]] = {split: () for split in manifest.splits}
+    content[source.split] = pack(_pieces(source, manifest), manifest)
+    digest = write_stream(target, manifest, files, content, progress)
+    return ImportResult(digest, survey, layout, source)
+
+
+def _manifest(
+    layout: Format,
+    source: Source,
+    settings: ImportSettings,
+    survey: Survey,
+    files: list[dict[str, object]],
+) -> Manifest:
+    tokens = source.tokens
+    packing = "whole documents, several to a row where they fit, then padding; longer ones are cut"
+    corpus = (
+        {"packing": packing} if tokens is None else {**tokens.manifest.dataset, "token_store": tokens.digest}
+    )
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         alignment=ALIGNMENT,
@@ -146,17 +198,17 @@ def import_source(
         rows_per_shard=settings.rows_per_shard,
         splits=SPLITS,
         dataset={
+            **corpus,
             "imported": {
-                "format": source.format,
-                "files": file_identities(source.files, progress),
+                "format": layout.name,
+                "files": files,
                 "documents": survey.documents,
                 "skipped_documents": survey.skipped,
                 "cut_tokens": survey.cut_tokens,
                 "masked_positions": survey.masked,
-                "not_given": list(source.cannot_give),
+                "not_given": list(not_given(layout, source)),
                 **source.details,
             },
-            "packing": "whole documents, several to a row where they fit, then padding; longer ones are cut",
         },
         tokenizer=settings.tokenizer,
         record=RecordSpec(
@@ -165,11 +217,10 @@ def import_source(
         teacher=settings.teacher,
         codec=settings.codec,
     )
-    rows = pack(_pieces(source, manifest), manifest)
-    digest = write_stream(
-        target, manifest, settings.tokenizer_files, {"train": rows, "heldout": ()}, progress
-    )
-    return ImportResult(digest, survey, source)
+    if tokens is None:
+        return manifest
+    kept = ("sequence_length", "rows_per_shard", "splits", "tokenizer")
+    return replace(manifest, **{name: getattr(tokens.manifest, name) for name in kept})
 
 
 def file_identities(files: Iterable[Path], progress: Progress) -> list[dict[str, object]]:
@@ -216,13 +267,14 @@ def join(parts: list[Row], manifest: Manifest) -> Row:
     missing = manifest.sequence_length - sum(len(part.token_ids) for part in parts)
     if missing:
         parts = [*parts, _padding(missing, manifest)]
-    starts = np.cumsum([0] + [len(part.token_ids) for part in parts[:-1]])
+    before = np.cumsum([0] + [len(part.token_ids) for part in parts[:-1]])
+    starts = [part.segment_starts + start for part, start in zip(parts, before, strict=True)]
     records = [part.teacher for part in parts]
     names = TeacherRecord.__dataclass_fields__
     return Row(
         token_ids=np.concatenate([part.token_ids for part in parts]),
         loss_mask=np.concatenate([part.loss_mask for part in parts]),
-        segment_starts=starts.astype(np.int32),
+        segment_starts=np.concatenate(starts).astype(np.int32),
         segment_documents=np.concatenate([part.segment_documents for part in parts]),
         teacher=TeacherRecord(
             **{name: np.concatenate([getattr(record, name) for record in records]) for name in names}
@@ -243,11 +295,12 @@ def _pieces(source: Source, manifest: Manifest) -> Iterator[Row]:
 def _piece(document: Document, number: int, manifest: Manifest) -> Row:
     size, record = manifest.tokenizer.vocabulary_size, manifest.record
     checked = put_in_order(document, record.rest, size)
+    starts, documents = document.segment_starts, document.segment_documents
     return Row(
         token_ids=document.token_ids.astype(np.int32),
         loss_mask=document.loss_mask & (checked.listed >= record.k),
-        segment_starts=np.zeros(1, np.int32),
-        segment_documents=np.array([number], np.int64),
+        segment_starts=np.zeros(1, np.int32) if starts is None else starts.astype(np.int32),
+        segment_documents=np.array([number], np.int64) if documents is None else documents,
         teacher=record_of(document, checked, record.rest, record.k, size),
     )
 
@@ -258,9 +311,8 @@ def _padding(length: int, manifest: Manifest) -> Row:
         where="padding",
         token_ids=np.full(length, manifest.tokenizer.eos_token_id or 0, np.int64),
         loss_mask=np.zeros(length, np.bool_),
-        head_ids=np.full((length, 1), -1, np.int64),
+        head_ids=np.full((length, 1), NOT_LISTED, np.int64),
         head_logprobs=np.full((length, 1), -np.inf),
-        true_logprob=np.full(length, np.nan),
     )
     return _piece(blank, PADDING_DOCUMENT, manifest)
 
@@ -334,20 +386,35 @@ class Tally:
 
 
 def _survey(source: Source, settings: ImportSettings, progress: Progress) -> Survey:
+    tokens = source.tokens
+    tokenizer = settings.tokenizer if tokens is None else tokens.manifest.tokenizer
+    length = settings.sequence_length if tokens is None else tokens.manifest.sequence_length
     tally = Tally()
     longest = cut_tokens = 0
     for done, document in enumerate(source.documents(), start=1):
+        _refuse_weights(document)
         longest = max(longest, len(document.token_ids))
-        if settings.sequence_length is not None:
-            cut_tokens += max(0, len(document.token_ids) - settings.sequence_length)
-            document = _cut(document, settings.sequence_length)
-        tally.add(document, source.rest, settings.tokenizer.vocabulary_size)
+        if length is not None:
+            cut_tokens += max(0, len(document.token_ids) - length)
+            document = _cut(document, length)
+        tally.add(document, source.rest, tokenizer.vocabulary_size)
         progress("documents read", done, 0)
     if not tally.documents:
         raise StoreError(
             f"No document of {source.files[0].parent} has a token that counts: there is nothing to import."
         )
-    return tally.survey(settings, settings.sequence_length or longest, cut_tokens)
+    return tally.survey(settings, length or longest, cut_tokens)
+
+
+def _refuse_weights(document: Document) -> None:
+    if document.weights is None:
+        return
+    other = np.flatnonzero(document.loss_mask & (document.weights != 1))
+    if other.size:
+        raise StoreError(
+            f"{document.where}, position {other[0]} has the loss weight {document.weights[other[0]]:g}, and "
+            "a store keeps 0 and 1 alone: capture with a loss mask of 0 and 1."
+        )
 
 
 def _cut(document: Document, length: int) -> Document:
@@ -356,11 +423,13 @@ def _cut(document: Document, length: int) -> Document:
         return document
     mask = document.loss_mask[:length].copy()
     mask[-1] = False
+    true, weights = document.true_logprob, document.weights
     return replace(
         document,
         token_ids=document.token_ids[:length],
         loss_mask=mask,
         head_ids=document.head_ids[:length],
         head_logprobs=document.head_logprobs[:length],
-        true_logprob=document.true_logprob[:length],
+        true_logprob=None if true is None else true[:length],
+        weights=None if weights is None else weights[:length],
     )
