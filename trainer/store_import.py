@@ -10,8 +10,8 @@ from sparsekd.logit_store.manifest import CodecSpec, TeacherIdentity, TokenizerI
 from sparsekd.logit_store.places.paths import store_path
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.tools.derive import Progress
-from sparsekd.trainer.errors import ConfigError
-from sparsekd.trainer.importers.document import Format, Options
+from sparsekd.trainer.errors import ConfigError, DataError
+from sparsekd.trainer.importers.document import Format, Options, one_line
 from sparsekd.trainer.importers.formats import FORMATS, recognise
 from sparsekd.trainer.importers.store import ImportResult, ImportSettings, import_source
 
@@ -34,7 +34,14 @@ def run(flags: argparse.Namespace, progress: Progress) -> ImportResult:
         # Only now: transformers takes its time.
         from sparsekd.trainer.corpus.tokenizer import load_tokenizer
 
-        return load_tokenizer(flags.tokenizer, None)
+        try:
+            return load_tokenizer(flags.tokenizer, None)
+        except DataError as error:  # which speaks of the corpus
+            reason = "it has no end-of-text token" if error.__cause__ is None else one_line(error.__cause__)
+            raise ConfigError(
+                f"--tokenizer {flags.tokenizer} cannot be used ({reason}): give the folder or hub name of "
+                "the tokenizer that made the ids."
+            ) from error
 
     tokens = open_store(flags.tokens) if flags.tokens else None
     options = Options(

@@ -41,7 +41,15 @@ from sparsekd.trainer.importers.columns import (
     table_files,
     vector,
 )
-from sparsekd.trainer.importers.document import NOT_LISTED, Document, Format, Options, Source, padded_lists
+from sparsekd.trainer.importers.document import (
+    NOT_LISTED,
+    Document,
+    Format,
+    Options,
+    Source,
+    one_line,
+    padded_lists,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -229,10 +237,9 @@ def _spelled(
         tokens = np.asarray(made["input_ids"], np.int64)
         answers = np.asarray(made["assistant_masks"], np.bool_) if marks else None
     except Exception as error:  # a template may raise anything about what it is given
-        reason = " ".join(str(error).split())
         raise StoreError(
-            f"{where}: {name} cannot be spelled by the tokenizer's chat template ({reason}): the row is "
-            "damaged, or the template another."
+            f"{where}: {name} cannot be spelled by the tokenizer's chat template ({one_line(error)}): the "
+            "row is damaged, or the template another."
         ) from error
     if tokens.ndim != 1 or not tokens.size:
         raise StoreError(f"{where}: {name} are no conversation: the row is damaged.")
@@ -264,7 +271,7 @@ def _listed(row: Row, logprobs: str) -> tuple[Lists, Lists]:
         return Lists(np.array(found, np.int64), lengths), Lists(np.array(numbers, np.float64), lengths)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise StoreError(
-            f"{where}: {logprobs} hold no objects with token and logprob ({error}); ask vLLM with "
+            f"{where}: {logprobs} hold no objects with token and logprob ({one_line(error)}); ask vLLM with "
             '"return_tokens_as_token_ids": true.'
         ) from error
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.trainer.importers.document import source_files
+from sparsekd.trainer.importers.document import one_line, source_files
 from sparsekd.trainer.importers.jsonl import read_objects
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
@@ -177,7 +177,9 @@ def _parquet_rows(file: Path, columns: Sequence[str], optional: Sequence[str]) -
                     yield f"{file}, row {number}", {name: batch.column(name)[index] for name in names}
                     number += 1
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise StoreError(f"{file} is damaged behind row {number} ({error}): fetch it again.") from error
+        raise StoreError(
+            f"{file} is damaged behind row {number} ({one_line(error)}): fetch it again."
+        ) from error
 
 
 def _widest(group: Any, names: Sequence[str], file: Path, number: int) -> int:
@@ -199,11 +201,11 @@ def _scalar(value: Any, name: str, where: str) -> Any:
     try:
         return pa.scalar(value)
     except (pa.ArrowException, ValueError, OverflowError, TypeError) as error:
-        raise StoreError(f"{where}: {name} is no table of one kind of value ({error}).") from error
+        raise StoreError(f"{where}: {name} is no table of one kind of value ({one_line(error)}).") from error
 
 
 def _open(file: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise StoreError(f"{file} cannot be read as Parquet ({error}): fetch it again.") from error
+        raise StoreError(f"{file} cannot be read as Parquet ({one_line(error)}): fetch it again.") from error

@@ -45,7 +45,7 @@ from numpy.typing import NDArray
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.trainer.importers.columns import Row, column_names, lists_of, read_rows, table_files, vector
-from sparsekd.trainer.importers.document import NOT_LISTED, Document, Format, Options, Source
+from sparsekd.trainer.importers.document import NOT_LISTED, Document, Format, Options, Source, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -169,7 +169,9 @@ def read_compression(settings: Mapping[str, Any], where: str) -> Compression:
             f"{where} lacks {error.args[0]}: give DistillKit's compression_config.yaml."
         ) from error
     except (TypeError, ValueError, OverflowError) as error:
-        raise StoreError(f"{where} cannot be read as DistillKit's compression settings ({error}).") from error
+        raise StoreError(
+            f"{where} cannot be read as DistillKit's compression settings ({one_line(error)})."
+        ) from error
     binned = sum(item.num_elements for item in compression.residual_bins)
     dtypes = [
         compression.exact_dtype,
@@ -278,8 +280,7 @@ def read_compression_file(place: Path) -> Compression:
             "with --compression."
         ) from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise StoreError(f"{place} cannot be read as YAML ({reason}).") from error
+        raise StoreError(f"{place} cannot be read as YAML ({one_line(error)}).") from error
     if not isinstance(content, dict):
         raise StoreError(f"{place} holds no settings.")
     return read_compression(content, str(place))
@@ -304,7 +305,7 @@ def decode_values(stored: NDArray[np.uint8], compression: Compression) -> NDArra
 
     out = np.empty((len(stored), compression.k))
     for start in range(0, len(stored), POSITIONS_AT_ONCE):
-        block = torch.from_numpy(np.ascontiguousarray(stored[start : start + POSITIONS_AT_ONCE]))
+        block = torch.from_numpy(stored[start : start + POSITIONS_AT_ONCE].copy())
         out[start : start + POSITIONS_AT_ONCE] = _decode_block(block, compression).double().numpy()
     return out
 

@@ -206,6 +206,11 @@ def labelled_document(
     )
 
 
+def one_line(error: BaseException) -> str:
+    """Returns what somebody else's code says of an error, for the middle of a sentence."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _behind(values: NDArray[Any], fill: float) -> NDArray[Any]:
     """Returns [T, ...] with one more entry at the end, or nothing for nothing."""
     last = np.full((min(1, len(values)), *values.shape[1:]), fill, values.dtype)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.errors import StoreError
+from sparsekd.trainer.importers.document import one_line
 
 
 def read_objects(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -21,7 +22,7 @@ def read_objects(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         with file.open(encoding="utf-8") as lines:
             yield from _objects(lines, file)
     except (OSError, UnicodeDecodeError) as error:
-        raise StoreError(f"{file} cannot be read as text ({error}): fetch it again.") from error
+        raise StoreError(f"{file} cannot be read as text ({one_line(error)}): fetch it again.") from error
 
 
 def _objects(lines: IO[str], file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -83,6 +84,6 @@ def _parse(text: str, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise StoreError(
-            f"{where} is no JSON ({error}): a write was cut off there; remove the rest of it, or capture "
-            "again."
+            f"{where} is no JSON ({one_line(error)}): a write was cut off there; remove the rest of it, or "
+            "capture again."
         ) from error

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.row import Row
-from sparsekd.trainer.importers.document import Document, Format, Options, Source, source_files
+from sparsekd.trainer.importers.document import Document, Format, Options, Source, one_line, source_files
 from sparsekd.trainer.importers.megatron_paired import CACHE_NAME, read_paired
 from sparsekd.trainer.importers.megatron_tars import (
     TAR_NAME,
@@ -329,7 +329,7 @@ def _members(files: tuple[Path, ...]) -> Iterator[Member]:
                     last = int(match["last"]) if match["last"] else first + 1
                     yield Member(where, (first, last), read_member(tar, member, where))
         except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
-            raise StoreError(f"{file} is damaged ({error}): fetch it again.") from error
+            raise StoreError(f"{file} is damaged ({one_line(error)}): fetch it again.") from error
 
 
 def _meta_of(file: Path) -> dict[str, Any]:
@@ -341,7 +341,7 @@ def _meta_of(file: Path) -> dict[str, Any]:
                 raise StoreError(f"{file} does not begin with _meta.json: it is no tar of Megatron-LM's.")
             return read_json(read_member(tar, member, f"{file}, _meta.json"), f"{file}, _meta.json")
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
-        raise StoreError(f"{file} has no readable _meta.json ({error}): fetch it again.") from error
+        raise StoreError(f"{file} has no readable _meta.json ({one_line(error)}): fetch it again.") from error
 
 
 def _version(meta: dict[str, Any]) -> Any:

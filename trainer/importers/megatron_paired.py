@@ -42,7 +42,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.trainer.importers.document import Document, Options, Source, labelled_document, source_files
+from sparsekd.trainer.importers.document import (
+    Document,
+    Options,
+    Source,
+    labelled_document,
+    one_line,
+    source_files,
+)
 from sparsekd.trainer.importers.megatron_tars import (
     MOST_JSON_BYTES,
     TAR_NAME,
@@ -247,7 +254,9 @@ def _documents_of(group: list[Tar], settings: Mapping[str, Any]) -> Iterator[Doc
                 check_end(item.file)
             tars = [stack.enter_context(tarfile.open(item.file, "r:")) for item in group]
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-            raise StoreError(f"{group[0].file} or its other ranks are damaged ({error}).") from error
+            raise StoreError(
+                f"{group[0].file} or its other ranks are damaged ({one_line(error)})."
+            ) from error
         for number in range(len(spans[0])):
             with tempfile.TemporaryDirectory(prefix="sparsekd-import-") as folder:
                 ranks = [
@@ -269,7 +278,7 @@ def _payload(tar: tarfile.TarFile, item: Tar, record: Mapping[str, Any], folder:
         except KeyError:
             raise StoreError(f"{where} is not there: the tar is damaged; fetch it again.") from None
         except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
-            raise StoreError(f"{where} cannot be read ({error}): fetch the tar again.") from error
+            raise StoreError(f"{where} cannot be read ({one_line(error)}): fetch the tar again.") from error
         if len(data) != record[kind]["size"] or hashlib.sha256(data).hexdigest() != record[kind]["sha256"]:
             raise StoreError(
                 f"{where} differs from its checksum in {item.file.name}{READY}: fetch both again."

@@ -16,7 +16,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.trainer.importers.document import NOT_LISTED
+from sparsekd.trainer.importers.document import NOT_LISTED, one_line
 from sparsekd.trainer.importers.torch_file import load_tensors, numbers_of
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> by
     Raises:
         StoreError: it is no plain file, or has another size than it says.
     """
-    # A sparse member may claim any size without having its bytes.
-    if not member.isreg() or member.issparse() or member.size > Path(str(tar.name)).stat().st_size:
+    # A sparse member may claim any size without having its bytes: none is larger than its tar.
+    if not member.isreg() or member.size > Path(str(tar.name)).stat().st_size:
         raise StoreError(f"{where} is no plain file of the tar: it is damaged; fetch it again.")
     content = tar.extractfile(member)
     data = content.read() if content is not None else b""
@@ -71,7 +71,7 @@ def read_json(data: bytes, where: str) -> dict[str, Any]:
     try:
         content = json.loads(data) if len(data) <= MOST_JSON_BYTES else None
     except (ValueError, RecursionError) as error:
-        raise StoreError(f"{where} cannot be read as JSON ({error}): fetch it again.") from error
+        raise StoreError(f"{where} cannot be read as JSON ({one_line(error)}): fetch it again.") from error
     if not isinstance(content, dict):
         raise StoreError(f"{where} holds no JSON object of at most {MOST_JSON_BYTES:,} bytes.")
     return content
@@ -97,7 +97,7 @@ def unpack_tensors(data: bytes, folder: Path, where: str) -> dict[str, Any]:
             while written <= MOST_BYTES and (chunk := reader.read(READ_BYTES)):
                 written += out.write(chunk)
     except zstandard.ZstdError as error:
-        raise StoreError(f"{where} cannot be decompressed ({error}): fetch it again.") from error
+        raise StoreError(f"{where} cannot be decompressed ({one_line(error)}): fetch it again.") from error
     except OSError as error:
         raise StoreError(
             f"{where} cannot be unpacked to {folder} ({error.strerror}): make room there, or set TMPDIR."

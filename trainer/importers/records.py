@@ -18,6 +18,9 @@ from sparsekd.logit_store.row import TeacherRecord
 from sparsekd.logit_store.tools.reencode import log_sum_exp
 from sparsekd.trainer.importers.document import NOT_LISTED, Document
 
+MOST_NATS = 1e30
+"""Of a value, either way: beyond are no logits, and soon no float32, as which values are stored."""
+
 LARGEST_MASS = 2.0
 """A listed sum above this is no rounding: the values are not log-probabilities."""
 
@@ -55,11 +58,9 @@ def put_in_order(document: Document, rest: str, vocabulary_size: int) -> Checked
             f"{document.where}, position {bad[0]}: token id {tokens[bad[0]]} is not in the tokenizer, whose "
             f"ids are 0 to {vocabulary_size - 1}: name the tokenizer that made these ids."
         )
-    used = (document.head_ids != NOT_LISTED) & (document.head_logprobs > -np.inf)
-    broken = np.isnan(document.head_logprobs) | (document.head_logprobs == np.inf)
-    _refuse(
-        broken & (document.head_ids != NOT_LISTED), document, document.head_logprobs, "is no finite value"
-    )
+    used = (document.head_ids != NOT_LISTED) & (document.head_logprobs != -np.inf)
+    broken = used & ~(np.abs(document.head_logprobs) <= MOST_NATS)
+    _refuse(broken, document, document.head_logprobs, "is no finite value")
     outside = used & ((document.head_ids < 0) | (document.head_ids >= vocabulary_size))
     _refuse(
         outside,
@@ -78,6 +79,7 @@ def put_in_order(document: Document, rest: str, vocabulary_size: int) -> Checked
             "file is damaged, or its description does not fit it."
         )
     true = np.full(len(ids), np.nan) if document.true_logprob is None else document.true_logprob
+    true = np.where(true < -MOST_NATS, -np.inf, true)
     excess = np.zeros(len(ids))
     if rest == "derived":
         mass = np.exp(log_sum_exp(values))

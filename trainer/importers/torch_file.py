@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.errors import StoreError
+from sparsekd.trainer.importers.document import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +66,7 @@ def load_tensors(path: Path, where: str) -> Any:
     except StoreError:
         raise
     except Exception as error:  # damaged bytes may raise anything, and nothing of it is ours
-        reason = str(error).strip().partition("\n")[0]
-        raise StoreError(f"{where} is damaged ({type(error).__name__}: {reason}): fetch it again.") from error
+        raise StoreError(f"{where} is damaged ({one_line(error)}): fetch it again.") from error
     return loaded
 
 

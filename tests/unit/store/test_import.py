@@ -254,6 +254,8 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
             made.head_ids[5, 2] = made.head_ids[5, 1]
         elif change == "nan":
             made.head_logprobs[5, 2] = np.nan
+        elif change == "huge":
+            made.head_logprobs[5, 2] = -1e300
         elif change == "logits":
             made.head_logprobs[5] += 10
         with pytest.raises(StoreError) as caught:
@@ -264,6 +266,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     assert "position 5, entry 2: 42 is not an id" in broken("id")
     assert "position 5: id" in broken("twice") and "twice" in broken("twice")
     assert "position 5, entry 2: nan" in broken("nan")
+    assert "position 5, entry 2: -1e+300 is no finite value" in broken("huge")
     assert "no log-probabilities" in broken("logits")
     with pytest.raises(StoreError, match="nothing to import"):
         run(tmp_path, [])

@@ -17,6 +17,7 @@ from sparsekd.trainer.importers.formats import FORMATS
 
 sys.path.append(str(Path(__file__).parent))
 import captures
+import captures_megatron as megatron
 
 TEXTS = captures.texts(8, shortest=24)
 
@@ -35,9 +36,9 @@ def _distillkit() -> None:
 
 def _megatron(version: int) -> Callable[[], None]:
     def write() -> None:
-        captures.write_megatron(Path("tars"), 2, version)
+        megatron.write_megatron(Path("tars"), 2, version)
         manifest = synthetic_manifest(
-            k=0, n=0, vocabulary_size=captures.V, sequence_length=captures.LENGTH, rows_per_shard=4
+            k=0, n=0, vocabulary_size=captures.V, sequence_length=megatron.LENGTH, rows_per_shard=4
         )
         write_synthetic_store(Path("tokens"), manifest, {"train": 16}, seed=0)
 
@@ -87,7 +88,7 @@ CASES = {
     "axolotl legacy": Case("axolotl", LEGACY, "legacy.parquet", 5, "unknown"),
     "axolotl lists": Case("axolotl", LISTS, "lists.jsonl", 5),
     "axolotl objects": Case("axolotl", OBJECTS, "objects.parquet", 5),
-    "megatron 3": Case("megatron", lambda: captures.write_paired(Path("cache"), 2), "cache", 3),
+    "megatron 3": Case("megatron", lambda: megatron.write_paired(Path("cache"), 2), "cache", 3),
     "megatron 2": Case("megatron", _megatron(2), "tars", 3, flags="--tokens tokens"),
     "megatron 1": Case("megatron", _megatron(1), "tars", 3, flags="--tokens tokens"),
 }
@@ -98,6 +99,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr("sparsekd.trainer.store_cli.SECONDS_BETWEEN_LINES", float("inf"))
     captures.write_tokenizer(Path("hub"))
     return tmp_path
 
@@ -163,7 +165,7 @@ def test_megatron_s_samples_meet_the_rows_of_a_token_store(
         np.testing.assert_array_equal(row.token_ids, source.token_ids)
         np.testing.assert_array_equal(row.loss_mask, source.loss_mask)
         np.testing.assert_array_equal(document_of_position(row), document_of_position(source))
-        ids, values = captures.sample(number)
+        ids, values = megatron.sample(number)
         assert row.teacher is not None
         counted = row.loss_mask
         np.testing.assert_array_equal(row.teacher.head_ids[counted], ids[counted, :3])
@@ -189,7 +191,7 @@ def test_what_is_no_capture_is_said(place: Path, capsys: pytest.CaptureFixture[s
     Path("blank.jsonl").write_text("")
     Path("notes.txt").write_text("")
     captures.write_lines(Path("vllm.jsonl"), [captures.vllm_answer(TEXTS[0])])
-    captures.write_paired(Path("cache"), 1)
+    megatron.write_paired(Path("cache"), 1)
     _megatron(2)()
     for words, expected in {
         "nowhere new --tokenizer hub": "nowhere is not there",
@@ -201,7 +203,7 @@ def test_what_is_no_capture_is_said(place: Path, capsys: pytest.CaptureFixture[s
         "vllm.jsonl new --tokenizer hub --tokens tokens": "--tokens does not belong",
         "vllm.jsonl new --tokenizer hub --alignment legacy": "--alignment does not belong",
         "vllm.jsonl new --tokenizer hub --split heldout": "--split does not belong",
-        "vllm.jsonl new --tokenizer empty": "empty cannot be loaded as a tokenizer",
+        "vllm.jsonl new --tokenizer empty": "--tokenizer empty cannot be used (",
         "vllm.jsonl new --tokenizer hub --format distillkit": "has the columns prompt_logprobs, ",
         "tars new": "or --tokens: a token store",
         "tars new --tokenizer hub": "holds no tokens (version 2",

@@ -17,7 +17,8 @@ from sparsekd.trainer.importers.megatron import listed_samples, open_megatron, r
 
 sys.path.append(str(Path(__file__).parent))
 import captures
-from captures import LENGTH, SAMPLES
+import captures_megatron as megatron
+from captures_megatron import LENGTH, SAMPLES
 
 
 def no_tokenizer() -> Any:
@@ -32,18 +33,19 @@ def read(folder: Path) -> list[Document]:
 def test_samples_come_in_the_order_of_the_run(tmp_path: Path, version: int) -> None:
     # Ids on both sides of 2^16, whose 17th bit lies apart.
     offset = 2**16 - captures.V // 2
-    captures.write_megatron(tmp_path / "tars", 3, version, offset)
+    megatron.write_megatron(tmp_path / "tars", 3, version, offset)
     found = list(listed_samples(open_megatron(tmp_path / "tars")))
     assert len(found) == 3 * SAMPLES
     for number, listed in enumerate(found):
-        ids, values = captures.sample(number, offset=offset)
+        ids, values = megatron.sample(number, offset=offset)
         np.testing.assert_array_equal(listed.ids, ids)
         kept = ids >= 0
         np.testing.assert_allclose(listed.values[kept], values[kept], rtol=1e-3)
 
 
 def test_version_3_holds_its_tokens(tmp_path: Path) -> None:
-    captures.write_paired(tmp_path / "cache", 3)
+    offset = 2**16 - captures.V // 2
+    megatron.write_paired(tmp_path / "cache", 3, offset=offset)
     source = read_megatron(tmp_path / "cache", Options(tokenizer=no_tokenizer))
     assert source.rest == "derived" and source.tokens is None and len(source.files) == 4
     assert source.details["megatron"]["generation"] == "run"
@@ -54,7 +56,7 @@ def test_version_3_holds_its_tokens(tmp_path: Path) -> None:
         np.testing.assert_array_equal(document.token_ids, tokens)
         # The first label of each sample is masked (and -100); the last one is the document's last token.
         assert document.loss_mask.tolist() == [False] + [True] * (LENGTH - 1) + [False]
-        ids, values = captures.sample(number)
+        ids, values = megatron.sample(number, offset=offset)
         np.testing.assert_array_equal(document.head_ids[:-1], ids)
         kept = ids >= 0
         np.testing.assert_allclose(document.head_logprobs[:-1][kept], values[kept], rtol=1e-3)
@@ -62,24 +64,24 @@ def test_version_3_holds_its_tokens(tmp_path: Path) -> None:
 
 
 def test_version_3_s_documents_end_where_attention_was_cut(tmp_path: Path) -> None:
-    captures.write_paired(tmp_path / "packed", 1, borders=[0, 10, LENGTH])
+    megatron.write_paired(tmp_path / "packed", 1, borders=[0, 10, LENGTH])
     found = read(tmp_path / "packed")
     assert len(found) == 2 * SAMPLES
     tokens, _ = captures.dense(LENGTH + 1, 100)
     # Each ends with the label of its last position, which another document may begin with.
     np.testing.assert_array_equal(found[0].token_ids, tokens[:11])
     np.testing.assert_array_equal(found[1].token_ids, tokens[10:])
-    np.testing.assert_array_equal(found[1].head_ids[:-1], captures.sample(0)[0][10:])
+    np.testing.assert_array_equal(found[1].head_ids[:-1], megatron.sample(0)[0][10:])
 
     def close(inputs: dict[str, Any], targets: dict[str, Any]) -> None:
         ends = inputs["tokens"].view(-1, LENGTH)
         ends[:, 6] = captures.EOS
         inputs["labels"].view(-1, LENGTH)[:, 5] = captures.EOS
 
-    captures.write_paired(tmp_path / "reset", 1, edit=close, reset_attention_mask=True)
+    megatron.write_paired(tmp_path / "reset", 1, edit=close, reset_attention_mask=True)
     found = read(tmp_path / "reset")
     assert len(found) == 2 * SAMPLES and [len(item.token_ids) for item in found[:2]] == [8, LENGTH - 6]
-    captures.write_paired(tmp_path / "kept", 1, edit=close)
+    megatron.write_paired(tmp_path / "kept", 1, edit=close)
     assert len(read(tmp_path / "kept")) == SAMPLES
 
 
@@ -89,7 +91,7 @@ def test_fractional_weights_are_kept_in_documents(tmp_path: Path) -> None:
         weights[2] = 0.25
         inputs["loss_mask"] = weights
 
-    captures.write_paired(tmp_path / "cache", 1, edit=weigh)
+    megatron.write_paired(tmp_path / "cache", 1, edit=weigh)
     document = read(tmp_path / "cache")[0]
     assert document.weights is not None
     assert document.weights.tolist() == [0, 1, 0.25] + [1] * (LENGTH - 3) + [0]
@@ -98,7 +100,7 @@ def test_fractional_weights_are_kept_in_documents(tmp_path: Path) -> None:
 def test_damage_of_versions_1_and_2_is_named(tmp_path: Path) -> None:
     def message(change: Callable[[Path], Any], version: int = 2) -> str:
         folder = tmp_path / f"tars{len(list(tmp_path.iterdir()))}"
-        captures.write_megatron(folder, 5, version)
+        megatron.write_megatron(folder, 5, version)
         change(folder)
         with pytest.raises(StoreError) as caught:
             list(listed_samples(open_megatron(folder)))
@@ -119,10 +121,10 @@ def test_damage_of_versions_1_and_2_is_named(tmp_path: Path) -> None:
         return lambda folder: [item.unlink() for item in folder.glob(pattern)]
 
     def replace(data: bytes) -> Callable[[Path], Any]:
-        meta = {"saver": {"format_version": 2, "mbs_save": captures.MICRO}}
+        meta = {"saver": {"format_version": 2, "mbs_save": megatron.MICRO}}
         return lambda folder: [
             remove("*.tar")(folder),
-            captures.write_tar(
+            megatron.write_tar(
                 folder / "dp0__0-8.tar", {"_meta.json": json.dumps(meta).encode(), "0-8.pt.zst": data}
             ),
         ]
@@ -144,23 +146,23 @@ def test_damage_of_versions_1_and_2_is_named(tmp_path: Path) -> None:
         "bit_17": torch.zeros(LENGTH, 2, 4, dtype=torch.bool),
     }
     assert "0-8.pt.zst cannot be decompressed" in message(replace(b"no zstd"))
-    assert "0-8.pt.zst unpacks to" in message(replace(captures.saved(good)[:-200]))
-    assert "holds a list, expected a dict" in message(replace(captures.saved([1])))
-    assert "lacks the tensor values" in message(replace(captures.saved({})))
-    assert "holds more than plain tensors" in message(replace(captures.saved({**good, "values": print})))
+    assert "0-8.pt.zst unpacks to" in message(replace(megatron.saved(good)[:-200]))
+    assert "holds a list, expected a dict" in message(replace(megatron.saved([1])))
+    assert "lacks the tensor values" in message(replace(megatron.saved({})))
+    assert "holds more than plain tensors" in message(replace(megatron.saved({**good, "values": print})))
     assert "bit_17 is torch.float32, expected integers" in message(
-        replace(captures.saved({**good, "bit_17": torch.zeros(LENGTH, 2, 4)}))
+        replace(megatron.saved({**good, "bit_17": torch.zeros(LENGTH, 2, 4)}))
     )
-    assert "have shapes" in message(replace(captures.saved({**good, "values": torch.zeros(LENGTH, 2, 5)})))
+    assert "have shapes" in message(replace(megatron.saved({**good, "values": torch.zeros(LENGTH, 2, 5)})))
     assert "are no micro-batches of 2" in message(
-        replace(captures.saved({name: tensor[:, :1] for name, tensor in good.items()}))
+        replace(megatron.saved({name: tensor[:, :1] for name, tensor in good.items()}))
     )
 
 
 def test_damage_of_version_3_is_named(tmp_path: Path) -> None:
     def message(change: Callable[[Path], Any] | None = None, **written: Any) -> str:
         folder = tmp_path / f"cache{len(list(tmp_path.iterdir()))}"
-        captures.write_paired(folder, 4, **written)
+        megatron.write_paired(folder, 4, **written)
         if change is not None:
             change(folder)
         with pytest.raises(StoreError) as caught:
@@ -186,7 +188,7 @@ def test_damage_of_version_3_is_named(tmp_path: Path) -> None:
             data[tar.getmembers()[2].offset_data + 50] ^= 1
         file.write_bytes(bytes(data))
 
-    def tensors(kind: int, **changed: Any) -> captures.Edit:
+    def tensors(kind: int, **changed: Any) -> megatron.Edit:
         def change(inputs: dict[str, Any], targets: dict[str, Any]) -> None:
             (inputs, targets)[kind].update(changed)
 
@@ -228,7 +230,7 @@ def test_damage_of_version_3_is_named(tmp_path: Path) -> None:
     assert "values, indices_low and bit_17 have shapes" in message(
         edit=tensors(1, bit_17=torch.zeros(3, dtype=torch.uint8))
     )
-    assert "cu_seqlens does not ascend from 0 to 24" in message(borders=[0, 12, 10, LENGTH])
+    assert "cu_seqlens does not ascend from 0 to 23" in message(borders=[0, 12, 10, LENGTH])
     assert "cu_seqlens is no list" in message(edit=tensors(0, cu_seqlens=3))
     assert "is no weight" in message(edit=tensors(0, loss_mask=torch.full((total,), float("nan"))))
     assert "the label is 7, but the next token is" in message(
@@ -236,16 +238,16 @@ def test_damage_of_version_3_is_named(tmp_path: Path) -> None:
     )
     assert "mbs_save is 0, expected an integer from 1" in message(mbs_save=0)
     with pytest.raises(StoreError, match="version 4 of Megatron-LM's tars; 1, 2 and 3 are read"):
-        captures.write_tar(tmp_path / "dp0__8.tar", {"_meta.json": b'{"format_version": 4}'})
+        megatron.write_tar(tmp_path / "dp0__8.tar", {"_meta.json": b'{"format_version": 4}'})
         read(tmp_path / "dp0__8.tar")
 
 
 def test_members_are_plain_files(tmp_path: Path) -> None:
     def message(make: Callable[[tarfile.TarInfo], None]) -> str:
-        meta = {"saver": {"format_version": 2, "mbs_save": captures.MICRO}}
+        meta = {"saver": {"format_version": 2, "mbs_save": megatron.MICRO}}
         folder = tmp_path / f"tars{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
-        captures.write_tar(folder / "dp0__0-8.tar", {"_meta.json": json.dumps(meta).encode()})
+        megatron.write_tar(folder / "dp0__0-8.tar", {"_meta.json": json.dumps(meta).encode()})
         with tarfile.open(folder / "dp0__0-8.tar", "a") as tar:
             info = tarfile.TarInfo("0-8.pt.zst")
             make(info)
