@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.trainer.importers.columns import (
     Lists,
-    Row,
+    TableRow,
     column_names,
     inner_lists,
     lists_of,
@@ -127,7 +127,7 @@ FORMAT = Format(
 )
 
 
-def _prepared(row: Row, alignment: str | None) -> Document:
+def _prepared(row: TableRow, alignment: str | None) -> Document:
     where, _ = row
     tokens, labels = (vector(row, name, integer=True) for name in PREPARED[:2])
     ids = lists_of(row, "target_token_ids", integer=True)
@@ -183,7 +183,7 @@ def _shift(where: str, described: NDArray[np.bool_], learnt: NDArray[np.bool_], 
     return fitting[0] if fitting else 1
 
 
-def _offline(row: Row, messages: str, logprobs: str, tokenizer: "PreTrainedTokenizerBase") -> Document:
+def _offline(row: TableRow, messages: str, logprobs: str, tokenizer: "PreTrainedTokenizerBase") -> Document:
     where, cells = row
     tokens, answers = _spelled(where, cells[messages], messages, tokenizer)
     ids, values = _listed(row, logprobs)
@@ -246,7 +246,7 @@ def _spelled(
     return tokens, answers
 
 
-def _listed(row: Row, logprobs: str) -> tuple[Lists, Lists]:
+def _listed(row: TableRow, logprobs: str) -> tuple[Lists, Lists]:
     """Returns the lists of ids and of log-probabilities."""
     where, cells = row
     inner = inner_lists(row, logprobs)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.trainer.importers.document import one_line, source_files
+from sparsekd.trainer.importers.document import files_in, one_line, source_files
 from sparsekd.trainer.importers.jsonl import read_objects
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
@@ -30,9 +30,9 @@ MOST_EXPANSION = 1_000
 FREE_VALUES = 1 << 24
 """Values of a row group that may come from nothing."""
 
-NONE_KEPT = "the file is damaged: fetch it again"
+REMEDY = "the file is damaged: fetch it again"
 
-Row = tuple[str, Mapping[str, Any]]
+TableRow = tuple[str, Mapping[str, Any]]
 """A row's place, for messages, and its Arrow scalars by column."""
 
 
@@ -56,7 +56,7 @@ def table_files(path: Path, what: str, suffixes: Sequence[str] = SUFFIXES) -> tu
         StoreError: there is none, or only Hugging Face's Arrow files; the message tells how to turn them
             into Parquet.
     """
-    names = [item.name for item in path.iterdir()] if path.is_dir() else [path.name]
+    names = [item.name for item in files_in(path, what)]
     if any(name.endswith(".arrow") for name in names):
         raise StoreError(
             f"{path} holds Arrow files, expected Parquet or lines of JSON: write it anew with "
@@ -77,7 +77,9 @@ def column_names(file: Path) -> frozenset[str]:
     return frozenset(next((item for _, item in read_objects(file)), {}))
 
 
-def read_rows(files: Sequence[Path], columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Row]:
+def read_rows(
+    files: Sequence[Path], columns: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[TableRow]:
     """Returns the rows of all files.
 
     Args:
@@ -100,7 +102,7 @@ def read_rows(files: Sequence[Path], columns: Sequence[str], optional: Sequence[
                 yield where, {name: _scalar(item[name], name, where) for name in names}
 
 
-def vector(row: Row, name: str, *, integer: bool) -> NDArray[Any]:
+def vector(row: TableRow, name: str, *, integer: bool) -> NDArray[Any]:
     """Returns a column's list as int64 or float64 [T].
 
     Raises:
@@ -110,7 +112,7 @@ def vector(row: Row, name: str, *, integer: bool) -> NDArray[Any]:
     return _numbers(_values_of(cells[name], name, where), name, where, integer=integer)
 
 
-def lists_of(row: Row, name: str, *, integer: bool) -> Lists:
+def lists_of(row: TableRow, name: str, *, integer: bool) -> Lists:
     """Returns a column's list of lists of numbers, int64 or float64; a null in place of a list is empty.
 
     Raises:
@@ -122,7 +124,7 @@ def lists_of(row: Row, name: str, *, integer: bool) -> Lists:
     return Lists(flat, inner.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64))
 
 
-def inner_lists(row: Row, name: str) -> Any:
+def inner_lists(row: TableRow, name: str) -> Any:
     """Returns the Arrow array of a column's inner lists.
 
     Raises:
@@ -142,7 +144,7 @@ def inner_lists(row: Row, name: str) -> Any:
 def _values_of(cell: Any, name: str, where: str) -> Any:
     if not cell.is_valid or not isinstance(cell, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar):
         found = cell.type if cell.is_valid else "null"
-        raise StoreError(f"{where}: {name} is {found}, expected a list: {NONE_KEPT}.")
+        raise StoreError(f"{where}: {name} is {found}, expected a list: {REMEDY}.")
     return cell.values
 
 
@@ -152,7 +154,7 @@ def _numbers(values: Any, name: str, where: str, *, integer: bool) -> NDArray[An
     if not (fits or (not integer and pa.types.is_floating(kind))):
         raise StoreError(f"{where}: {name} holds {kind}, expected {'integers' if integer else 'numbers'}.")
     if values.null_count:
-        raise StoreError(f"{where}: {name} holds nulls: {NONE_KEPT}.")
+        raise StoreError(f"{where}: {name} holds nulls: {REMEDY}.")
     numbers = values.to_numpy(zero_copy_only=False)
     if integer:
         # Beyond int64 is beyond any vocabulary, and is refused there by name.
@@ -160,7 +162,7 @@ def _numbers(values: Any, name: str, where: str, *, integer: bool) -> NDArray[An
     return numbers.astype(np.float64)
 
 
-def _parquet_rows(file: Path, columns: Sequence[str], optional: Sequence[str]) -> Iterator[Row]:
+def _parquet_rows(file: Path, columns: Sequence[str], optional: Sequence[str]) -> Iterator[TableRow]:
     table = _open(file)
     found = table.schema_arrow.names
     if missing := [name for name in columns if name not in found]:

@@ -44,7 +44,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.trainer.importers.columns import Row, column_names, lists_of, read_rows, table_files, vector
+from sparsekd.trainer.importers.columns import (
+    TableRow,
+    column_names,
+    lists_of,
+    read_rows,
+    table_files,
+    vector,
+)
 from sparsekd.trainer.importers.document import NOT_LISTED, Document, Format, Options, Source, one_line
 
 if TYPE_CHECKING:
@@ -336,7 +343,9 @@ def _decode_block(stored: "torch.Tensor", compression: Compression) -> "torch.Te
             else torch.arange(others, dtype=term_dtype)
         )
         terms = torch.stack([_term_of(term, ranks) for term in compression.polynomial_terms], dim=1)
-        fit = (terms * coefficients[:, None]).sum(dim=2)
+        # Only where products are rounded to 16 bits is their sum another than the matrix product.
+        short = BITS[compression.term_dtype] == 16
+        fit = (terms * coefficients[:, None]).sum(dim=2) if short else coefficients @ terms.T
     double = any(item.scale_dtype == "float64" for item in compression.residual_bins)
     residual = torch.zeros(len(stored), others, dtype=torch.float64 if double else torch.float32)
     start = 0
@@ -354,7 +363,7 @@ def _decode_block(stored: "torch.Tensor", compression: Compression) -> "torch.Te
     return together.float().cumsum(dim=1).to(out_dtype) if compression.delta_encoding else together
 
 
-def _document(row: Row, compression: Compression, padding: int | None) -> Document:
+def _document(row: TableRow, compression: Compression, padding: int | None) -> Document:
     where, _ = row
     tokens = vector(row, "input_ids", integer=True)
     stored = _bytes_of(row, "compressed_logprobs", compression.value_bytes)
@@ -381,7 +390,7 @@ def _document(row: Row, compression: Compression, padding: int | None) -> Docume
     return Document(where, tokens[:length], mask, head_ids, head_logprobs)
 
 
-def _bytes_of(row: Row, name: str, width: int) -> NDArray[np.uint8]:
+def _bytes_of(row: TableRow, name: str, width: int) -> NDArray[np.uint8]:
     """Returns a list of lists of bytes as [N, width]."""
     where, _ = row
     found = lists_of(row, name, integer=True)

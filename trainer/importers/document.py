@@ -134,16 +134,28 @@ def source_files(path: Path, suffixes: tuple[str, ...], what: str) -> tuple[Path
     Raises:
         StoreError: there is none.
     """
-    if path.is_file():
-        return (path,)
-    if not path.is_dir():
-        raise StoreError(f"{path} is not there; give the folder or the file that holds {what}.")
-    found = [item for item in path.iterdir() if item.is_file() and item.name.endswith(suffixes)]
+    found = [item for item in files_in(path, what) if path.is_file() or item.name.endswith(suffixes)]
     if not found:
         raise StoreError(
             f"{path} has no file that ends in {' or '.join(suffixes)}, where {what} is expected."
         )
     return tuple(sorted(found, key=_natural))
+
+
+def files_in(path: Path, what: str) -> list[Path]:
+    """Returns a folder's files, in any order, or the file itself.
+
+    Raises:
+        StoreError: nothing is there, or it cannot be looked into.
+    """
+    try:
+        if path.is_dir():
+            return [item for item in path.iterdir() if item.is_file()]
+        if path.is_file():
+            return [path]
+    except OSError as error:
+        raise StoreError(f"{path} cannot be looked into ({error.strerror}); make it readable.") from error
+    raise StoreError(f"{path} is not there; give the folder or the file that holds {what}.")
 
 
 def padded_lists(flat: NDArray[Any], lengths: NDArray[np.int64], fill: float, where: str) -> NDArray[Any]:

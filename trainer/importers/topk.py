@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.trainer.importers.columns import Row, lists_of, read_rows, table_files, vector
+from sparsekd.trainer.importers.columns import TableRow, lists_of, read_rows, table_files, vector
 from sparsekd.trainer.importers.document import NOT_LISTED, Document, Format, Options, Source, padded_lists
 
 COLUMNS = ("input_ids", "token_ids", "top_values")
@@ -50,7 +50,7 @@ def read_topk(path: Path, options: Options) -> Source:
     """
     files = table_files(path, "tables of top logits")
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[TableRow]:
         return read_rows(files, COLUMNS, (SOFTMAX, MASK))
 
     first = list(islice(rows(), DECIDING_TEXTS))
@@ -75,7 +75,7 @@ FORMAT = Format(
 )
 
 
-def _document(row: Row, normalised: bool) -> Document:
+def _document(row: TableRow, normalised: bool) -> Document:
     where, cells = row
     tokens = vector(row, "input_ids", integer=True)
     ids, logits, probabilities = _entries(row)
@@ -100,7 +100,7 @@ def _document(row: Row, normalised: bool) -> Document:
     return Document(where, tokens[begin:end], mask, ids[begin:end], logits[begin:end])
 
 
-def _entries(row: Row) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+def _entries(row: TableRow) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
     """Returns ids, logits and probabilities, [T, k] each; the last are 0 where the column is missing."""
     where, cells = row
     listed, values = lists_of(row, "token_ids", integer=True), lists_of(row, "top_values", integer=False)
@@ -152,7 +152,7 @@ def _normaliser(
     return best[:, 0]
 
 
-def _span(row: Row, length: int) -> tuple[int, int]:
+def _span(row: TableRow, length: int) -> tuple[int, int]:
     """Returns where the text begins and ends between padding."""
     where, cells = row
     if MASK not in cells:

@@ -72,11 +72,11 @@ def _answer(position: int, change: Callable[[dict[str, Any]], object]) -> Callab
 
 
 def _bomb(file: str, column: str) -> Callable[[], None]:
-    """Replaces a column by 100 million equal numbers in some kilobytes."""
+    """Replaces a column by four million equal numbers in some kilobytes."""
 
     def spoil() -> None:
         table = pq.read_table(file)
-        flat = pa.repeat(pa.scalar(7, pa.int64()), 100_000_000)
+        flat = pa.repeat(pa.scalar(7, pa.int8()), 1 << 22)
         bomb = pa.LargeListArray.from_arrays(pa.array([0, *[len(flat)] * len(table)], pa.int64()), flat)
         index = table.column_names.index(column)
         pq.write_table(table.set_column(index, column, bomb), file, compression="zstd")
@@ -273,10 +273,13 @@ SPOILT: dict[str, tuple[str, Callable[[], None], str]] = {
 
 @pytest.mark.parametrize("name", SPOILT)
 def test_a_spoilt_capture_is_one_sentence_and_no_store(
-    place: Path, capsys: pytest.CaptureFixture[str], name: str
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     which, spoil, expected = SPOILT[name]
     case = CASES[which]
+    if name.endswith("size"):  # the same in small: a real one takes seconds to write
+        monkeypatch.setattr("sparsekd.trainer.importers.columns.FREE_VALUES", 1 << 16)
+        monkeypatch.setattr("sparsekd.trainer.importers.columns.MOST_EXPANSION", 20)
     case.write()
     spoil()
     code, out, error = run(f"import {case.source} new {case.flags}", capsys)
