@@ -38,7 +38,7 @@ from sparsekd.logit_store.places.paths import RemotePath, StorePath, store_path
 from sparsekd.logit_store.places.tokenizer_folder import local_tokenizer, require_tokenizer
 from sparsekd.logit_store.planes import names_of, planes_of, text_planes
 from sparsekd.logit_store.protocol.commit import CommitRecord, check_record, read_commit
-from sparsekd.logit_store.protocol.index import RowTable, SplitIndex, read_index
+from sparsekd.logit_store.protocol.index import RowTable, SplitIndex, entries_of, read_index
 from sparsekd.logit_store.protocol.layout import (
     REMEDY,
     TOKENIZER_NAME,
@@ -231,7 +231,13 @@ class LogitStore:
             raise StoreError(
                 f"{self.path}, split {split} has no rows {first} to {stop}: it has {self.rows(split)} rows."
             )
-        return self._tables[split].counted(first, stop)
+        return self._tables[split].entries(first, stop)["counted"].astype(np.uint32)
+
+    def entries_fit(self, split: str, record: CommitRecord) -> bool:
+        """Returns whether the table's entries of a shard's rows are those of its commit record."""
+        rows = self.shard_rows(split, record.shard)
+        entries = self._tables[split].entries(rows.start, rows.stop)
+        return entries.tobytes() == entries_of(record).tobytes()
 
     def _compare_entry(self, split: str, index: int, entry: tuple[int, int, int]) -> None:
         """Raises DamagedStoreError where a row's entry in the table is not the one in its commit record."""

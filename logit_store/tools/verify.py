@@ -451,8 +451,15 @@ def _verify_shard(
             alignment.add(row)
     if len(problems) > before:
         return len(sound), size
-    if sum_of_counts(sound) != record.counts:
+    if (
+        sum_of_counts(sound) != record.counts
+        or [row.tokens_counted for row in sound] != record.counted.tolist()
+    ):
         problems.append(f"{place} holds other numbers of tokens than its commit record says.")
+    if not store.entries_fit(split, record):
+        problems.append(
+            f"{place}: the index's table has other entries for its rows than its commit record; {REMEDY}."
+        )
     if plane_bytes != record.plane_bytes:
         problems.append(f"{place} holds planes of other lengths than its commit record says.")
     if digest != record.file_sha256:
