@@ -1,6 +1,7 @@
 """Where the files of a store are, by name, and how a place in it is called in messages."""
 
 import re
+from collections.abc import Iterable
 from typing import TypeVar, cast
 
 from sparsekd.logit_store.places.paths import StorePath
@@ -25,6 +26,14 @@ def shard_file(path: AnyPath, split: str, shard: int) -> AnyPath:
 def commit_file(path: AnyPath, split: str, shard: int) -> AnyPath:
     """Returns the path of a shard's commit record."""
     return cast(AnyPath, path / "shards" / split / f"{shard:06d}.json")
+
+
+def folders_of(path: AnyPath, splits: Iterable[str]) -> list[AnyPath]:
+    """Returns the folders that a store has, those within its tokenizer's left out."""
+    inner = (TOKENIZER_NAME, QUARANTINE_NAME, "shards")
+    return [cast(AnyPath, path / name) for name in inner] + [
+        cast(AnyPath, shard_file(path, split, 0).parent) for split in splits
+    ]
 
 
 def row_place(store: StorePath, split: str, index: int, rows_per_shard: int) -> str:

@@ -28,11 +28,11 @@ from sparsekd.logit_store.places.access import (
     CachedAccess,
     MappedAccess,
     PositionalAccess,
-    local_tokenizer,
 )
 from sparsekd.logit_store.places.cache import Cache, default_cache
 from sparsekd.logit_store.places.files import size_of
 from sparsekd.logit_store.places.paths import RemotePath, StorePath, store_path
+from sparsekd.logit_store.places.tokenizer_folder import local_tokenizer, require_tokenizer
 from sparsekd.logit_store.planes import names_of, planes_of, text_planes
 from sparsekd.logit_store.protocol.commit import CommitRecord, check_record, read_commit
 from sparsekd.logit_store.protocol.index import SplitIndex, read_index
@@ -90,12 +90,16 @@ class LogitStore:
         """Returns the folder of the tokenizer's files; a remote store's is copied to the local cache.
 
         Raises:
-            DamagedStoreError: the copied files are not the manifest's tokenizer.
+            DamagedStoreError: the files are not the manifest's tokenizer.
+            StoreError: they are not such as a store may have: links, a name that leads out of the folder,
+                too many, too large.
         """
+        digest = self.manifest.tokenizer.digest
         if isinstance(self.path, Path):
+            require_tokenizer(self.path / TOKENIZER_NAME, digest)
             return self.path / TOKENIZER_NAME
         assert self._cache is not None
-        return local_tokenizer(self.path / TOKENIZER_NAME, self.manifest.tokenizer.digest, self._cache)
+        return local_tokenizer(self.path / TOKENIZER_NAME, digest, self._cache)
 
     def index(self, split: str) -> SplitIndex:
         """Returns what the index says of a split.

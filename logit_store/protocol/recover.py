@@ -21,11 +21,12 @@ from sparsekd.logit_store.places.files import (
     exists,
     explained,
     files_below,
-    files_of,
+    is_exclusive,
     make_folder,
     move,
     names_in,
     publish_bytes,
+    read_file,
     read_range,
     size_of,
 )
@@ -85,7 +86,7 @@ def keep_copy(path: StorePath, file: StorePath) -> StorePath:
     folder = path / QUARANTINE_NAME
     make_folder(folder)
     with explained(file):
-        data = file.read_bytes()
+        data = read_file(file)
     for number in itertools.count():
         target = folder / (f"{file.name}.{number}" if number else file.name)
         try:
@@ -199,7 +200,7 @@ def adopt_shard(
     """
     place, commit = shard_file(path, split, shard), commit_file(path, split, shard)
     # Where uploads replace one another, a file that is read meanwhile is half of each.
-    for _ in range(1 if files_of(place).is_exclusive else LOOKS):
+    for _ in range(1 if is_exclusive(place) else LOOKS):
         try:
             record = record_of_file(path, manifest, split, shard, text)
         except StoreError:
@@ -207,7 +208,7 @@ def adopt_shard(
                 return True
             if not exists(place):
                 return False
-            time.sleep(0 if files_of(place).is_exclusive else SECONDS_BETWEEN_LOOKS)
+            time.sleep(0 if is_exclusive(place) else SECONDS_BETWEEN_LOOKS)
             continue
         with contextlib.suppress(NameTakenError):  # by another writer, which looks that the two fit
             publish_bytes(commit, signed_json(commit_to_content(record)))

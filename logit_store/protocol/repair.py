@@ -14,10 +14,16 @@ import numpy as np
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.json_text import signed_json
-from sparsekd.logit_store.places.files import HashingFile, exists, publish, publish_bytes
+from sparsekd.logit_store.places.files import (
+    HashingFile,
+    exists,
+    publish,
+    publish_bytes,
+    require_no_links,
+)
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.protocol.commit import CommitRecord, commit_to_content
-from sparsekd.logit_store.protocol.layout import INDEX_NAME, commit_file, shard_file
+from sparsekd.logit_store.protocol.layout import INDEX_NAME, commit_file, folders_of, shard_file
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.recover import keep_copy, quarantine, record_of_file
 from sparsekd.logit_store.protocol.shard import write_rows
@@ -65,6 +71,7 @@ def repair_store(
             repaired before it stay repaired.
     """
     store = open_store(path)
+    require_no_links(folders_of(path, store.manifest.splits))
     moved: list[StorePath] = []
     resealed = False  # some shard is not the one in the index any more
     for split, shard in damaged:

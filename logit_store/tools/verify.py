@@ -26,6 +26,7 @@ from sparsekd.logit_store.places.files import (
     size_of,
 )
 from sparsekd.logit_store.places.paths import StorePath, store_path
+from sparsekd.logit_store.places.tokenizer_folder import require_tokenizer
 from sparsekd.logit_store.planes import names_of, planes_of
 from sparsekd.logit_store.positions import recorded_positions, rule_of_split
 from sparsekd.logit_store.projections import projected, projection_name, read_projection
@@ -46,7 +47,6 @@ from sparsekd.logit_store.protocol.message import (
 )
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.recover import in_quarantine
-from sparsekd.logit_store.protocol.writer import stored_tokenizer_digest
 from sparsekd.logit_store.row import (
     IGNORED_LABEL,
     NO_ID,
@@ -334,11 +334,7 @@ def verify_store(
     rows = bytes_read = done = 0
     places = [(split, shard) for split in store.manifest.splits for shard in range(store.shards(split))]
     with _noted(problems):
-        if stored_tokenizer_digest(path) != store.manifest.tokenizer.digest:
-            problems.append(
-                f"{path / TOKENIZER_NAME} does not hold the manifest's tokenizer: a file is damaged, missing "
-                "or too many; restore it from a copy."
-            )
+        require_tokenizer(path / TOKENIZER_NAME, store.manifest.tokenizer.digest)
     for spec in projected(store.manifest):
         with _noted(problems):
             read_projection(path, spec)
