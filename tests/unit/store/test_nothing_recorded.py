@@ -38,7 +38,11 @@ SHAPES = [
 def _silent(row: Row) -> Row:
     """The row as padding: nothing counts, nothing is recorded."""
     bare = narrowed(row, np.zeros(len(row.token_ids), np.bool_))
-    return dataclasses.replace(bare, segment_documents=np.full_like(row.segment_documents, PADDING_DOCUMENT))
+    documents = np.full_like(row.segment_documents, PADDING_DOCUMENT)
+    optional = {
+        name: plane[:0] if name.startswith("feature") else plane for name, plane in bare.optional.items()
+    }
+    return dataclasses.replace(bare, segment_documents=documents, optional=optional)
 
 
 def _rows(manifest: Manifest, seed: int = 0) -> list[Row]:

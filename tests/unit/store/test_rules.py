@@ -209,6 +209,9 @@ def test_a_subset_by_documents_clears_and_never_widens(tmp_path: Path, target: s
             np.testing.assert_array_equal(getattr(found, name), getattr(row, name))
         for name in ("weight_starts", "weights", "token_types"):
             np.testing.assert_array_equal(found.optional[name], row.optional[name])
+        np.testing.assert_array_equal(found.optional["feature_3"], row.optional["feature_3"])
+        states = row.optional["feature_7"][kept[row.recorded]]
+        np.testing.assert_array_equal(found.optional["feature_7"], states)
         if target != "next_token":
             labels = row.optional["labels"][kept[row.loss_mask]]
             np.testing.assert_array_equal(found.optional["labels"], labels)

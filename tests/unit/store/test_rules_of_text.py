@@ -75,7 +75,9 @@ def _counting(place: Callable[[Row], int]) -> Callable[[Row], Row]:
         mask[place(row)] = True
         assert row.teacher is not None and mask.sum() > row.loss_mask.sum()
         numbers = np.resize(np.arange(len(row.teacher.entropy)), mask.sum())
-        optional = {**row.optional, "labels": row.optional["labels"][numbers]}
+        optional = dict(row.optional)
+        for name in ("labels", "feature_7"):
+            optional[name] = optional[name][numbers]
         teacher = take_records(row.teacher, numbers)
         return dataclasses.replace(row, loss_mask=mask, teacher=teacher, recorded=mask, optional=optional)
 
@@ -144,7 +146,9 @@ def test_a_weight_of_nothing_takes_its_span_out_of_the_loss(tmp_path: Path) -> N
     with pytest.raises(InvalidRowError, match=r"True where the weight is 0"):
         write_rows(tmp_path / "refused", manifest, {"train": [runs(row)]})
     path = write_rows(
-        tmp_path / "store", manifest, {"train": [runs(narrowed(row, kept)), _runs([], [])(row)]}
+        tmp_path / "store",
+        manifest,
+        {"train": [runs(narrowed(row, kept, ["feature_7"])), _runs([], [])(row)]},
     )
     weighted, plain = (open_store(path).read_row("train", index) for index in range(2))
     assert weights_of_positions(weighted).tolist() == [0.0] * 9 + [7.5] * 7
