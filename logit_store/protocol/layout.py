@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import TypeVar, cast
 
+from sparsekd.logit_store import projections
 from sparsekd.logit_store.places.paths import StorePath
 
 AnyPath = TypeVar("AnyPath", bound=StorePath)
@@ -30,7 +31,7 @@ def commit_file(path: AnyPath, split: str, shard: int) -> AnyPath:
 
 def folders_of(path: AnyPath, splits: Iterable[str]) -> list[AnyPath]:
     """Returns the folders that a store has, those within its tokenizer's left out."""
-    inner = (TOKENIZER_NAME, QUARANTINE_NAME, "shards")
+    inner = (TOKENIZER_NAME, projections.FOLDER, QUARANTINE_NAME, "shards")
     return [cast(AnyPath, path / name) for name in inner] + [
         cast(AnyPath, shard_file(path, split, 0).parent) for split in splits
     ]
