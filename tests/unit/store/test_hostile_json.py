@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
-from sparsekd.logit_store.places import local_files
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.writer import seal
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
@@ -237,14 +236,14 @@ def test_what_is_no_file_of_a_store_gives_a_sentence(
 ) -> None:
     place = Forgery.of(sound).write(tmp_path / "store") / name
     if kind == "unreadable":  # by anybody but root, whom nothing stops
-        plain = local_files.opened
+        plain = os.open
 
-        def denied(path: Path) -> object:
+        def denied(path: Any, *settings: int, **others: Any) -> int:
             if path == place:
                 raise PermissionError(13, "Permission denied", str(path))
-            return plain(path)
+            return plain(path, *settings, **others)
 
-        monkeypatch.setattr(local_files, "opened", denied)
+        monkeypatch.setattr(os, "open", denied)
     else:
         place.unlink()
     if kind == "folder":
@@ -255,8 +254,7 @@ def test_what_is_no_file_of_a_store_gives_a_sentence(
         place.touch()
         os.truncate(place, 2**40)
     sentence = _outcome(tmp_path / "store")
-    words = {"large": "at most were expected", "unreadable": "Permission denied"}
-    words = words.get(kind, "where a file belongs")
+    words = {"large": "expected at most", "unreadable": "Permission denied"}.get(kind, "where a file belongs")
     assert words in sentence and str(place) in sentence
 
 
