@@ -35,14 +35,16 @@ lint: setup  ## Format and lint.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-# Type checkers cannot follow the editable mapping of the folders: check a built copy.
+# Type checkers cannot follow the editable mapping of the folders: check a built copy, and the benchmarks'
+# scripts, which are no package, against it.
+SCRIPTS := $(patsubst benchmarks/%.py,-m %,$(wildcard benchmarks/*.py))
 copy: setup
 	rm -rf .check build
 	$(BIN)/pip install -q --no-deps --no-build-isolation --target .check .
 	rm -rf build
 
 types: copy  ## Types, on a non-editable copy.
-	cd .check && MYPYPATH=. $(BIN)/mypy --config-file ../pyproject.toml -p sparsekd
+	cd .check && MYPYPATH=.:../benchmarks $(BIN)/mypy --config-file ../pyproject.toml -p sparsekd $(SCRIPTS)
 
 pytest: setup  ## All tests; those that need a GPU skip with a reason.
 	$(BIN)/python -m pytest tests

@@ -1,109 +1,120 @@
 """Repeats the demo's two students with several seeds, and writes the margin's mean and standard deviation.
 
 One seed's margin could be luck. This repeats `make demo`'s student runs on its store, with other seeds for
-the students' weights and the order of data; teacher and store stay as they are.
+the students' weights and the order of data; teacher and store stay as they are. Other words are overrides for
+the students' training.
 
     make demo && .venv/bin/python benchmarks/demo_seeds.py --seeds 1 2 3
 """
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from datetime import date
-from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-RANKS = 2
+# The folder is no package, and PYTHONSAFEPATH keeps a script's folder off the path.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from page import RESULTS, made_by, processor, running_code, table
+from verbs import sparsekd
+
+from sparsekd.logit_store.protocol.reader import open_store
+
 VARIANTS = {"kd": [], "ce": ["objective=ce_only"]}
 PACKAGES = ("torch", "deepspeed", "transformers")
+SMOKE = ("train.steps=2", "train.evaluate_every=0", "train.checkpoint_every=2", "schedule.warmup_steps=1")
 
 
-def sparsekd(*words: str, ranks: int = 1) -> None:
-    """Runs one verb as a user would, and stops where it fails."""
-    command = ["sparsekd", *words]
-    if ranks > 1:
-        command = ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "--no-python", *command]
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+def run_seed(seed: int, demo: Path, overrides: Sequence[str], *, ranks: int) -> dict[str, float]:
+    """Trains, exports and evaluates both students with one seed; losses in nats per held-out token.
 
-
-def run_seed(seed: int, root: str, overrides: Sequence[str]) -> dict[str, float]:
-    """Trains, exports and evaluates both students with one seed; losses in nats per held-out token."""
-    models = {}
-    for variant, objective in VARIANTS.items():
-        name = f"{variant}-seed{seed}"
-        common = ["experiment=demo", f"run.root={root}", f"run.name={name}", f"train.seed={seed}"]
-        sparsekd("train", *common, *objective, *overrides, "tracking=disabled", ranks=RANKS)
-        sparsekd("export", *common)
-        models[variant] = f"{root}/{name}/export"
-    folder = f"{root}/evaluation-seed{seed}"
-    named = ",".join(f"{name}:{path}" for name, path in models.items())
-    sparsekd(
-        "evaluate", "experiment=demo", f"run.root={root}", f"evaluate.models={{{named}}}",
-        f"evaluate.path={folder}",
-    )  # fmt: skip
-    result = json.loads(Path(folder, "evaluation.json").read_text())
+    The runs go to a folder of their own: in the demo's, an earlier one would be resumed, not repeated.
+    """
+    with TemporaryDirectory() as root:
+        road = [
+            "experiment=demo", f"run.root={root}", f"store.path={demo.resolve() / 'store'}",
+            f"teacher.path={demo.resolve() / 'teacher' / 'export'}",
+        ]  # fmt: skip
+        for variant, objective in VARIANTS.items():
+            run = [*road, f"run.name={variant}"]
+            sparsekd(
+                "train", *run, f"train.seed={seed}", *objective, "tracking=disabled", *overrides, ranks=ranks
+            )
+            sparsekd("export", *run)
+        sparsekd("evaluate", *road, f"evaluate.path={root}/evaluation")
+        result = json.loads(Path(root, "evaluation", "evaluation.json").read_text())
     losses = {model["name"]: model["figures"]["loss"]["value"] for model in result["models"]}
     margin = result["margin"]
     return {**losses, "margin": margin["value"], "low": margin["low"], "high": margin["high"]}
 
 
-def table(results: dict[int, dict[str, float]], seconds: float, overrides: Sequence[str]) -> str:
-    """The results as Markdown, with what they were made with."""
+def markdown(results: dict[int, dict[str, float]], made: Sequence[str]) -> str:
+    """The whole page: how it was made, a row for each seed, and their mean."""
     margins = [row["margin"] for row in results.values()]
-    versions = ", ".join(f"{package} {metadata.version(package)}" for package in PACKAGES)
+    spread = f"{statistics.stdev(margins):.3f}" if len(margins) > 1 else "unknown"
+    rows = [
+        [
+            f"{seed}",
+            *(f"{row[name]:.3f}" for name in ("teacher", "kd", "ce", "margin")),
+            f"{row['low']:.3f} to {row['high']:.3f}",
+        ]
+        for seed, row in sorted(results.items())
+    ]
     lines = [
         "# The demo's margin over several seeds",
         "",
-        f"Written by `benchmarks/demo_seeds.py` on {date.today().isoformat()}: {versions}, Python "
-        f"{platform.python_version()}, {RANKS} ranks of one thread on {os.cpu_count()} CPU cores, "
-        f"{seconds / 60:.0f} minutes.",
-        f"Overrides besides `experiment=demo`: {' '.join(overrides) or 'none'}.",
+        *made,
         "",
-        "Held-out loss in nats per token; margin = CE-only minus KD, with the 95 % interval of a paired",
+        "Held-out loss in nats per token; margin = CE-only minus KD, with the 95 % interval of a paired "
         "bootstrap over held-out documents.",
         "",
-        "| seed | teacher | KD | CE-only | margin | 95 % interval |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for seed, row in sorted(results.items()):
-        lines.append(
-            f"| {seed} | {row['teacher']:.3f} | {row['kd']:.3f} | {row['ce']:.3f} | {row['margin']:.3f} "
-            f"| {row['low']:.3f} to {row['high']:.3f} |"
-        )
-    spread = statistics.stdev(margins) if len(margins) > 1 else float("nan")
-    lines += [
-        "",
-        f"Mean margin {statistics.mean(margins):.3f}, standard deviation over seeds {spread:.3f}.",
+        *table(("seed", "teacher", "KD", "CE-only", "margin", "95 % interval"), rows, words=()),
+        f"Mean margin {statistics.mean(margins):.3f}, standard deviation over seeds {spread}.",
         "",
     ]
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
+    """Run every seed, write the page, say where it is."""
+    words = list(sys.argv[1:] if words is None else words)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--root", default="runs/demo", help="run.root of the demo whose store is used")
-    parser.add_argument("--output", default="benchmarks/results/demo_seeds.md")
-    arguments, overrides = parser.parse_known_args()
-    begin = time.monotonic()
+    parser.add_argument("--ranks", type=int, default=2, help="processes of a student's training")
+    parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="folder that `make demo` wrote")
+    parser.add_argument("--smoke", action="store_true", help="one seed, two steps, one rank: does it run?")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the page")
+    arguments, overrides = parser.parse_known_args(words)
+    if arguments.smoke:
+        arguments.seeds, arguments.ranks = arguments.seeds[:1], 1
+        overrides = [*SMOKE, *overrides]
+    if not (arguments.demo / "store").exists():
+        parser.error(f"--demo {arguments.demo} has no folder `store`: run `make demo` first")
+    code, begin = running_code(), time.monotonic()
+    store = open_store(arguments.demo / "store")
     results = {}
     for seed in arguments.seeds:
-        results[seed] = run_seed(seed, arguments.root, overrides)
+        results[seed] = run_seed(seed, arguments.demo, overrides, ranks=arguments.ranks)
         print(f"seed {seed}: {results[seed]}", flush=True)
-    text = table(results, time.monotonic() - begin, overrides)
-    Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(arguments.output).write_text(text)
-    print(text)
+    minutes = (time.monotonic() - begin) / 60
+    made = made_by(
+        "demo_seeds.py",
+        words,
+        code,
+        cache=f"Teacher and store are those of an earlier `make demo`, store `{store.digest}`.",
+        machine=f"{processor()}, {arguments.ranks} ranks of one thread, {minutes:.0f} minutes",
+        packages=PACKAGES,
+    )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    page = arguments.out / "demo_seeds.md"
+    page.write_text(markdown(results, made))
+    print(f"{page.read_text()}\nWritten: {page}")
 
 
 if __name__ == "__main__":

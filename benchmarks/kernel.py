@@ -8,19 +8,18 @@ Contestants of one table do equal work; one that cannot run here has a row that 
 
 On CUDA without flags: four shapes at 8192, 2048 and 32768 positions with K 64 and T 1, then K and T varied at
 the first shape (--cross: every combination). On the CPU: one small case per table in float32 and bfloat16.
+With --smoke: that on the CPU at its smallest.
 """
 
 import argparse
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
-from datetime import date
-from importlib import metadata
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     # Before torch: its profiler is not to talk, and fragments left by contestants whose blocks differ in size
@@ -36,6 +35,7 @@ from kernel_measure import INPUT_SETS, SEED, Result, measure
 from kernel_peers import contestants
 from kernel_plot import draw
 from kernel_report import markdown, table_title
+from page import RESULTS, Code, made_by, processor, running_code, versions
 
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 DEFAULTS: dict[str, dict[str, list]] = {
@@ -53,8 +53,15 @@ DEFAULTS: dict[str, dict[str, list]] = {
         "temperature": [1.0],
         "dtypes": ["float32", "bfloat16"],
     },
+    "smoke": {
+        "shapes": [(300, 16)],
+        "positions": [24],
+        "k": [8],
+        "temperature": [1.0],
+        "dtypes": ["float32", "bfloat16"],
+    },
 }
-REPEATS = {"cuda": 30, "cpu": 5}
+REPEATS = {"cuda": 30, "cpu": 5, "smoke": 2}
 
 
 def plan(arguments: argparse.Namespace) -> list[Setting]:
@@ -84,48 +91,37 @@ def plan(arguments: argparse.Namespace) -> list[Setting]:
     return settings
 
 
-def header(arguments: argparse.Namespace, device: torch.device, words: Sequence[str]) -> list[str]:
-    """What the numbers were made with."""
-    versions = []
-    for package in PACKAGES:
-        try:
-            versions.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            versions.append(f"{package} not installed")
+def header(arguments: argparse.Namespace) -> str:
+    """How to read the numbers."""
     sort = "logits of a zipf-like law" if arguments.data == "zipf" else "gaussian logits"
-    return [
-        f"Written by `{' '.join(['benchmarks/kernel.py', *words])}` on {date.today().isoformat()}: "
-        f"{device_name(device)}; {', '.join(versions)}, "
-        f"Python {platform.python_version()}.",
-        "",
+    return (
         "Forward and backward together: from hidden states and head to the gradients of both, "
         f"{arguments.repeats} repeats after warm-up, all contestants in turn in every round in an order "
         f"drawn anew, {INPUT_SETS} sets of inputs in rotation (seed {SEED}, {sort}). Medians with 20th and "
         "80th percentile. Peak memory: what a step allocates beyond its inputs, its results counted. Errors: "
         "norm of the difference to float64 over the norm, at no more than "
         f"{' x '.join(map(str, ACCURACY_SHAPE))}. Floor: the plain matrix products of the same shape, in the "
-        "same rounds.",
-    ]
+        "same rounds."
+    )
 
 
 def device_name(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = ""
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     threads = torch.get_num_threads()
-    return f"CPU {model or platform.machine()}, {threads} thread{'s' * (threads > 1)}"
+    return f"CPU {processor()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def run(
-    settings: Sequence[Setting], arguments: argparse.Namespace, device: torch.device
-) -> tuple[list[Result], list[str]]:
-    """(results, titles of the cases left out): cases in order until the time budget is used up."""
+    settings: Sequence[Setting], arguments: argparse.Namespace, device: torch.device, code: Code
+) -> tuple[list[Result], list[str], int]:
+    """(results, titles of the cases left out, results of earlier calls): cases in order until the time budget
+    is used up."""
     begin = time.monotonic()
-    done = load(arguments.resume, device)
+    conditions = made_with(arguments, device, code)
+    done = load(arguments.resume, conditions)
+    earlier = len(done)
     left_out = []
     for number, setting in enumerate(settings, 1):
         if setting in done:
@@ -139,33 +135,45 @@ def run(
             if not any(word.lower() in peer.name.lower() for word in arguments.without)
         ]
         result = done[setting] = measure(setting, peers, device, arguments.repeats)
-        save(arguments.resume, done, device)
+        save(arguments.resume, done, conditions)
         print(f"[{number}/{len(settings)}] {table_title(result)}: {result.seconds:.0f} s", flush=True)
         for row in result.rows:
             print(f"    {row.name:28} {f'{row.median:.3f} ms' if row.times else row.reason}", flush=True)
-    return list(done.values()), left_out
+    return list(done.values()), left_out, earlier
 
 
-def load(path: Path | None, device: torch.device) -> dict[Setting, Result]:
-    """Cases of earlier calls, by setting."""
+def made_with(arguments: argparse.Namespace, device: torch.device, code: Code) -> dict[str, Any]:
+    """What must be equal for times to stand in one table, besides the setting."""
+    return {
+        "device": device_name(device),
+        "code": code.digest,
+        "versions": versions(PACKAGES),
+        "repeats": arguments.repeats,
+        "without": sorted(arguments.without),
+    }
+
+
+def load(path: Path | None, conditions: dict[str, Any]) -> dict[Setting, Result]:
+    """Cases of earlier calls, by setting; refused where they were made with anything else."""
     if path is None or not path.exists():
         return {}
     found = json.loads(path.read_text())
-    if found["device"] != device_name(device):
-        raise SystemExit(
-            f"{path} holds times of {found['device']}, but this is {device_name(device)}: times of two "
-            "devices do not compare; name another file with --resume"
-        )
+    for name, here in conditions.items():
+        if (there := found.get("made_with", {}).get(name)) != here:
+            raise SystemExit(
+                f"{path} holds times of {name} {there}, but this is {name} {here}: they do not compare; name "
+                "another file with --resume"
+            )
     results = [Result.from_json(data) for data in found["results"]]
     return {result.setting: result for result in results}
 
 
-def save(path: Path | None, done: dict[Setting, Result], device: torch.device) -> None:
+def save(path: Path | None, done: dict[Setting, Result], conditions: dict[str, Any]) -> None:
     """Keep what is done for a later call."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         results = [result.to_json() for result in done.values()]
-        path.write_text(json.dumps({"device": device_name(device), "results": results}))
+        path.write_text(json.dumps({"made_with": conditions, "results": results}))
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -177,6 +185,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """The command line, its defaults those of the device."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny cases on the CPU, nothing compiled: does it run?"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="cuda where there is one")
     parser.add_argument("--shapes", nargs="+", type=_shape, metavar="VxH", help="vocabulary x hidden size")
@@ -202,17 +213,22 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "--budget-seconds", type=float, help="start no case after so long, and say what is left out"
     )
     parser.add_argument(
-        "--resume", type=Path, metavar="FILE", help="keep finished cases here; a later call goes on from them"
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="keep finished cases here; a later call of the same code goes on from them, which the page says",
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results", help="folder of the page"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the page")
     arguments = parser.parse_args(words)
+    if arguments.smoke:
+        arguments.device = "cpu"
+        arguments.without.append("compile")
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for name, value in DEFAULTS[arguments.device].items():
+    size = "smoke" if arguments.smoke else arguments.device
+    for name, value in DEFAULTS[size].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    arguments.repeats = arguments.repeats or REPEATS[arguments.device]
+    arguments.repeats = arguments.repeats or REPEATS[size]
     unknown = set(arguments.only) - set(TABLES)
     if unknown:
         parser.error(f"--only names {', '.join(sorted(unknown))}, expected letters of {', '.join(TABLES)}")
@@ -226,14 +242,22 @@ def main(words: Sequence[str] | None = None) -> None:
     device = torch.device(arguments.device)
     if device.type == "cpu":
         torch.set_num_threads(arguments.threads)
-    results, left_out = run(plan(arguments), arguments, device)
+    code = running_code()
+    results, left_out, earlier = run(plan(arguments), arguments, device, code)
+    cache = f"{earlier} of {len(results)} cases are of earlier calls of the same code (--resume)."
+    made = made_by(
+        "kernel.py",
+        words,
+        code,
+        cache=cache if earlier else "",
+        machine=device_name(device),
+        packages=PACKAGES,
+    )
     arguments.out.mkdir(parents=True, exist_ok=True)
     page = arguments.out / f"kernel_{device.type}.md"
-    shown = [Path(word).name if "/" in word else word for word in words]
     draw(results, page.with_suffix(".png"), device_name(device))
-    page.write_text(
-        markdown(results, header(arguments, device, shown), left_out, page.with_suffix(".png").name)
-    )
+    head = [*made, "", header(arguments)]
+    page.write_text(markdown(results, head, left_out, page.with_suffix(".png").name))
     print(f"Written: {page}, {page.with_suffix('.png')}")
 
 

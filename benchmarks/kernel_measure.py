@@ -15,11 +15,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import kernel_dense as dense
 import torch
-from kernel_cases import GRID, CannotRunError, Inputs, Setting, in_float64, make_inputs
+from kernel_accuracy import exact_results, relative_errors, rounding_alone
+from kernel_cases import CannotRunError, Inputs, Setting, in_float64, make_inputs
 from kernel_peers import Peer, Step
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 INPUT_SETS = 3
@@ -188,17 +187,13 @@ def _accuracy(
     """Fill in the errors against float64 at the small shape; returns what rounding alone costs, by truth."""
     inputs = make_inputs(small, SEED, device)
     wide = in_float64(inputs)
-    exact: dict[str, tuple[Tensor, ...]] = {}
-    rounding: dict[str, list[float]] = {}
+    truths = sorted({peer.truth for peer in peers if peer.truth})
+    exact = {truth: exact_results(truth, wide, small) for truth in truths}
+    once: dict[str, list[float]] = {}
     inside: dict[str, list[float]] = {}
-    for truth in sorted({peer.truth for peer in peers if peer.truth}):
-        if truth == "record":
-            exact[truth] = _exact_record(wide, small)
-            continue
-        exact[truth] = torch.autograd.grad(dense.TRUTHS[truth](wide, small), (wide.hidden, wide.weight))
-        rounded = [gradient.to(small.dtype) for gradient in exact[truth]]
-        rounding[truth] = relative_errors(rounded, exact[truth])
-        inside[truth] = relative_errors(_rounded_inside(dense.TRUTHS[truth], wide, small), exact[truth])
+    for truth in truths:
+        if truth != "record":
+            once[truth], inside[truth] = rounding_alone(truth, wide, small, exact[truth])
     for peer in peers:
         row = rows[peer.name]
         if not peer.truth or row.reason:
@@ -208,45 +203,7 @@ def _accuracy(
             row.errors = relative_errors(step(inputs), exact[peer.truth])
         except Exception as error:
             row.note = f"{row.note}; accuracy not measured: {brief(error)}".lstrip("; ")
-    return rounding, inside
-
-
-def _rounded_inside(loss: Any, wide: Inputs, setting: Setting) -> list[Tensor]:
-    """Exact gradients but for two roundings: of the logits' gradient, and of the results."""
-    tapped: list[Tensor] = []
-    original = dense.wide_logits
-
-    def tap(hidden: Tensor, weight: Tensor) -> Tensor:
-        logits = original(hidden, weight)
-        if logits.requires_grad:
-            logits.register_hook(lambda gradient: tapped.append(gradient.to(setting.dtype).double()))
-        return logits
-
-    dense.wide_logits = tap
-    try:
-        torch.autograd.grad(loss(wide, setting), (wide.hidden, wide.weight))
-    finally:
-        dense.wide_logits = original
-    products = (tapped[0] @ wide.weight.detach(), tapped[0].T @ wide.hidden.detach())
-    return [product.to(setting.dtype) for product in products]
-
-
-def _exact_record(wide: Inputs, setting: Setting) -> tuple[Tensor, ...]:
-    """Log-probabilities of the head, and log R at every T of the grid, in float64."""
-    with torch.no_grad():
-        log_p = dense.wide_logits(wide.teacher_hidden, wide.weight).log_softmax(1)
-        head, ids = log_p.topk(setting.k, dim=1)
-        rest = log_p.scatter(1, ids, -torch.inf)
-        return head, torch.stack([(rest / temperature).logsumexp(1) for temperature in GRID], 1)
-
-
-def relative_errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
-    """Norm of the difference over norm of the truth; where fewer columns were made, over those."""
-    errors = []
-    for one, truth in zip(found, exact, strict=True):
-        truth = truth[:, : one.shape[1]]
-        errors.append(float((one.double() - truth).norm() / truth.norm()))
-    return errors
+    return once, inside
 
 
 def brief(error: BaseException) -> str:

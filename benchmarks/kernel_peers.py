@@ -7,6 +7,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import kernel_dense as dense
 import torch
@@ -41,8 +42,7 @@ class Peer:
     Attributes:
         name: of its row.
         prepare: the step to time, made for a setting and a device.
-        needs: modules without which it cannot run.
-        needs_cuda: whether it runs on CUDA alone.
+        needs: modules without which it cannot run; those that there are run on CUDA alone.
         truth: name of the loss in `kernel_dense.TRUTHS` that it computes, "record", or "" for none.
         subtract: name of the row whose time a second line takes off, or "".
         note: what to know when reading its row.
@@ -51,7 +51,6 @@ class Peer:
     name: str
     prepare: Callable[[Setting, torch.device], Step]
     needs: tuple[str, ...] = ()
-    needs_cuda: bool = False
     truth: str = ""
     subtract: str = ""
     note: str = ""
@@ -61,7 +60,7 @@ class Peer:
         for module in self.needs:
             if importlib.util.find_spec(module) is None:
                 return f"{module} is not installed"
-        if self.needs_cuda and device.type != "cuda":
+        if self.needs and device.type != "cuda":
             return "needs CUDA"
         return None
 
@@ -90,7 +89,11 @@ def _from_loss(loss: Loss, *, compiled: bool = False) -> Callable[[Setting, torc
 
 
 def _ours(
-    *, kd_weight: float, ce_weight: float, impl: str | None = None, memory: str = "rule"
+    *,
+    kd_weight: float = KD_WEIGHT,
+    ce_weight: float = CE_WEIGHT,
+    impl: str | None = None,
+    memory: str = "rule",
 ) -> Callable[[Setting, torch.device], Step]:
     """A step with the package's loss.
 
@@ -155,19 +158,18 @@ def _sparse(device: torch.device) -> list[Peer]:
     def chunked(inputs: Inputs, setting: Setting) -> Tensor:
         return dense.kd_ce_chunked(inputs, setting, chunk)
 
-    both = {"kd_weight": KD_WEIGHT, "ce_weight": CE_WEIGHT}
     peers = [
         THREE_PRODUCTS,
-        Peer(OURS, _ours(**both), truth="kd_ce", note=f"impl {default_impl(device)}"),
+        Peer(OURS, _ours(), truth="kd_ce", note=f"impl {default_impl(device)}"),
         Peer(
             "ours, low memory",
-            _ours(**both, memory="slices"),
+            _ours(memory="slices"),
             truth="kd_ce",
             note="the widest slices of the vocabulary: four products",
         ),
         Peer(
             "ours, least memory",
-            _ours(**both, memory="least"),
+            _ours(memory="least"),
             truth="kd_ce",
             note="the smallest memory_budget that works",
         ),
@@ -184,14 +186,13 @@ def _sparse(device: torch.device) -> list[Peer]:
         ),
     ]
     if default_impl(device) != "torch":
-        peers.insert(5, Peer("ours, impl torch", _ours(**both, impl="torch"), truth="kd_ce"))
+        peers.insert(5, Peer("ours, impl torch", _ours(impl="torch"), truth="kd_ce"))
     return peers
 
 
 def _cross_entropy(device: torch.device) -> list[Peer]:
     """Table B."""
     chunk = LARGE_CHUNK if device.type == "cuda" else 128
-    triton = {"needs_cuda": True, "truth": "ce"}
     return [
         THREE_PRODUCTS,
         Peer(
@@ -202,16 +203,16 @@ def _cross_entropy(device: torch.device) -> list[Peer]:
         ),
         Peer("eager", _from_loss(dense.ce), truth="ce"),
         Peer("compile", _from_loss(dense.ce, compiled=True), truth="ce"),
-        Peer("Liger FLCE", _liger_ce(large=False), ("liger_kernel",), note="its default chunks", **triton),
+        Peer("Liger FLCE", _liger_ce(large=False), ("liger_kernel",), "ce", note="its default chunks"),
         Peer(
             "Liger FLCE, large chunks",
             _liger_ce(large=True),
             ("liger_kernel",),
+            "ce",
             note=f"about {LARGE_CHUNK} positions",
-            **triton,
         ),
-        Peer("cut-cross-entropy, exact", _cut, ("cut_cross_entropy",), note="filter_eps None", **triton),
-        Peer("quack", _quack, ("quack",), note="chunked, default chunk", **triton),
+        Peer("cut-cross-entropy, exact", _cut, ("cut_cross_entropy",), "ce", note="filter_eps None"),
+        Peer("quack", _quack, ("quack",), "ce", note="chunked, default chunk"),
         Peer("torch linear_cross_entropy", _torch_fused(None), truth="ce", note="default options"),
         Peer(
             "torch linear_cross_entropy, large chunks",
@@ -224,8 +225,7 @@ def _cross_entropy(device: torch.device) -> list[Peer]:
 
 def _live(device: torch.device) -> list[Peer]:
     """Table C."""
-    liger = {"needs": ("liger_kernel",), "needs_cuda": True, "truth": "live_kd"}
-    extra = "dense forward KL; one teacher product more than the floor"
+    liger, extra = ("liger_kernel",), "dense forward KL; one teacher product more than the floor"
     return [
         THREE_PRODUCTS,
         Peer(
@@ -239,13 +239,14 @@ def _live(device: torch.device) -> list[Peer]:
         ),
         Peer(TEACHER_PRODUCT, _plain(_one_product), note="what the live peers do more"),
         Peer("eager", _from_loss(dense.live_kd), truth="live_kd", subtract=TEACHER_PRODUCT, note=extra),
-        Peer("Liger fused JSD", _liger_jsd, subtract=TEACHER_PRODUCT, note=f"beta 0: {extra}", **liger),
+        Peer("Liger fused JSD", _liger_jsd, liger, "live_kd", TEACHER_PRODUCT, f"beta 0: {extra}"),
         Peer(
             "Liger chunked JSD",
             _liger_chunked_jsd,
-            subtract=TEACHER_PRODUCT,
-            note=f"beta 0, compiled: {extra}",
-            **liger,
+            liger,
+            "live_kd",
+            TEACHER_PRODUCT,
+            f"beta 0, compiled: {extra}",
         ),
     ]
 
@@ -378,7 +379,9 @@ def _torch_fused(chunk: int | None) -> Callable[[Setting, torch.device], Step]:
         if fused is None or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
             version = torch.__version__.split("+")[0]
             raise CannotRunError(f"torch {version} has no linear_cross_entropy in chunks")
-        given = {} if chunk is None else {"batch_chunk_size": chunk, "chunking_method": None}
+        given: dict[str, Any] = {}
+        if chunk is not None:
+            given = {"batch_chunk_size": chunk, "chunking_method": None}
         options = torch.nn.LinearCrossEntropyOptions(**given)
         return lambda inputs: _gradients(
             fused(inputs.hidden, inputs.weight, inputs.labels, options=options), inputs

@@ -25,13 +25,13 @@ def draw(results: Sequence[Result], path: Path, subtitle: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [result for result in results if result.row(FLOOR) is not None]
+    shown = [(result, floor) for result in results if (floor := result.row(FLOOR)) is not None]
     if not shown:
         return
     names = list(
         dict.fromkeys(
             row.name
-            for result in shown
+            for result, _ in shown
             for row in result.rows
             if row.times and row.peak and row.name not in (FLOOR, TEACHER_PRODUCT)
         )
@@ -46,8 +46,7 @@ def draw(results: Sequence[Result], path: Path, subtitle: str) -> None:
     rows = math.ceil(len(shown) / columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3.5 * rows + 1.6), squeeze=False)
     handles = {}
-    for axis, result in zip(axes.flat, shown, strict=False):
-        floor = result.row(FLOOR)
+    for axis, (result, floor) in zip(axes.flat, shown, strict=False):
         points = []
         for row in result.rows:
             if row.name in looks and row.times and row.peak:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from kernel_cases import DRAWS, TABLES
 from kernel_measure import Result, Row
 from kernel_peers import FLOOR, OURS
+from page import table
 
 GIB = 2**30
 NUMBERS = {
@@ -30,11 +31,11 @@ def markdown(results: Sequence[Result], header: Sequence[str], left_out: Sequenc
     lines = ["# The loss kernel against its floor and its peers", "", *header, ""]
     lines += [f"![time against memory]({picture})", ""] if results else []
     lines += _targets(results)
-    for table, story in TABLES.items():
-        of_table = [result for result in results if result.setting.table == table]
+    for letter, story in TABLES.items():
+        of_table = [result for result in results if result.setting.table == letter]
         if not of_table:
             continue
-        lines += [f"## {table}. {story[0].upper()}{story[1:]}", "", LESSONS[table], ""]
+        lines += [f"## {letter}. {story[0].upper()}{story[1:]}", "", LESSONS[letter], ""]
         for result in of_table:
             lines += _case(result)
     if left_out:
@@ -60,31 +61,23 @@ def _case(result: Result) -> list[str]:
         lines += [f"The floor runs at {pace}{clocks}.", ""]
     names = NUMBERS[setting.table]
     head = ["contestant", "median ms", "p20 to p80", "/ floor", "/ ours", "peak memory", *names, "note"]
-    lines += ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * 7 + " --- |"]
+    rows = []
     for row in result.rows:
-        lines.append("| " + " | ".join(_cells(row, floor, ours)) + " |")
+        rows.append(_cells(row, floor, ours))
         second = subtracted(row, result)
         if second is not None:
             cells = [f"{row.name}, less {row.subtract}", f"{second:.4g}", ""]
             cells += [_ratio(second, floor), _ratio(second, ours), "", "", "", "a difference of two medians"]
-            lines.append("| " + " | ".join(cells) + " |")
-    for truth, errors in result.rounding.items():
-        if setting.dtype_name == "float32" or not errors:
-            continue
-        inside = result.rounding_inside[truth]
-        for name, pair in (("rounded once", errors), ("also dlogits rounded", inside)):
-            cells = [
-                f"exact {truth}, {name}",
-                "",
-                "",
-                "",
-                "",
-                "",
-                *(f"{value:.2g}" for value in pair),
-                "no timing",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
+            rows.append(cells)
+    if setting.dtype_name != "float32":
+        for truth, once in result.rounding.items():
+            for how, errors in (
+                ("rounded once", once),
+                ("also dlogits rounded", result.rounding_inside[truth]),
+            ):
+                cells = [f"exact {truth}, {how}", *[""] * 5, *(f"{error:.2g}" for error in errors)]
+                rows.append([*cells, "no timing"])
+    return [*lines, *table(head, rows, words=(0, len(head) - 1))]
 
 
 def table_title(result: Result) -> str:
@@ -120,13 +113,13 @@ def _cells(row: Row, floor: Row | None, ours: Row | None) -> list[str]:
 
 def _targets(results: Sequence[Result]) -> list[str]:
     """The targets, each with what was found where it applies."""
-    lines = ["## Targets", "", "| target | case | found | met |", "| --- | --- | --- | --- |"]
+    rows: list[list[str]] = []
     for target, find in TARGETS.items():
         found = [line for result in results for line in find(result)]
-        lines += [f"| {target} | {case} | {value} | {'yes' if met else 'no'} |" for case, value, met in found]
+        rows += [[target, case, value, "yes" if met else "no"] for case, value, met in found]
         if not found:
-            lines.append(f"| {target} | none in this run | | |")
-    return [*lines, ""]
+            rows.append([target, "none in this run", "", ""])
+    return ["## Targets", "", *table(("target", "case", "found", "met"), rows, words=range(4))]
 
 
 Finding = tuple[str, str, bool]  # case, value, whether the target is met

@@ -82,20 +82,25 @@ class Facts:
     distinct: dict[Case, float]
 
 
+def manifest_of(case: Case, vocabulary: int, length: int) -> Manifest:
+    """The manifest of a case's records, with the made-up tokenizer of its vocabulary."""
+    return synthetic_manifest(
+        vocabulary_size=vocabulary,
+        sequence_length=length,
+        rows_per_shard=1 << 20,
+        splits=("train",),
+        k=case.k,
+        n=case.n,
+        tail_logprobs=case.tail_logprobs,
+    )
+
+
 def synthetic_set(ids: str, *, vocabulary: int, length: int, rows: int) -> DataSet:
     """Rows with the statistics of a large teacher on text (`text_like_rows`), ids `text` or `uniform`."""
 
     @cache
     def rows_of(case: Case) -> tuple[Manifest, list[Row]]:
-        manifest = synthetic_manifest(
-            vocabulary_size=vocabulary,
-            sequence_length=length,
-            rows_per_shard=1 << 20,
-            splits=("train",),
-            k=case.k,
-            n=case.n,
-            tail_logprobs=case.tail_logprobs,
-        )
+        manifest = manifest_of(case, vocabulary, length)
         return manifest, text_like_rows(manifest, rows, 0, ids=ids)
 
     how = {"text": "as uneven as those of text", "uniform": "nearly uniform, the worst case"}[ids]

@@ -94,13 +94,14 @@ def synthetic_teacher(*, positions: int, vocabulary: int, hidden: int, entropy: 
     """Low-rank logits over Zipf's bias, with a sharpness that varies between positions; as sure as asked."""
     random = np.random.default_rng(SEED)
     weight = random.standard_normal((vocabulary, hidden), np.float32)
-    bias = -1.0 * np.log(np.arange(vocabulary, dtype=np.float32) + 3)
+    bias = -np.log(np.arange(vocabulary) + 3.0).astype(np.float32)
     directions = random.standard_normal((positions, hidden), np.float32) / np.float32(np.sqrt(hidden))
-    spread = np.exp(0.4 * random.standard_normal((positions, 1), np.float32))
+    spread = np.exp(np.float32(0.4) * random.standard_normal((positions, 1), np.float32))
+    states: Floats = directions * spread
     sample = slice(0, min(positions, 256))
 
     def entropy_at(scale: float) -> float:
-        logprobs = log_softmax(np.float32(scale) * (directions * spread)[sample] @ weight.T + bias)
+        logprobs = log_softmax((np.float32(scale) * states[sample]) @ weight.T + bias)
         return float(-(np.exp(logprobs) * logprobs).sum(axis=1).mean())
 
     low, high = 0.0, 64.0
@@ -108,7 +109,7 @@ def synthetic_teacher(*, positions: int, vocabulary: int, hidden: int, entropy: 
         middle = (low + high) / 2
         low, high = (middle, high) if entropy_at(middle) > entropy else (low, middle)
     story = f"low-rank logits over Zipf's bias, V = {vocabulary:,}, H = {hidden}"
-    return DenseTeacher("synthetic", story, np.float32(high) * directions * spread, weight, bias)
+    return DenseTeacher("synthetic", story, np.float32(high) * states, weight, bias)
 
 
 def students(teacher: DenseTeacher, divergences: Sequence[float]) -> list[Student]:
@@ -122,7 +123,8 @@ def students(teacher: DenseTeacher, divergences: Sequence[float]) -> list[Studen
     logprobs = log_softmax(sample @ teacher.weight.T + teacher.bias)
 
     def divergence(map_: Floats) -> float:
-        other = log_softmax(sample @ map_.T @ teacher.weight.T + teacher.bias)
+        hidden: Floats = sample @ map_.T
+        other = log_softmax(hidden @ teacher.weight.T + teacher.bias)
         return float((np.exp(logprobs) * (logprobs - other)).sum(axis=1).mean())
 
     found = []

@@ -20,7 +20,7 @@ import torch
 import zstandard
 from numpy.typing import NDArray
 from store_data import TOP_K, Case, record_of
-from store_layouts import Decoded, Layout, Read
+from store_layout import Decoded, Layout, Read
 
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.row import NO_ID, Row
@@ -53,7 +53,7 @@ class Raw(Layout):
             for row in rows:
                 record = record_of(row)
                 for array in (row.token_ids, record.head_ids, record.head_logprobs):
-                    file.write(np.ascontiguousarray(array))
+                    file.write(np.ascontiguousarray(array).data)
         self._length = len(rows[0].token_ids)
 
     def open(self, folder: Path) -> Read:
@@ -306,7 +306,7 @@ class Sampled24(Layout):
                 used = record.tail_counts > 0
                 words = (record.tail_ids[used].astype("<u4") << 7) | record.tail_counts[used].astype("<u4")
                 file.write(used.sum(axis=1).astype(np.uint8))
-                file.write(np.ascontiguousarray(words[:, None].view(np.uint8)[:, :3]))
+                file.write(np.ascontiguousarray(words[:, None].view(np.uint8)[:, :3]).data)
                 self._offsets.append(file.tell())
         self._length = len(rows[0].token_ids)
         np.array(self._offsets, "<i8").tofile(folder / "offsets.bin")

@@ -61,7 +61,8 @@ def draw(
         axis.grid(True, color="#ececec", zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
-    handles, kinds = {}, {}
+    handles: dict[str, Any] = {}
+    kinds: dict[str, Any] = {}
     for axis, measured in zip(axes[0], sets, strict=False):
         handles |= _sizes(axis, measured)
     axes[0][0].set_ylabel("mean KL of decoded head and rest, nats", fontsize=9)
@@ -85,7 +86,7 @@ def draw(
     figure.suptitle(f"Left and low is better. {note}", fontsize=11, x=0.012, ha="left")
     height = 4.7 * rows
     figure.tight_layout(rect=(0, 0.45 / height, 1, 1 - 0.1 / height), h_pad=4.6)
-    legend = {"loc": "upper center", "fontsize": 9, "frameon": False}
+    legend: dict[str, Any] = {"loc": "upper center", "fontsize": 9, "frameon": False}
     middle = axes[0][0].get_position().y0 - 0.36 / height
     figure.legend(list(handles.values()), list(handles), bbox_to_anchor=(0.5, middle), ncols=4, **legend)
     figure.legend(list(kinds.values()), list(kinds), bbox_to_anchor=(0.5, 0.42 / height), ncols=4, **legend)
@@ -101,7 +102,7 @@ def _sizes(axis: Any, measured: Measured) -> dict[str, Any]:
             continue
         at = (result.bytes_per_token, max(result.errors.kl.mean(), EXACT_PLACE))
         if result.is_ours:
-            if "log-prob" in result.name:  # the same errors, some bytes more
+            if result.case.tail_logprobs:  # the same errors, some bytes more
                 continue
             handles["sparsekd"] = axis.scatter(
                 *at, s=130, marker="*", color=OURS, zorder=4, edgecolors="white", linewidths=0.6
@@ -135,7 +136,7 @@ def _sizes(axis: Any, measured: Measured) -> dict[str, Any]:
 
 
 def _label(axis: Any, text: str, at: tuple[float, float], place: str | None = None) -> None:
-    right, up, side = BESIDE[place or text]
+    right, up, side = BESIDE.get(place or text, BESIDE["above"])
     axis.annotate(
         text, at, xytext=(right, up), textcoords="offset points", ha=side, fontsize=7.5, color="#333333"
     )

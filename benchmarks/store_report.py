@@ -1,44 +1,15 @@
-"""The store benchmark's results in Markdown: targets beside what was found, tables by data set, fidelity."""
+"""The store benchmark's page: targets, a table for each data set, fidelity of records."""
 
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from page import table
 from store_data import TOP_K, Case
+from store_errors import nats
 from store_fidelity import DenseTeacher, Fidelity, Student
-from store_layouts import RAGGED_MASS
 from store_measure import Measured, Result
-
-DEFAULT, PLAIN, RAGGED = "tkq8 (default)", "plain", f"compact, ragged to {RAGGED_MASS}"
-
-# Name, data set, contestant, bytes per token at most.
-SIZES = (
-    ("default, text-like ids", "text", DEFAULT, 157),
-    ("default, nearly uniform ids", "uniform", DEFAULT, 182),
-    ("plain", "text", PLAIN, 222),
-    ("compact, ragged", "text", RAGGED, 102),
-    ("hybrid", "text", "tkq8, k=8, n=24", 70),
-    ("hybrid, half the draws", "text", "tkq8, k=8, n=12", 54),
-    ("draws alone", "text", "tkq8, k=0, n=50", 36),
-    ("hybrid, with log-probabilities", "text", "tkq8, k=8, n=24 with log-probabilities", 85),
-    ("hybrid, half the draws, with them", "text", "tkq8, k=8, n=12 with log-probabilities", 64),
-    ("draws alone, with them", "text", "tkq8, k=0, n=50 with log-probabilities", 48),
-)
-# Name, contestant, kind of time, million tokens per CPU second at least.
-SPEEDS = (
-    ("random row: read, check, decode, default", DEFAULT, "reads", 1.0),
-    ("random row: read, check, decode, plain", PLAIN, "reads", 2.5),
-    ("check, encode, write, default", DEFAULT, "writes", 0.5),
-    ("check, encode, write, plain", PLAIN, "writes", 1.2),
-)
-KL_MOST = (2e-5, 6e-5, 1e-4)
-"""Mean, 99.9th percentile and largest KL of the default codec, nats."""
-
-KL_HOT_MOST = 3e-5
-"""Mean at the other temperatures of the grid."""
-
-TARGET_VOCABULARY, TARGET_LENGTH = 128_256, 4096
 
 
 @dataclass(frozen=True)
@@ -54,6 +25,7 @@ def markdown(
     sets: Sequence[Measured],
     budgets: Sequence[Budget],
     sizes: dict[str, dict[Case, float]],
+    targets: Sequence[str],
     header: Sequence[str],
     picture: str,
 ) -> str:
@@ -63,11 +35,12 @@ def markdown(
         sets: the data sets.
         budgets: fidelity, by teacher.
         sizes: data set -> case -> bytes per token of the default codec.
+        targets: their table.
         header: what the numbers were made with.
         picture: file name.
     """
     lines = ["# The logit store against other layouts", "", *header, "", f"![sizes]({picture})", ""]
-    lines += _targets(sets)
+    lines += ["## Targets", "", *targets]
     for measured in sets:
         lines += _data_set(measured)
     lines += _lacks(sets)
@@ -77,6 +50,10 @@ def markdown(
     return "\n".join(lines)
 
 
+COLUMNS = (
+    "layout", "bytes/token", "distinct draws", "KL mean", "p99.9", "max", "T 2, 4",
+    "head alone", "sum > 1", "ids exact", "write", "read", "encode", "decode", "row, ms",
+)  # fmt: skip
 FIDELITY_STORY = (
     "Full distillation has the teacher's whole distribution p as its target. Below: the gradient of a linear "
     "map in front of the head (logits z = W A x + b, gradient in A), as a mean over one batch, for each "
@@ -95,19 +72,8 @@ FIDELITY_STORY = (
 )
 
 
-def _table(head: Sequence[str], left: int) -> list[str]:
-    """Two lines that begin a table whose first `left` columns are words."""
-    return ["| " + " | ".join(head) + " |", "|" + " --- |" * left + " ---: |" * (len(head) - left)]
-
-
 def _million(rate: float) -> str:
     return "" if np.isnan(rate) else f"{rate / 1e6:.2f}"
-
-
-def _nats(value: float) -> str:
-    if value == 0 or value >= 0.01:
-        return f"{value:.2g}"
-    return f"{value:.1e}".replace("e-0", "e-")
 
 
 def _data_set(measured: Measured) -> list[str]:
@@ -115,7 +81,7 @@ def _data_set(measured: Measured) -> list[str]:
     bits = int(np.ceil(np.log2(data.vocabulary)))
     tokens, rows = measured.results[0].tokens, len(data.rows_of(TOP_K)[1])
     draws = ", ".join(f"{count:.1f} at {case}" for case, count in facts.distinct.items())
-    lines = [
+    return [
         f"## {data.name.capitalize()}: V = {data.vocabulary:,}",
         "",
         f"{data.story[0].upper()}{data.story[1:]}; {rows} rows of {data.length:,} positions in files of "
@@ -124,38 +90,22 @@ def _data_set(measured: Measured) -> list[str]:
         f"**{facts.id_bits:.1f} bits** of {bits}, distinct draws per position **{draws}**. The yardstick, "
         f"zlib's crc32, ran at {measured.yardstick / 1e9:.1f} GB/s.",
         "",
-        *_table(
-            (
-                "layout", "bytes/token", "entropy, nats", "id bits", "distinct draws", "KL mean", "p99.9",
-                "max", "T 2, 4", "head alone", "sum > 1", "ids exact", "write", "read", "encode", "decode",
-                "row, ms",
-            ),
-            1,
-        ),
-    ]  # fmt: skip
-    for result in measured.results:
-        lines.append("| " + " | ".join(_cells(result, measured)) + " |")
-    return [*lines, ""]
+        *table(COLUMNS, (list(_cells(result, measured)) for result in measured.results), words=[0]),
+    ]
 
 
 def _cells(result: Result, measured: Measured) -> Iterator[str]:
     facts, errors = measured.facts, result.errors
-    distinct = {
-        case.__class__(case.k, case.n, kept): count
-        for case, count in facts.distinct.items()
-        for kept in (False, True)
-    }
+    drawn = replace(result.case, tail_logprobs=False)
     yield f"**{result.name}**" if result.is_ours else result.name
     yield f"{result.bytes_per_token:.1f}"
-    yield f"{facts.entropy:.2f}"
-    yield f"{facts.id_bits:.1f}"
-    yield f"{distinct[result.case]:.1f}" if result.case in distinct else ""
+    yield f"{facts.distinct[drawn]:.1f}" if drawn in facts.distinct else ""
     if errors.kl.size:
-        yield _nats(errors.kl.mean())
-        yield _nats(float(np.quantile(errors.kl, 0.999)))
-        yield _nats(errors.kl.max())
-        yield _nats(errors.kl_hot.mean()) if errors.kl_hot.size else "unknown"
-        yield _nats(errors.kl_head.mean())
+        yield nats(errors.kl.mean())
+        yield nats(float(np.quantile(errors.kl, 0.999)))
+        yield nats(errors.kl.max())
+        yield nats(errors.kl_hot.mean()) if errors.kl_hot.size else "unknown"
+        yield nats(errors.kl_head.mean())
         yield f"{errors.overfull:.1%}"
     else:
         yield from ("no head", "", "", "", "", "")
@@ -191,80 +141,19 @@ def _budget(budget: Budget, sizes: dict[str, dict[Case, float]]) -> list[str]:
     head += [f"bytes, {name}" for name in sizes]
     head += [f"angle, {name}" for name in names] + [f"norm, {name}" for name in names]
     head += ["bias", "noise", "KL, one record", "KL, their mean"]
-    lines = [
+    rows = []
+    for (case, mode), of_student in by_record.items():
+        one = of_student[middle]
+        cells = [str(case), mode]
+        cells += [f"{of_set[case]:.0f}" for of_set in sizes.values()]
+        cells += [f"{of_student[name].angle:.1f}" for name in names]
+        cells += [f"{of_student[name].norm:.3f}" for name in names]
+        cells += [f"{one.bias:.3f}", f"{one.noise:.3f}", f"{one.target_kl:.3f}"]
+        rows.append([*cells, "0" if mode == "sampled" else f"{one.target_kl:.3f}"])
+    return [
         f"### {budget.teacher.story[0].upper()}{budget.teacher.story[1:]}",
         "",
         f"{len(budget.teacher.hidden):,} positions; KL(teacher || student), nats: {known}.",
         "",
-        *_table(head, 2),
+        *table(head, rows, words=(0, 1)),
     ]
-    for (case, mode), found in by_record.items():
-        one = found[middle]
-        cells = [str(case), mode]
-        cells += [f"{of_set[case]:.0f}" for of_set in sizes.values()]
-        cells += [f"{found[name].angle:.1f}" for name in names]
-        cells += [f"{found[name].norm:.3f}" for name in names]
-        cells += [f"{one.bias:.3f}", f"{one.noise:.3f}", f"{one.target_kl:.3f}"]
-        cells.append("0" if mode == "sampled" else f"{one.target_kl:.3f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
-
-
-Finding = tuple[str, str, bool]  # target, found, whether it is met
-
-
-def _targets(sets: Sequence[Measured]) -> list[str]:
-    """The targets with what was found; they speak of k = 64, V = 128,256 and rows of 4,096."""
-    at_scale = {
-        measured.data.name: measured
-        for measured in sets
-        if (measured.data.vocabulary, measured.data.length) == (TARGET_VOCABULARY, TARGET_LENGTH)
-    }
-    lines = ["## Targets", "", "| target | found | met |", "| --- | ---: | --- |"]
-    findings = [*_sizes(at_scale), *_errors(at_scale), *_speeds(at_scale)]
-    lines += [f"| {target} | {found} | {'yes' if met else 'no'} |" for target, found, met in findings]
-    if not findings:
-        lines.append(f"| none: they are for V = {TARGET_VOCABULARY:,}, rows of {TARGET_LENGTH:,} | | |")
-    exact = all(result.errors.exact_ids for measured in sets for result in measured.results if result.is_ours)
-    lines.append(f"| ids and counts bit-exact, every codec and data set | | {'yes' if exact else 'no'} |")
-    return [*lines, ""]
-
-
-def _sizes(at_scale: dict[str, Measured]) -> Iterator[Finding]:
-    for target, name, contestant, most in SIZES:
-        if name in at_scale:
-            found = at_scale[name].result(contestant).bytes_per_token
-            yield f"{target}: at most {most} bytes/token", f"{found:.1f}", found <= most
-
-
-def _errors(at_scale: dict[str, Measured]) -> Iterator[Finding]:
-    for name, measured in at_scale.items():
-        errors = measured.result(DEFAULT).errors
-        found = (errors.kl.mean(), float(np.quantile(errors.kl, 0.999)), errors.kl.max())
-        bounds = " / ".join(_nats(bound) for bound in KL_MOST)
-        met = all(value <= bound for value, bound in zip(found, KL_MOST, strict=True))
-        yield (
-            f"default, {name}: KL mean / p99.9 / max at most {bounds}",
-            " / ".join(_nats(value) for value in found),
-            met,
-        )
-        hot = errors.kl_hot.mean()
-        yield (
-            f"default, {name}: KL at T 2 and 4, mean, at most {_nats(KL_HOT_MOST)}",
-            _nats(hot),
-            hot <= KL_HOT_MOST,
-        )
-
-
-def _speeds(at_scale: dict[str, Measured]) -> Iterator[Finding]:
-    if "text" not in at_scale:
-        return
-    for target, contestant, kind, least in SPEEDS:
-        result = at_scale["text"].result(contestant)
-        best = result.best_rate(kind) / 1e6
-        found = result.rate(kind) / 1e6
-        yield (
-            f"{target}: at least {least} M tokens/s of one core",
-            f"{found:.2f} (best round {best:.2f})",
-            found >= least,
-        )

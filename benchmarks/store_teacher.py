@@ -1,215 +1,196 @@
-"""The real teacher of the store benchmark: trained once by sparsekd's own verbs, then kept in a folder.
+"""The real teacher of the store benchmark: trained by sparsekd's own verbs, its records captured here.
 
-A byte-level BPE of 32,768 entries on the standard library, and a small Llama on three of its packages, often
-enough that it is as sure of that text as a large teacher is of any. Its records of that text are captured
-here for each (k, n).
+A byte-level BPE on the standard library, and a small Llama on some of its packages, often enough that it is
+as sure of that text as a large teacher is of any.
 
-B rows of the token store, L positions of a row, V vocabulary, H hidden.
+L positions of a row, V vocabulary, H hidden.
 """
 
-import os
-import subprocess
-import sys
+import hashlib
+import json
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
+from datetime import date
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from store_data import Case, DataSet
+from page import DIGITS, Code, versions
+from store_data import Case, DataSet, manifest_of
+from store_fidelity import DenseTeacher
 from transformers.utils.logging import disable_progress_bar
+from verbs import sparsekd
 
-from sparsekd.logit_store.manifest import CodecSpec, Manifest, RecordSpec
-from sparsekd.logit_store.protocol.reader import LogitStore, open_store
-from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
+from sparsekd.logit_store.manifest import Manifest
+from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.row import Row, TeacherRecord, position_ids
-from sparsekd.logit_store.synthetic import synthetic_manifest
 from sparsekd.trainer.causal_lm import hidden_states
 from sparsekd.trainer.config import TeacherConfig
-from sparsekd.trainer.teacher.model import Teacher, load_teacher
-from sparsekd.trainer.teacher.records import records_of_rows
-from sparsekd.trainer.teacher.weights import teacher_identity
+from sparsekd.trainer.teacher.capture import captured_rows
+from sparsekd.trainer.teacher.model import load_teacher
+from sparsekd.trainer.teacher.settings import resolved_settings
 
-VOCABULARY = 32768
-LENGTH = 512
-"""Positions of a row of the token store."""
+MADE = "made.json"
+"""Beside a finished teacher: when and by what it was made."""
 
-JOINED = 8
-"""Rows of the token store that make one row of the benchmark: 4,096 positions."""
-
-TEXT = ("json", "collections", "wsgiref")
+THREADS = 2
 TRAIN = (
     "student=llama_1m",
     "optimizer.learning_rate=2e-3",
-    "train.steps=500",
     "train.global_batch_rows=2",
     "train.micro_batch_rows=2",
     "train.evaluate_every=0",
-    "train.checkpoint_every=500",
-    "train.log_every=50",
-    "launch.threads_per_rank=2",
+    f"launch.threads_per_rank={THREADS}",
     "tracking=disabled",
 )
-"""About 500,000 tokens, 15 epochs or more: four minutes on two idle cores, under ten on busy ones."""
-
-SETTINGS = TeacherConfig(dtype="float32")
-SEED = 0
 
 
-def train_teacher(cache_folder: Path, say: Callable[[str], None]) -> None:
-    """Trains and exports the teacher, unless the folder has it. A run that was cut off goes on."""
-    if (cache_folder / "teacher" / "export" / "config.json").exists():
-        return
-    begin = time.monotonic()
-    library = sysconfig.get_paths()["stdlib"]
-    root = f"run.root={cache_folder}"
-    shape = f"corpus.sequence_length={LENGTH}"
-    everything, text = cache_folder / "all", cache_folder / "text"
-    say("    tokenizer, tokens and teacher are made; this happens once")
-    _sparsekd(
-        "prepare", "experiment=demo", f"corpus.paths=[{library}]", shape,
-        f"corpus.train_vocabulary_size={VOCABULARY}", f"store.tokens={everything}", root,
-    )  # fmt: skip
-    packages = ",".join(f"{library}/{name}" for name in TEXT)
-    _sparsekd(
-        "prepare", "experiment=demo", f"corpus.paths=[{packages}]", shape, "corpus.heldout_fraction=0.05",
-        "corpus.train_vocabulary_size=null", f"corpus.tokenizer={everything}/tokenizer",
-        f"store.tokens={text}", root,
-    )  # fmt: skip
-    run = ["experiment=demo_teacher", root, f"store.path={text}", *TRAIN]
-    _sparsekd("train", *run)
-    _sparsekd("export", *run)
-    say(f"    made in {time.monotonic() - begin:.0f} s")
+@dataclass(frozen=True)
+class TeacherSizes:
+    """What the teacher is made of.
 
-
-def _sparsekd(*words: str) -> None:
-    """Runs one verb as a user would, and stops where it fails."""
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "2"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    subprocess.run(["sparsekd", *words], check=True, env=environment, stdout=subprocess.DEVNULL)
-
-
-def real_set(cache_folder: Path, rows: int) -> DataSet:
-    """The trained teacher's records as a data set of so many rows of 4,096 positions."""
-
-    @cache
-    def rows_of(case: Case) -> tuple[Manifest, list[Row]]:
-        store = captured(cache_folder, case, rows * JOINED)
-        pieces = [store.read_row("train", index) for index in range(rows * JOINED)]
-        manifest = replace(
-            store.manifest,
-            sequence_length=LENGTH * JOINED,
-            rows_per_shard=1 << 20,
-            # Every store of the benchmark is written with the made-up tokenizer of its vocabulary.
-            tokenizer=synthetic_manifest(vocabulary_size=VOCABULARY).tokenizer,
-        )
-        return manifest, [joined(pieces[start : start + JOINED]) for start in range(0, len(pieces), JOINED)]
-
-    story = (
-        f"a Llama of 4.8 M parameters trained here on the packages {', '.join(TEXT)} of the standard "
-        f"library, on that text; {JOINED} rows of {LENGTH} joined"
-    )
-    return DataSet("real", story, rows_of)
-
-
-def captured(cache_folder: Path, case: Case, rows: int) -> LogitStore:
-    """A store of the teacher's records of the first rows, exactly as captured; made when it is not there.
-
-    The draws' log-probabilities are those of the teacher's float32 logits, like the head's.
+    Attributes:
+        vocabulary: V.
+        tokenizer_text: packages of the standard library that the tokenizer is trained on; "" is all of it.
+        text: packages that the teacher is trained on, and whose records are captured.
+        length: L of a row that the teacher sees.
+        rows: of the data set.
+        joined: rows of the teacher that make one row of the data set.
+        steps: of training.
     """
-    name = f"records-{rows}-k{case.k}-n{case.n}" + ("-logprobs" if case.tail_logprobs else "")
-    path = cache_folder / name
-    if (path / "INDEX.json").exists():
-        return open_store(path)
-    tokens = open_store(cache_folder / "text")
-    if tokens.rows("train") < rows:
-        raise SystemExit(f"{tokens.path} has {tokens.rows('train')} rows, {rows} are needed: lower --rows")
-    teacher = teacher_of(cache_folder)
-    plain = [tokens.read_row("train", index) for index in range(rows)]
-    spec = RecordSpec(
-        k=case.k, n=case.n, temperatures=(1.0, 2.0, 4.0), draw_temperature=1.0, seed=SEED,
-        tail_logprobs=case.tail_logprobs,
+
+    vocabulary: int
+    tokenizer_text: tuple[str, ...]
+    text: tuple[str, ...]
+    length: int
+    rows: int
+    joined: int
+    steps: int
+
+
+class RealTeacher:
+    """The trained teacher and the text it was trained on.
+
+    Attributes:
+        sizes: what it was made of.
+        cache_story: when and by what it was made, where that was not in this run; else empty.
+    """
+
+    def __init__(self, folder: Path, sizes: TeacherSizes, cache_story: str) -> None:
+        self.sizes = sizes
+        self.cache_story = cache_story
+        disable_progress_bar()
+        device, export = torch.device("cpu"), folder / "teacher" / "export"
+        self._tokens = open_store(folder / "text")
+        settings = TeacherConfig(dtype="float32")
+        self._settings = resolved_settings(settings, device, sizes.vocabulary)
+        self._teacher = load_teacher(self._settings, str(export), self._tokens, device)
+        if self._tokens.shards("train") < 2:  # the last shard may have fewer rows
+            raise SystemExit(f"the packages {', '.join(sizes.text)} are too little text for {sizes}")
+
+    def data_set(self) -> DataSet:
+        """Its records of its text as a data set."""
+        parameters = sum(value.numel() for value in self._teacher.decoder.parameters())
+        story = (
+            f"a Llama of {parameters / 1e6:.1f} M parameters trained here on the packages "
+            f"{', '.join(self.sizes.text)} of the standard library, on that text; {self.sizes.joined} rows "
+            f"of {self.sizes.length} joined"
+        )
+        return DataSet("real", story, self._rows_of)
+
+    @cache  # noqa: B019 - one teacher lives as long as the benchmark
+    def _rows_of(self, case: Case) -> tuple[Manifest, list[Row]]:
+        """The records of the first rows, exactly as captured."""
+        joined = self.sizes.joined
+        manifest = manifest_of(case, self.sizes.vocabulary, self.sizes.length * joined)
+        pieces = captured_rows(self._settings, manifest, self._tokens, self._teacher, ("train", 0))
+        starts = range(0, len(pieces), joined)
+        return manifest, [_together(pieces[start : start + joined]) for start in starts]
+
+    @torch.inference_mode()
+    def dense(self, positions: int) -> DenseTeacher:
+        """Its hidden states of the first positions, and its head."""
+        rows = [self._tokens.read_row("train", index) for index in range(-(-positions // self.sizes.length))]
+        states = []
+        for row in rows:
+            tokens, places = (
+                torch.from_numpy(array.astype(np.int64))[None] for array in (row.token_ids, position_ids(row))
+            )
+            states.append(hidden_states(self._teacher.decoder, tokens, places)[0])
+        hidden = torch.cat(states)[:positions].numpy()
+        weight = self._teacher.head.weight.detach().numpy()[: self.sizes.vocabulary]
+        story = f"the trained teacher, V = {len(weight):,}, H = {hidden.shape[1]}"
+        return DenseTeacher("trained", story, hidden, weight, np.zeros(len(weight), np.float32))
+
+
+def trained_teacher(
+    cache_folder: Path, sizes: TeacherSizes, code: Code, packages: Sequence[str], say: Callable[[str], None]
+) -> RealTeacher:
+    """The teacher, trained and exported, or as an earlier run of the same code left it.
+
+    Its folder's name is a digest of all that it depends on: of the code, of the packages' versions and of the
+    sizes. So what other code made is never found.
+    """
+    key = repr((code.digest, versions(packages), sizes))
+    folder = cache_folder / f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:DIGITS]}"
+    made = folder / MADE
+    if made.exists():
+        found = json.loads(made.read_text())
+        story = f"The trained teacher is of an earlier run, on {found['date']}, by code {found['commit']}"
+        return RealTeacher(folder, sizes, f"{story}, of the same digest.")
+    begin, was_begun = time.monotonic(), folder.exists()
+    _train(folder.resolve(), sizes)
+    made.write_text(json.dumps({"date": date.today().isoformat(), "commit": code.commit}))
+    say(f"    trained in {time.monotonic() - begin:.0f} s")
+    story = "The teacher's training goes on from an earlier run of the same code, which was cut off."
+    return RealTeacher(folder, sizes, story if was_begun else "")
+
+
+def _train(folder: Path, sizes: TeacherSizes) -> None:
+    """Tokenizer, tokens, teacher and export, below a folder; each verb goes on where it was cut off."""
+    library = sysconfig.get_paths()["stdlib"]
+    everything, text = (
+        ",".join(f"{library}/{name}" for name in names) for names in (sizes.tokenizer_text, sizes.text)
+    )
+    root, length = f"run.root={folder}", f"corpus.sequence_length={sizes.length}"
+    sparsekd(
+        "prepare", "experiment=demo", root, length, f"corpus.paths=[{everything}]",
+        f"corpus.train_vocabulary_size={sizes.vocabulary}", f"store.tokens={folder}/all",
     )  # fmt: skip
-    manifest = replace(
-        tokens.manifest,
-        record=spec,
-        teacher=teacher_identity(
-            SETTINGS, str(_export(cache_folder)), device_type="cpu", threads=1, revision=None
-        ),
-        codec=CodecSpec("exact", {}),
-        rows_per_shard=rows,
-        splits=("train",),
-    )
-    records = records_of_rows(
-        teacher, plain, spec, micro_batch_rows=SETTINGS.micro_batch_rows, chunk_positions=1024
-    )
-    full = []
-    for row, record in zip(plain, records, strict=True):
-        kept = _with_logprobs(teacher, row, record) if case.tail_logprobs else record
-        full.append(replace(row, teacher=kept))
-    create_store(path, manifest, tokens.tokenizer_path)
-    write_shard(path, manifest, "train", 0, full)
-    seal(path, {"train": 1})
-    return open_store(path)
+    sparsekd(
+        "prepare", "experiment=demo", root, length, f"corpus.paths=[{text}]", "corpus.heldout_fraction=0.05",
+        "corpus.train_vocabulary_size=null", f"corpus.tokenizer={folder}/all/tokenizer",
+        f"store.tokens={folder}/text", f"store.rows_per_shard={sizes.rows * sizes.joined}",
+    )  # fmt: skip
+    run = [
+        "experiment=demo_teacher", root, f"store.path={folder}/text", *TRAIN, f"train.steps={sizes.steps}",
+        f"train.checkpoint_every={sizes.steps}", f"schedule.warmup_steps={max(1, sizes.steps // 25)}",
+    ]  # fmt: skip
+    sparsekd("train", *run, threads=THREADS)
+    sparsekd("export", *run)
 
 
-@cache
-def teacher_of(cache_folder: Path) -> Teacher:
-    """The trained teacher in float32."""
-    disable_progress_bar()
-    tokens = open_store(cache_folder / "text")
-    return load_teacher(SETTINGS, str(_export(cache_folder)), tokens, torch.device("cpu"))
-
-
-def _export(cache_folder: Path) -> Path:
-    return cache_folder / "teacher" / "export"
-
-
-@torch.inference_mode()
-def hidden_of(teacher: Teacher, row: Row) -> torch.Tensor:
-    """The teacher's hidden states of a row of the token store, float32 [L, H]."""
-    tokens, positions = (
-        torch.from_numpy(array.astype(np.int64))[None] for array in (row.token_ids, position_ids(row))
-    )
-    return hidden_states(teacher.decoder, tokens, positions)[0]
-
-
-@torch.inference_mode()
-def _with_logprobs(teacher: Teacher, row: Row, record: TeacherRecord) -> TeacherRecord:
-    logits = hidden_of(teacher, row) @ teacher.head.weight.T  # [L, V]
-    ids = torch.from_numpy(record.tail_ids.astype(np.int64))
-    drawn = logits.gather(1, ids.clamp(min=0)) - logits.logsumexp(dim=1, keepdim=True)
-    return replace(record, tail_logprobs=np.where(record.tail_ids >= 0, drawn.numpy(), -np.inf))
-
-
-def joined(rows: Sequence[Row]) -> Row:
+def _together(rows: Sequence[Row]) -> Row:
     """One row of several; a document that goes on in the next row begins a new segment there."""
     lengths = np.cumsum([0, *(len(row.token_ids) for row in rows)])
 
-    def together(arrays: Sequence[NDArray]) -> NDArray:
+    def joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
         return np.concatenate(arrays)
 
     starts = [row.segment_starts + start for row, start in zip(rows, lengths, strict=False)]
     records = [row.teacher for row in rows]
     names = TeacherRecord.__dataclass_fields__
     return Row(
-        token_ids=together([row.token_ids for row in rows]),
-        loss_mask=together([row.loss_mask for row in rows]),
-        segment_starts=together(starts).astype(np.int32),
-        segment_documents=together([row.segment_documents for row in rows]),
+        token_ids=joined([row.token_ids for row in rows]),
+        loss_mask=joined([row.loss_mask for row in rows]),
+        segment_starts=joined(starts).astype(np.int32),
+        segment_documents=joined([row.segment_documents for row in rows]),
         teacher=TeacherRecord(
-            **{name: together([getattr(record, name) for record in records]) for name in names}
+            **{name: joined([getattr(record, name) for record in records]) for name in names}
         ),
     )
-
-
-def dense_inputs(cache_folder: Path, positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Hidden states [N, H] of the first positions and the head's weight [V, H]."""
-    teacher, tokens = teacher_of(cache_folder), open_store(cache_folder / "text")
-    rows = [tokens.read_row("train", index) for index in range(-(-positions // LENGTH))]
-    hidden = torch.cat([hidden_of(teacher, row) for row in rows])[:positions]
-    return hidden.numpy(), teacher.head.weight.detach().numpy()

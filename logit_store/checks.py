@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsekd.logit_store.codecs.vectors import LARGEST_VALUE
 from sparsekd.logit_store.errors import InvalidRowError
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.planes import Plane, Planes, place_count, planes_of
@@ -209,6 +210,10 @@ def _weight(plane: Plane, look: _Look) -> None:
     _in_range(plane, look, 0, float(np.finfo(np.float32).max), "expected a finite number, 0 or more")
 
 
+def _vector(plane: Plane, look: _Look) -> None:
+    _in_range(plane, look, -LARGEST_VALUE, LARGEST_VALUE, f"expected a number within {LARGEST_VALUE:g}")
+
+
 def _document(plane: Plane, look: _Look) -> None:
     documents = look.planes[plane.name]
     bad = np.flatnonzero(documents < PADDING_DOCUMENT)
@@ -249,6 +254,7 @@ RULES: dict[str, Callable[[Plane, _Look], None]] = {
     "logprob": _logprob,
     "log_mass": _log_mass,
     "entropy": _entropy,
+    "vector": _vector,
 }
 
 

@@ -102,6 +102,38 @@ class TeacherIdentity:
 
 
 @dataclass(frozen=True)
+class FeatureSpec:
+    """Hidden states of one teacher layer: a vector at each of some positions.
+
+    Attributes:
+        layer: how many of the teacher's layers they have passed; 0 are the embeddings, the last is what the
+            head reads.
+        width: d, numbers of a vector.
+        source_width: H, of the teacher's hidden states; d where nothing is projected.
+        projection: one of `FEATURE_PROJECTIONS`: how H became d; the matrix is a file of the store.
+        projection_digest: sha256 (hex) of that file; None where nothing is projected.
+        kept: share of the variance around the mean that the projection keeps, on the rows that were probed;
+            1 where nothing is projected.
+        kind: one of `FEATURE_KINDS`: `int8` with a float16 scale for each vector, or `float16`.
+        positions: one of `FEATURE_POSITIONS`: every position but padding, or the recorded ones.
+    """
+
+    layer: int
+    width: int
+    source_width: int
+    projection: str
+    projection_digest: str | None
+    kept: float
+    kind: str
+    positions: str
+
+    @property
+    def plane(self) -> str:
+        """Returns the name of the plane."""
+        return f"feature_{self.layer}"
+
+
+@dataclass(frozen=True)
 class CodecSpec:
     """How rows become bytes: a name from `codec.CODECS` and that codec's parameters."""
 
@@ -129,6 +161,7 @@ class Manifest:
         codec: how rows become bytes.
         outcomes: names of the classes; None where outcomes are the tokenizer's ids.
         planes: the `OPTIONAL_PLANES` that rows have.
+        features: hidden states that are kept, a plane for each.
     """
 
     format_version: int
@@ -143,10 +176,12 @@ class Manifest:
     codec: CodecSpec
     outcomes: tuple[str, ...] | None = None
     planes: tuple[str, ...] = ()
+    features: tuple[FeatureSpec, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "splits", tuple(self.splits))
         object.__setattr__(self, "planes", tuple(self.planes))
+        object.__setattr__(self, "features", tuple(self.features))
         if self.outcomes is not None:
             object.__setattr__(self, "outcomes", tuple(self.outcomes))
         object.__setattr__(self, "dataset", _as_read_back(self.dataset, "dataset"))

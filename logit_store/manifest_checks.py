@@ -27,6 +27,16 @@ split `train` each counted position with one probability, the share; other split
 OPTIONAL_PLANES = ("weights", "token_types")
 """Planes that a manifest may declare: weights of documents or spans, and the segment numbers of pairs."""
 
+FEATURE_KINDS = ("int8", "float16")
+"""How a vector of hidden states is stored: int8 with a float16 scale, or float16."""
+
+FEATURE_PROJECTIONS = ("none", "orthonormal", "pca")
+"""How hidden states are made narrower: not at all, by a seeded orthonormal matrix, or along the directions of
+largest variance on a probe of the rows."""
+
+FEATURE_POSITIONS = ("all", "recorded")
+"""Where hidden states are kept: at every position but padding, or where records stand."""
+
 LARGEST_ROW_BYTES = 1 << 28
 """256 MiB: of one decoded row, all planes together."""
 
@@ -37,6 +47,8 @@ LARGEST_VOCABULARY = 1 << 22
 LARGEST_GRID = 64
 LARGEST_ROWS_PER_SHARD = 1 << 16
 LARGEST_SPLITS = 64
+LARGEST_FEATURES = 64
+LARGEST_WIDTH = 1 << 16
 """Bounds of a manifest, looked at before anything is allocated by it: it may come from anybody."""
 
 RESTS = ("exact", "derived", "unknown")
@@ -68,6 +80,7 @@ def check_manifest(manifest: "Manifest") -> None:
     for name in manifest.planes:
         _one_of(name, OPTIONAL_PLANES, "planes")
     _check_record(manifest)
+    _check_features(manifest)
     size = decoded_row_bytes(manifest)
     if size > LARGEST_ROW_BYTES:
         raise StoreError(
@@ -89,7 +102,8 @@ def _check_record(manifest: "Manifest") -> None:
     if manifest.teacher is None:
         _require(record.k == 0 and record.n == 0, "teacher", None, "an identity, because k or n is above 0")
     else:
-        _require(record.k + record.n > 0, "record.k", record.k, "k or n above 0, because there is a teacher")
+        keeps = record.k + record.n > 0 or len(manifest.features) > 0
+        _require(keeps, "record.k", record.k, "k or n above 0, or features, because there is a teacher")
         draw = record.draw_temperature
         _require(draw in grid, "record.draw_temperature", draw, f"one of the grid {short(list(grid))}")
     _require(0 <= record.seed < 2**63, "record.seed", record.seed, "from 0 to 2^63 - 1")
@@ -120,6 +134,32 @@ def _check_record(manifest: "Manifest") -> None:
         _require(record.share == 1, "record.share", record.share, f"1, as the rule {record.positions} asks")
 
 
+def _check_features(manifest: "Manifest") -> None:
+    _distinct([spec.layer for spec in manifest.features], "features", most=LARGEST_FEATURES)
+    has_teacher = manifest.teacher is not None
+    _require(
+        has_teacher or not manifest.features, "features", len(manifest.features), "none without a teacher"
+    )
+    for spec in manifest.features:
+        name = f"features of layer {spec.layer}"
+        _within(spec.layer, 0, 4096, "features.layer")
+        _within(spec.source_width, 1, LARGEST_WIDTH, f"{name}: source_width")
+        _within(spec.width, 1, spec.source_width, f"{name}: width")
+        _one_of(spec.projection, FEATURE_PROJECTIONS, f"{name}: projection")
+        _one_of(spec.kind, FEATURE_KINDS, f"{name}: kind")
+        _one_of(spec.positions, FEATURE_POSITIONS, f"{name}: positions")
+        whole = spec.projection == "none"
+        _require(whole or spec.width < spec.source_width, f"{name}: width", spec.width, "below source_width")
+        _require(not whole or spec.width == spec.source_width, f"{name}: width", spec.width, "source_width")
+        _require(
+            whole == (spec.projection_digest is None),
+            f"{name}: projection_digest",
+            spec.projection_digest,
+            "one exactly where there is a projection",
+        )
+        _require(0 <= spec.kept <= 1, f"{name}: kept", spec.kept, "from 0 to 1")
+
+
 def decoded_row_bytes(manifest: "Manifest") -> int:
     """Returns the most bytes that the arrays of one decoded row take (`planes` has their shapes)."""
     record = manifest.record
@@ -128,6 +168,7 @@ def decoded_row_bytes(manifest: "Manifest") -> int:
     if manifest.teacher is not None:
         drawn = 12 if record.tail_logprobs else 8
         position += 8 * record.k + drawn * record.n + 4 * len(record.temperatures) + 12
+    position += sum(4 * spec.width for spec in manifest.features)
     return position * manifest.sequence_length
 
 

@@ -6,6 +6,8 @@ A plane stands at some set of places of a row, its first axis:
     run        the W runs of equal weight                counted    the C positions of the loss mask
     recorded   the M positions with a teacher's record   real       all positions but padding
 
+Hidden states have a plane for each layer that the manifest names, `feature_12`, declared by its entry there.
+
 To add a plane, enter it here; a new way to store, check or export numbers is entered in the table of the
 module that does it (`codecs.codec.CODINGS`, `checks.RULES`, `tools.export.COLUMNS`).
 
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsekd.logit_store.manifest import Manifest
+from sparsekd.logit_store.manifest import FeatureSpec, Manifest
 from sparsekd.logit_store.row import PADDING_DOCUMENT, RECORD_NAMES, TeacherRecord, run_lengths
 
 Planes = Mapping[str, NDArray[Any]]
@@ -147,7 +149,28 @@ TABLE: tuple[Plane, ...] = (
 
 def planes_of(manifest: Manifest) -> tuple[Plane, ...]:
     """Returns the planes of every row under a manifest, in stored order."""
-    return tuple(plane for plane in TABLE if plane.present(manifest))
+    return tuple(plane for plane in TABLE if plane.present(manifest)) + tuple(
+        map(_feature_plane, manifest.features)
+    )
+
+
+def _feature_plane(spec: FeatureSpec) -> Plane:
+    """Returns the plane of a layer's hidden states, which is named after the layer."""
+    return Plane(
+        spec.plane,
+        "real" if spec.positions == "all" else "recorded",
+        np.float32,
+        "vectors",
+        "vector",
+        lambda manifest: (spec.width,),
+        is_rounded=True,
+        column="vector",
+    )
+
+
+def feature_spec(plane: Plane, manifest: Manifest) -> FeatureSpec:
+    """Returns what the manifest says of a plane of hidden states."""
+    return next(spec for spec in manifest.features if spec.plane == plane.name)
 
 
 def names_of(planes: Iterable[Plane]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ Shapes: L positions of a row, S segments of it, W runs of equal weight, C counte
 mask), M recorded positions, k head entries, n draws, G grid temperatures. `planes` declares every array.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -225,9 +225,18 @@ def records_at(row: Row, positions: NDArray[np.bool_]) -> TeacherRecord:
     return take_records(row.teacher, positions[row.recorded])
 
 
-def narrowed(row: Row, kept: NDArray[np.bool_]) -> Row:
-    """Returns the row with loss, labels and records at the positions `kept`, bool [L], alone."""
+def narrowed(row: Row, kept: NDArray[np.bool_], of_records: Collection[str] = ()) -> Row:
+    """Returns the row with loss, labels and records at the positions `kept`, bool [L], alone.
+
+    Args:
+        row: of a store.
+        kept: positions.
+        of_records: names of optional planes that stand at the recorded positions.
+    """
     optional = dict(row.optional)
+    for name in of_records:
+        assert row.recorded is not None
+        optional[name] = optional[name][kept[row.recorded]]
     if "labels" in optional:
         optional["labels"] = optional["labels"][kept[row.loss_mask]]
     teacher, recorded = row.teacher, row.recorded

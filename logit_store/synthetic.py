@@ -61,7 +61,8 @@ def synthetic_manifest(*, vocabulary_size: int = 300, **overrides: Any) -> Manif
     has_teacher = record.k + record.n > 0
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        target="next_token",
+        target=overrides.pop("target", "next_token"),
+        outcomes=overrides.pop("outcomes", None),
         sequence_length=16,
         rows_per_shard=3,
         splits=("train", "heldout"),
@@ -199,7 +200,22 @@ def _row(manifest: Manifest, split: str, random: np.random.Generator) -> Row:
             tokens[plain.loss_mask] = MASK_TOKEN
         optional = {**plain.optional, "labels": drawn[plain.loss_mask]}
         row = dataclasses.replace(plain, token_ids=tokens, optional=optional)
-    return row if record is None else with_records(row, record, manifest, split)
+    if record is None:
+        return row
+    row = with_records(row, record, manifest, split)
+    return dataclasses.replace(row, optional={**row.optional, **_features(row, manifest, random)})
+
+
+def _features(row: Row, manifest: Manifest, random: np.random.Generator) -> dict[str, NDArray[np.float32]]:
+    """Returns made-up hidden states with a few large numbers, as trained models have."""
+    assert row.recorded is not None
+    found = {}
+    for spec in manifest.features:
+        there = is_real(row) if spec.positions == "all" else row.recorded
+        values = random.standard_normal((int(there.sum()), spec.width)) * random.uniform(0.1, 4)
+        values[:, 0] *= 50
+        found[spec.plane] = values.astype(np.float32)
+    return found
 
 
 def with_records(row: Row, record: TeacherRecord, manifest: Manifest, split: str) -> Row:

@@ -7,6 +7,7 @@ Shapes: B rows, L tokens of a row, H hidden, V rows of the head's weight.
 """
 
 import difflib
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,54 @@ def hidden_states(
     """
     output = decoder(input_ids=token_ids, position_ids=position_ids, use_cache=False)
     return output.last_hidden_state
+
+
+def states_of_layers(
+    decoder: nn.Module,
+    token_ids: Tensor,  # (B, L) int64
+    position_ids: Tensor,  # (B, L) int64
+    layers: Collection[int],
+) -> tuple[Tensor, dict[int, Tensor]]:  # (B, L, H) each
+    """`hidden_states`, and the hidden states that have passed so many of the decoder's layers.
+
+    0 are the embeddings, the number of layers is what the head reads (behind the last norm): the numbering of
+    transformers' `output_hidden_states`, which would keep every layer's in memory.
+    """
+    inner = {layer: block for layer, block in enumerate(layers_of(decoder)) if layer in layers}
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[layer] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    handles = [
+        block.register_forward_pre_hook(keep(layer), with_kwargs=True) for layer, block in inner.items()
+    ]
+    try:
+        last = hidden_states(decoder, token_ids, position_ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(layers_of(decoder)) in layers:
+        found[len(layers_of(decoder))] = last
+    return last, found
+
+
+def layers_of(decoder: nn.Module) -> nn.ModuleList:
+    """The decoder's blocks, in order.
+
+    Raises:
+        ModelError: There is no list of them.
+    """
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    if not lists:
+        raise ModelError(
+            f"{type(decoder).__name__} has no list of layers, so that their hidden states cannot be kept: "
+            "leave store.features empty."
+        )
+    return lists[0]
 
 
 def dense_logits(

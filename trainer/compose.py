@@ -144,9 +144,16 @@ def _check_capture(config: Config) -> None:
     _check_model_path(
         require(config.teacher.path, "teacher.path", "to know which teacher to run"), "teacher.path"
     )
-    if store.k == 0 and store.n == 0:
+    from sparsekd.trainer.teacher.feature_requests import feature_requests
+
+    if store.k == 0 and store.n == 0 and not feature_requests(store.features):
         raise ConfigError(
             "store.k=0 and store.n=0 keep nothing of the teacher; set store.k, store.n or both."
+        )
+    if (store.positions == "sampled") != (store.share < 1):
+        raise ConfigError(
+            f"store.positions={store.positions} with store.share={store.share:g}: sampled needs a share "
+            "above 0 and below 1, the other rules have store.share=1."
         )
     if store.temperatures != sorted(set(store.temperatures)):
         raise ConfigError(

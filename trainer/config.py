@@ -53,6 +53,11 @@ class CorpusConfig:
     include: str = option("*", "Pattern of file names taken from folders, searched recursively.")
     exclude: list[str] = option([], "Patterns of paths inside folders that are left out, such as '*/test/*'.")
     text_field: str = option("text", "Field or column that holds a document's text.")
+    weight_field: str | None = option(
+        None,
+        "Field or column that holds a document's weight in the loss, a number of 0 or more (0 leaves its "
+        "tokens out of the loss); null weighs all alike. Held-out figures are unweighted.",
+    )
     dataset_config: str | None = option(None, "Configuration name of a hub dataset.")
     dataset_split: str = option("train", "Split that is read from a dataset.")
     max_documents: int | None = option(None, "Take only the first so many documents.", minimum=1)
@@ -90,6 +95,13 @@ class StoreConfig:
     )
     share: float = option(
         1.0, "With positions=sampled: the probability that a position is recorded.", minimum=0.0, maximum=1.0
+    )
+    features: list[Any] = option(
+        [],
+        "Hidden states that `capture` keeps, one entry a layer: {layer: 12, width: 128, projection: pca, "
+        "kind: int8, positions: all}. layer counts from 0, the embeddings; without width they are kept "
+        "whole; projection is orthonormal (default) or pca; kind int8 (default) or float16; positions all "
+        "(default) or recorded.",
     )
     seed: int = option(
         0, "Seed of draws and sampled positions (with each row's token ids and the position).", minimum=0

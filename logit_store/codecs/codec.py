@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsekd.logit_store.codecs import exact, plain, tkq8
+from sparsekd.logit_store.codecs import exact, plain, tkq8, vectors
 from sparsekd.logit_store.codecs.frequency import check_compact, mass_of
 from sparsekd.logit_store.codecs.quantise import without_deep
 from sparsekd.logit_store.codecs.ragged import cut_to_mass
@@ -20,7 +20,7 @@ from sparsekd.logit_store.codecs.room import Coding, Room, Stored
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.planes import Plane, Planes, names_of, needed_for, planes_of
-from sparsekd.logit_store.row import Row, TeacherRecord, planes_of_row, row_of_planes
+from sparsekd.logit_store.row import RECORD_NAMES, Row, TeacherRecord, planes_of_row, row_of_planes
 
 Arrays = dict[str, NDArray[Any]]
 """Arrays of decoded planes by name."""
@@ -33,8 +33,8 @@ class Codec:
     Attributes:
         codings: by the name that `planes.TABLE` gives them.
         check_parameters: raises StoreError for parameters that the codec does not know or cannot use here.
-        error: (rounded plane, decoded values, manifest) -> by how much (nats, float32 of the values' shape)
-            an entry may differ from what was written; what was written is `stored_record` of it.
+        error: (rounded plane of the record, decoded values, manifest) -> by how much (nats, float32 of the
+            values' shape) an entry may differ from what was written, which is `stored_record` of it.
         drops_deep: whether entries far below the first of their position are stored as -inf.
     """
 
@@ -86,12 +86,18 @@ class Codec:
         """Returns the row of stored planes; see `decode_planes`."""
         return row_of_planes(self.decode_planes(stored, manifest, None, reuse))
 
+    def error_of(self, plane: Plane, values: NDArray[np.float32], manifest: Manifest) -> NDArray[np.float32]:
+        """Returns `error`, or for hidden states, which every codec stores alike, theirs."""
+        if plane.coding == "vectors":
+            return vectors.error(plane, values, manifest)
+        return self.error(plane, values, manifest)
+
     def errors(self, record: TeacherRecord, manifest: Manifest) -> dict[str, NDArray[np.float32]]:
         """Returns `error` of each rounded plane of a decoded record."""
         return {
             plane.name: self.error(plane, getattr(record, plane.name), manifest)
             for plane in planes_of(manifest)
-            if plane.is_rounded
+            if plane.is_rounded and plane.name in RECORD_NAMES
         }
 
 
@@ -156,10 +162,12 @@ def _lossless(plane: Plane, values: NDArray[np.float32], manifest: Manifest) -> 
 
 DEFAULT_CODEC = "tkq8"
 
+_FRAMED = tkq8.CODINGS | {"vectors": vectors.FRAMED}
+
 CODECS = {
-    "tkq8": Codec(tkq8.CODINGS, _no_parameters, tkq8.error, drops_deep=True),
-    "plain": Codec(plain.CODINGS, _no_parameters, tkq8.error, drops_deep=True),
-    "compact": Codec(tkq8.CODINGS, check_compact, tkq8.error, drops_deep=True),
-    "fp16": Codec(tkq8.CODINGS, _no_parameters, tkq8.error),
-    "exact": Codec(exact.CODINGS, _no_parameters, _lossless),
+    "tkq8": Codec(_FRAMED, _no_parameters, tkq8.error, drops_deep=True),
+    "plain": Codec(plain.CODINGS | {"vectors": vectors.PLAIN}, _no_parameters, tkq8.error, drops_deep=True),
+    "compact": Codec(_FRAMED, check_compact, tkq8.error, drops_deep=True),
+    "fp16": Codec(_FRAMED, _no_parameters, tkq8.error),
+    "exact": Codec(exact.CODINGS | {"vectors": vectors.FRAMED}, _no_parameters, _lossless),
 }

@@ -3,8 +3,11 @@
 Shapes: L positions of a row, M recorded positions, k head entries, n draws, G grid temperatures.
 """
 
+import math
+from typing import Any
+
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from sparsekd.logit_store.codecs.frames import compress_frame, decompress_frame
 from sparsekd.logit_store.codecs.pieces import smallest_unsigned
@@ -36,12 +39,19 @@ def _encode(planes: Planes, members: tuple[Plane, ...], manifest: Manifest) -> d
 
 def _decode(stored: Stored, members: tuple[Plane, ...], room: Room) -> None:
     for plane in members:
-        array, kind = room.new(plane), np.dtype(_kind(plane, room.manifest))
-        size = array.size * kind.itemsize
-        plain = decompress_frame(stored[plane.name], plane.name, size, at_most=size)
-        np.copyto(array, np.frombuffer(plain, kind).reshape(array.shape), casting="unsafe")
-    if "tail_ids" in room.planes and "tail_counts" in room.planes:
-        np.copyto(room.planes["tail_ids"], NO_ID, where=room.planes["tail_counts"] == 0)
+        array, kind = room.new(plane), _kind(plane, room.manifest)
+        np.copyto(array, _numbers(stored, plane.name, kind, array.shape), casting="unsafe")
+    if members[0].coding != "tail" or "tail_ids" not in room.planes:
+        return
+    ids, counts = room.planes["tail_ids"], room.planes.get("tail_counts")
+    if counts is None:
+        counts = _numbers(stored, "tail_counts", smallest_unsigned(room.manifest.record.n), ids.shape)
+    np.copyto(ids, NO_ID, where=counts == 0)
+
+
+def _numbers(stored: Stored, name: str, kind: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
+    size = math.prod(shape) * np.dtype(kind).itemsize
+    return np.frombuffer(decompress_frame(stored[name], name, size, at_most=size), kind).reshape(shape)
 
 
 _ANY = Coding(_encode, _decode)

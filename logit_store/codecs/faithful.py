@@ -39,10 +39,10 @@ def first_difference(row: Row, decoded: Arrays, manifest: Manifest) -> str | Non
             left = _ordered_as_stored(left, decoded["head_logprobs"], manifest)
         same = left == right
         if plane.is_rounded:
-            in_steps = plane.rule == "logprob" and left.ndim == 2
+            in_steps = plane.coding in ("head", "tail")
             if in_steps and _range_holds(left, right, descending=plane.coding == "head"):
                 continue
-            same |= _within(left, right, CODECS[manifest.codec.name].error(plane, right, manifest))
+            same |= _within(left, right, CODECS[manifest.codec.name].error_of(plane, right, manifest))
         if not same.all():
             place = tuple(int(index) for index in np.argwhere(~same)[0])
             return f"{plane.name}{list(place)}, which is {right[place]}, expected {left[place]}"

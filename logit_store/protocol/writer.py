@@ -43,6 +43,7 @@ from sparsekd.logit_store.places.files import (
 )
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.planes import names_of, planes_of
+from sparsekd.logit_store.projections import projections_of, write_projections
 from sparsekd.logit_store.protocol.commit import (
     CommitRecord,
     RowCounts,
@@ -71,7 +72,12 @@ RECORDS_AT_A_TIME = 16
 """Commit records that sealing reads at once: on an object store each is a question of some 20 ms."""
 
 
-def create_store(path: StorePath, manifest: Manifest, tokenizer_files: Path) -> None:
+def create_store(
+    path: StorePath,
+    manifest: Manifest,
+    tokenizer_files: Path,
+    projections: Mapping[str, bytes] | None = None,
+) -> None:
     """Makes an empty store, or does nothing when this very store is there.
 
     Temporary files of writers that are no longer alive are removed.
@@ -80,6 +86,7 @@ def create_store(path: StorePath, manifest: Manifest, tokenizer_files: Path) -> 
         path: folder of the store; made when absent.
         manifest: its identity.
         tokenizer_files: the tokenizer's files; their `tokenizer_digest` is in the manifest.
+        projections: contents of the files of projected features by plane, see `projections`.
 
     Raises:
         StoreError: another store is there (naming the fields that differ), the folder holds something else,
@@ -107,6 +114,7 @@ def create_store(path: StorePath, manifest: Manifest, tokenizer_files: Path) -> 
         target = path / TOKENIZER_NAME / name
         make_folder(target.parent)
         publish_bytes(target, source.read_bytes())
+    write_projections(path, manifest, projections or {})
     for split in manifest.splits:
         make_folder(shard_file(path, split, 0).parent)
     remove_leftovers(path, manifest)
@@ -285,6 +293,7 @@ def seal(path: StorePath, shards_per_split: Mapping[str, int], *, replace: bool 
         raise DamagedStoreError(
             f"{path / TOKENIZER_NAME} does not hold the manifest's tokenizer: restore its files."
         )
+    projections_of(path, manifest)
     remove_leftovers(path, manifest)
     content = {
         "format_version": FORMAT_VERSION,

@@ -4,7 +4,7 @@ A row stays whole, whatever is chosen: its tokens are the context of its records
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -112,20 +112,20 @@ def subset_store(
     if not sum(map(len, chosen.values())):
         raise StoreError(f"No row of {source} is chosen: choose others; nothing was written.")
 
+    of_records = [spec.plane for spec in store.manifest.features if spec.positions == "recorded"]
+
     def content(name: str) -> Rows:
         numbers = chosen.get(name, np.empty(0, np.int64))
 
         def get(index: int) -> Row:
             row = store.read_row(name, int(numbers[index]))
-            return row if wanted is None else _masked(row, wanted)
+            return row if wanted is None else _masked(row, wanted, of_records)
 
         return Rows(len(numbers), get)
 
     dataset = with_step(store.manifest.dataset, "subset", [store], splits=splits, **step)
     manifest = replace(store.manifest, dataset=dataset)
-    return write_store(
-        target, manifest, store.tokenizer_path, {name: content(name) for name in manifest.splits}, progress
-    )
+    return write_store(target, manifest, store, {name: content(name) for name in manifest.splits}, progress)
 
 
 def merge_stores(
@@ -180,9 +180,7 @@ def merge_stores(
         return Rows(int(ends[-1]), get)
 
     manifest = replace(first, splits=splits, dataset=_merged_dataset(stores, shifts))
-    return write_store(
-        target, manifest, stores[0].tokenizer_path, {split: content(split) for split in splits}, progress
-    )
+    return write_store(target, manifest, stores[0], {split: content(split) for split in splits}, progress)
 
 
 def _require_same_kind(one: LogitStore, other: LogitStore) -> None:
@@ -292,9 +290,9 @@ def _check_rows(store: LogitStore, split: str, spans: NDArray[np.int64]) -> None
         raise StoreError(f"{store.path}, split {split} has no row {max(start, count)}: it has {count} rows.")
 
 
-def _masked(row: Row, documents: NDArray[np.int64]) -> Row:
+def _masked(row: Row, documents: NDArray[np.int64], of_records: Collection[str]) -> Row:
     """Returns the row without loss and records outside of some documents; a mask is never widened."""
-    return narrowed(row, _within(document_of_position(row), documents))
+    return narrowed(row, _within(document_of_position(row), documents), of_records)
 
 
 def _spans(numbers: Numbers, name: str) -> NDArray[np.int64]:

@@ -14,6 +14,7 @@ from typing import Any, overload
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.projections import projections_of
 from sparsekd.logit_store.protocol.reader import LogitStore
 from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal, write_shard
 from sparsekd.logit_store.row import Row
@@ -65,7 +66,7 @@ class _OneByOne(Sequence[Row]):
 def write_store(
     path: StorePath,
     manifest: Manifest,
-    tokenizer_files: Path,
+    source: LogitStore,
     content: Mapping[str, Rows],
     progress: Progress,
 ) -> str:
@@ -75,7 +76,7 @@ def write_store(
     Args:
         path: of the new store: a folder that is not there, empty, or holds what this call began before.
         manifest: its identity.
-        tokenizer_files: the tokenizer's files.
+        source: the store whose tokenizer and projections it takes.
         content: the rows of each split of the manifest.
         progress: told after each shard.
 
@@ -90,7 +91,7 @@ def write_store(
     total = sum(plan.values())
     if total == 0:
         raise StoreError(f"{path} would hold no row: choose some rows; nothing was written.")
-    create_store(path, manifest, tokenizer_files)
+    create_store(path, manifest, source.tokenizer_path, projections_of(source.path, source.manifest))
     done = 0
     for split, rows in content.items():
         committed = committed_shards(path, split)

@@ -32,6 +32,7 @@ from sparsekd.logit_store.row import (
     IGNORED_LABEL,
     Row,
     document_of_position,
+    is_real,
     labels_at_records,
     labels_of,
     next_tokens,
@@ -208,6 +209,20 @@ def _true(plane: Plane, row: Row, array: NDArray[Any], manifest: Manifest) -> li
     return [_scattered(row, array, labels_at_records(row, manifest.target) != IGNORED_LABEL)]
 
 
+def _vector_fields(plane: Plane, manifest: Manifest) -> list[pa.Field]:
+    return [pa.field(plane.name, pa.list_(pa.float32(), *plane.width(manifest)))]
+
+
+def _vectors(plane: Plane, row: Row, array: NDArray[Any], manifest: Manifest) -> list[pa.Array]:
+    """A vector per position; null where there is none."""
+    there = is_real(row) if plane.stands == "real" else row.recorded
+    assert there is not None
+    every = np.zeros((len(there), *plane.width(manifest)), np.float32)
+    every[there] = array
+    type_ = _vector_fields(plane, manifest)[0].type
+    return [pa.FixedSizeListArray.from_arrays(pa.array(every.ravel()), type=type_, mask=pa.array(~there))]
+
+
 def _documents(plane: Plane, row: Row, array: NDArray[Any], manifest: Manifest) -> list[pa.Array]:
     return [pa.array(document_of_position(row))]
 
@@ -236,6 +251,7 @@ COLUMNS: dict[str, _Column] = {
     "grid": _Column(_grid_fields, _grid),
     "number": _Column(_named(None, nullable=True), _numbers),
     "true": _Column(_named(None, nullable=True), _true),
+    "vector": _Column(_vector_fields, _vectors),
 }
 """How each kind of column that `planes.TABLE` names is made."""
 

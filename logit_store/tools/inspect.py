@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsekd.logit_store.manifest import Manifest
+from sparsekd.logit_store.manifest import FeatureSpec, Manifest
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.row import IGNORED_LABEL, NO_ID, Row, TeacherRecord, labels_at_records, labels_of
@@ -168,6 +168,10 @@ def _identity(manifest: Manifest) -> str:
             ("record", f"k = {record.k} exact head entries, n = {record.n}{draws}"),
             ("", RULE_NOTES[record.positions].format(share=record.share)),
             ("", f"log R at T = {grid}"),
+            *(
+                ("features" if spec is manifest.features[0] else "", _feature_text(spec))
+                for spec in manifest.features
+            ),
             ("", REST_NOTES[record.rest]),
         ]
     else:
@@ -190,6 +194,14 @@ def _identity(manifest: Manifest) -> str:
         ("dataset" if line == 0 else "", text) for line, text in enumerate(_dataset_lines(manifest.dataset))
     ]
     return section("What it is", [f"{name:<10} {text}".rstrip() for name, text in pairs if text])
+
+
+def _feature_text(spec: FeatureSpec) -> str:
+    how = ""
+    if spec.projection != "none":
+        how = f" of {spec.source_width} ({spec.projection}, {spec.kept:.1%} of the variance)"
+    where = "every position but padding" if spec.positions == "all" else "the recorded positions"
+    return f"hidden states of layer {spec.layer}: {spec.width} numbers{how}, {spec.kind}, at {where}"
 
 
 def _some(names: Sequence[str]) -> str:

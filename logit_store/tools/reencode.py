@@ -117,7 +117,7 @@ def reencode_store(
         return Rows(store.rows(split), lambda index: row_of(split, index))
 
     rows = {split: content(split) for split in manifest.splits}
-    return write_store(target, manifest, store.tokenizer_path, rows, progress)
+    return write_store(target, manifest, store, rows, progress)
 
 
 def _new_codec(store: LogitStore, codec: str | None, mass: float | None) -> CodecSpec:

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsekd.logit_store.codecs.codec import codec_of
 from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.planes import planes_of
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.row import NO_ID, Row, labels_at_records
 from sparsekd.logit_store.tools.derive import Progress, no_progress
@@ -38,6 +41,8 @@ class SplitStats:
             could save.
         true_in_head: share of positions whose true token is in the head.
         true_stored: share of positions whose true token is in head or draws.
+        features: by plane of hidden states, (root mean square of its numbers, that of the rounding of their
+            codec, at most): what was left of a projection, `kept`, stands in the manifest.
     """
 
     rows: int
@@ -49,6 +54,7 @@ class SplitStats:
     overlap: Spread
     true_in_head: float
     true_stored: float
+    features: dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,10 @@ class StoreStats:
             ]
             header = [split, "mean", *(f"p{percent:g}" for percent in PERCENTILES), "largest"]
             lines = [[name, *cells(spread)] for name, spread in quantities if spread.count]
-            notes = []
+            notes = [
+                f"{name}: root mean square {size:.4g}, rounded by up to {error / max(size, 1e-30):.2%}"
+                for name, (size, error) in stats.features.items()
+            ]
             if record.k:
                 notes.append(f"true token in the head: {stats.true_in_head:.2%}")
             if record.n:
@@ -130,7 +139,7 @@ def store_stats(
         counter = _Counter(len(store.manifest.record.temperatures))
         for index in numbers:
             row = store.read_row(name, index)
-            counter.add(row, store.manifest.record.temperatures, store.manifest.target)
+            counter.add(row, store.manifest)
             done += 1
             progress("rows", done, total)
         found[name] = counter.result()
@@ -176,8 +185,10 @@ class _Counter:
         self._tail_mass = tuple(Spread() for _ in range(grid))
         self._entropy, self._rest_entropy, self._nll, self._overlap = (Spread() for _ in range(4))
         self._in_head = self._stored = 0
+        self._features: dict[str, NDArray[np.float64]] = {}  # plane -> numbers, squares, squares of errors
 
-    def add(self, row: Row, temperatures: tuple[float, ...], target: str) -> None:
+    def add(self, row: Row, manifest: Manifest) -> None:
+        temperatures, target = manifest.record.temperatures, manifest.target
         record = row.teacher
         assert record is not None and row.recorded is not None
         mask = row.loss_mask[row.recorded]
@@ -196,6 +207,13 @@ class _Counter:
         stored = in_head | (record.tail_ids == true).any(axis=1)
         self._in_head += int(in_head[mask].sum())
         self._stored += int(stored[mask].sum())
+        for plane in planes_of(manifest):
+            if plane.coding == "vectors":
+                values = row.optional[plane.name]
+                error = codec_of(manifest).error_of(plane, values, manifest)
+                squares = [float(np.square(part, dtype=np.float64).sum()) for part in (values, error)]
+                self._features.setdefault(plane.name, np.zeros(3))
+                self._features[plane.name] += [values.size, *squares]
 
     def result(self) -> SplitStats:
         positions = max(self._positions, 1)
@@ -209,4 +227,8 @@ class _Counter:
             overlap=self._overlap,
             true_in_head=self._in_head / positions,
             true_stored=self._stored / positions,
+            features={
+                name: tuple(np.sqrt(sums[1:] / max(sums[0], 1)).tolist())
+                for name, sums in self._features.items()
+            },
         )

@@ -28,6 +28,7 @@ from sparsekd.logit_store.places.files import (
 from sparsekd.logit_store.places.paths import StorePath, store_path
 from sparsekd.logit_store.planes import names_of, planes_of
 from sparsekd.logit_store.positions import recorded_positions, rule_of_split
+from sparsekd.logit_store.projections import projected, projection_name, read_projection
 from sparsekd.logit_store.protocol.commit import CommitRecord, RowCounts, count_rows, sum_of_counts
 from sparsekd.logit_store.protocol.layout import (
     INDEX_NAME,
@@ -348,6 +349,9 @@ def verify_store(
                 f"{path / TOKENIZER_NAME} does not hold the manifest's tokenizer: a file is damaged, missing "
                 "or too many; restore it from a copy."
             )
+    for spec in projected(store.manifest):
+        with _noted(problems):
+            read_projection(path, spec)
     for split, shard in places:
         before = len(problems)
         good, size = _verify_shard(store, split, shard, alignment, problems)
@@ -471,7 +475,7 @@ def _wrong_frame(store: LogitStore, record: CommitRecord) -> str:
 
 def _strangers(store: LogitStore) -> tuple[str, ...]:
     """Returns the files below the store's folder that it does not know."""
-    known = {MANIFEST_NAME, INDEX_NAME}
+    known = {MANIFEST_NAME, INDEX_NAME, *map(projection_name, projected(store.manifest))}
     for split in store.manifest.splits:
         for shard in range(store.shards(split)):
             stem = f"shards/{split}/{shard:06d}"

@@ -43,16 +43,28 @@ def float64_logprobs(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("kind", "k", "n", "draw_temperature"),
-    [("llama", 5, 7, 1.0), ("gemma2", 3, 0, 1.0), ("granite", 0, 6, 2.0)],
+    ("kind", "k", "n", "draw_temperature", "rule", "fraction"),
+    [
+        ("llama", 5, 7, 1.0, "all", 1.0),
+        ("gemma2", 3, 0, 1.0, "counted", 1.0),
+        ("granite", 0, 6, 2.0, "sampled", 0.4),
+    ],
 )
 def test_records_are_what_the_model_says_of_each_document_alone(
-    kind: str, k: int, n: int, draw_temperature: float, tokens: Path, tmp_path: Path
+    kind: str,
+    k: int,
+    n: int,
+    draw_temperature: float,
+    rule: str,
+    fraction: float,
+    tokens: Path,
+    tmp_path: Path,
 ) -> None:
     teacher = make_teacher(tmp_path / "teacher", kind)
     grid = [1.0, 2.0, 4.0]
     changes = {"store__k": k, "store__n": n, "store__draw_temperature": draw_temperature, "store__seed": 11}
     changes["store__tail_logprobs"] = n > 0
+    changes |= {"store__positions": rule, "store__share": fraction}
     changes["store__codec"] = "exact"  # what the pass gives, without the rounding of a codec
     changes["teacher__attention"] = "eager" if kind == "gemma2" else "sdpa"  # Gemma 2 has no other
     capture(config_for(tokens, teacher, tmp_path / "store", **changes))
@@ -61,7 +73,7 @@ def test_records_are_what_the_model_says_of_each_document_alone(
     planes = ("head_logprobs", "log_rest", "rest_entropy", "true_logprob", "entropy", "tail_logprobs")
     found: dict[str, list[np.ndarray]] = {name: [] for name in planes}
     expected: dict[str, list[np.ndarray]] = {name: [] for name in planes}
-    drawn_equal = drawn_all = segments = 0
+    drawn_equal = drawn_all = segments = seen = kept = 0
     for split in ("train", "heldout"):
         assert store.rows(split) == source.rows(split) > 0
         for index in range(store.rows(split)):
@@ -69,14 +81,27 @@ def test_records_are_what_the_model_says_of_each_document_alone(
             for name in ("token_ids", "loss_mask", "segment_starts", "segment_documents"):
                 assert np.array_equal(getattr(row, name), getattr(bare, name))
             record = row.teacher
-            assert record is not None
+            assert record is not None and row.recorded is not None
+            real = np.repeat(row.segment_documents >= 0, segment_lengths(row))
+            wanted = {"all": real, "counted": row.loss_mask, "sampled": row.loss_mask}[rule]
+            if rule == "sampled" and split == "train":
+                seen += int(row.loss_mask.sum())
+                kept += int(row.recorded.sum())
+                assert not (row.recorded & ~wanted).any()
+            else:
+                assert np.array_equal(row.recorded, wanted)
             uniforms = content_uniforms(row.token_ids, seed=11, count=n)
             ends = row.segment_starts + segment_lengths(row)
             for start, end, document in zip(row.segment_starts, ends, row.segment_documents, strict=True):
                 segments += 1
-                span = slice(int(start), int(end))
-                ids = row.token_ids[span]
-                logprobs = float64_logprobs(model, ids)
+                here = np.flatnonzero(row.recorded[start:end])  # positions in the document
+                first = int(row.recorded[:start].sum())
+                span = slice(first, first + len(here))  # their records
+                if not len(here):
+                    continue
+                ids = row.token_ids[start:end]
+                every = float64_logprobs(model, ids)
+                logprobs = every[here]
                 order = np.argsort(-logprobs, axis=1, kind="stable")[:, :k]
                 head = np.take_along_axis(logprobs, order, axis=1)
                 # Entries closer than float32 can tell may swap their places.
@@ -95,10 +120,10 @@ def test_records_are_what_the_model_says_of_each_document_alone(
                     "rest_entropy": -(share * np.log(np.where(share > 0, share, 1))).sum(axis=1),
                     "entropy": -(tempered * np.log(np.where(tempered > 0, tempered, 1))).sum(axis=1),
                 }
+                assert document >= 0
                 truth = np.zeros(len(ids))
-                if document >= 0:
-                    truth[:-1] = logprobs[np.arange(len(ids) - 1), ids[1:]]
-                values["true_logprob"] = truth
+                truth[:-1] = every[np.arange(len(ids) - 1), ids[1:]]
+                values["true_logprob"] = truth[here]
                 drawn = record.tail_ids[span]
                 if n:
                     there = np.take_along_axis(logprobs, np.maximum(drawn, 0).astype(np.int64), axis=1)
@@ -110,8 +135,8 @@ def test_records_are_what_the_model_says_of_each_document_alone(
                 # The draws, by the inverse of the cumulative distribution over ascending ids.
                 weights = np.exp(rest / draw_temperature)
                 steps = weights.cumsum(axis=1)
-                for place in range(len(ids)):
-                    points = uniforms[span][place] * steps[place, -1]
+                for place in range(len(here)):
+                    points = uniforms[start + here[place]] * steps[place, -1]
                     ids_drawn, counts = np.unique(
                         np.searchsorted(steps[place], points, side="right"), return_counts=True
                     )
@@ -122,6 +147,8 @@ def test_records_are_what_the_model_says_of_each_document_alone(
                         and np.array_equal(record.tail_counts[span][place][used], counts)
                     )
     assert segments > store.rows("train") + store.rows("heldout")  # rows do hold several documents
+    if rule == "sampled":
+        assert abs(kept - fraction * seen) < 5 * (seen * fraction * (1 - fraction)) ** 0.5 and seen > 1000
     for name in planes[: len(planes) - (n == 0)]:
         left, right = np.concatenate(found[name]), np.concatenate(expected[name])
         assert len(left) == len(right)

@@ -1,65 +1,66 @@
-"""The kernel benchmark at tiny shapes, so that it cannot rot where no GPU runs it."""
+"""Parts of the kernel benchmark; tests/integration/test_benchmarks.py runs the whole."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
-from types import ModuleType
 
+import kernel
 import pytest
 import torch
+from kernel_measure import brief
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-TINY = ["--device", "cpu", "--shapes", "300x16", "--positions", "24", "--k", "8", "--repeats", "2"]
-
-
-@pytest.fixture(scope="module")
-def kernel() -> ModuleType:
-    """The script benchmarks/kernel.py as a module; it finds its own neighbours."""
-    spec = importlib.util.spec_from_file_location("kernel_benchmark", BENCHMARKS / "kernel.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    before = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module
+TINY = ["--smoke", "--only", "D", "--dtypes", "float32"]
 
 
-def test_every_table_is_written(kernel, tmp_path):
+@pytest.fixture(autouse=True)
+def matplotlib() -> None:
     pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(autouse=True)
+def own_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_cases_of_an_earlier_call_are_named_and_kept(tmp_path, monkeypatch):
     kept = tmp_path / "kept.json"
-    words = [*TINY, "--without", "compile", "--resume", str(kept), "--out", str(tmp_path)]
+    words = [*TINY, "--resume", str(kept), "--out", str(tmp_path)]
     kernel.main(words)
-    page = (tmp_path / "kernel_cpu.md").read_text()
-    for table, story in kernel.TABLES.items():
-        assert f"## {table}. {story[0].upper()}{story[1:]}" in page
-    assert (tmp_path / "kernel_cpu.png").stat().st_size > 10_000
-    assert str(tmp_path) not in page
+    page = tmp_path / "kernel_cpu.md"
+    assert "No cache was used" in page.read_text()
+    (result,) = json.loads(kept.read_text())["results"]
+    for row in result["rows"]:
+        assert bool(row["times"]) != bool(row["reason"]), row
+        assert all(error < 1e-5 for error in row["errors"]), row
 
-    results = json.loads(kept.read_text())["results"]
-    assert len(results) == 2 * len(kernel.TABLES)
-    for result in results:
-        bound = 1e-5 if result["setting"]["dtype_name"] == "float32" else 3e-2
-        for row in result["rows"]:
-            assert bool(row["times"]) != bool(row["reason"]), row
-            assert all(error < bound for error in row["errors"]), row
-            # Ours, the floor and whatever is plain torch run everywhere.
-            third_party = row["name"].startswith(("Liger", "cut", "quack", "torch linear"))
-            assert row["times"] or third_party, row
-
-    # A second call finds every case finished.
-    kernel.measure = None
+    monkeypatch.setattr(kernel, "measure", None)  # nothing is left to measure
     kernel.main(words)
+    assert "**A cache was used.** 1 of 1 cases are of earlier calls of the same code" in page.read_text()
 
 
-def test_a_budget_says_what_it_left_out(kernel, tmp_path):
-    pytest.importorskip("matplotlib")
-    words = [*TINY, "--only", "D", "--dtypes", "float32", "--budget-seconds", "1e-9", "--out", str(tmp_path)]
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("code", "0" * 12), ("device", "an abacus"), ("repeats", 7), ("versions", "torch 0.4")],
+)
+def test_times_of_anything_else_are_refused(tmp_path, name, other):
+    kept = tmp_path / "kept.json"
+    words = [*TINY, "--budget-seconds", "1e-9", "--resume", str(kept), "--out", str(tmp_path)]
+    arguments = kernel.parse(words)
+    torch.set_num_threads(1)
+    made_with = kernel.made_with(arguments, torch.device("cpu"), kernel.running_code())
+    kernel.save(kept, {}, made_with)
     kernel.main(words)
+    kernel.save(kept, {}, {**made_with, name: other})
+    with pytest.raises(SystemExit, match=f"holds times of {name} {other}, but this is {name} "):
+        kernel.main(words)
+
+
+def test_a_budget_says_what_it_left_out(tmp_path):
+    kernel.main([*TINY, "--budget-seconds", "1e-9", "--out", str(tmp_path)])
     assert "- D: 24 x 300 x 16, float32, k 8, n" in (tmp_path / "kernel_cpu.md").read_text()
 
 
-def test_the_plan_varies_one_thing_at_a_time(kernel):
+def test_the_plan_varies_one_thing_at_a_time():
     words = ["--device", "cpu", "--dtypes", "float32", "--k", "4", "8", "--temperature", "1", "2"]
     tables = [(case.table, case.k, case.temperature) for case in kernel.plan(kernel.parse(words))]
     base = [(table, 4, 1.0) for table in "ABCD"]
@@ -70,7 +71,6 @@ def test_the_plan_varies_one_thing_at_a_time(kernel):
 
 
 def test_a_failure_is_a_few_words():
-    measure = sys.modules["kernel_measure"]
-    assert measure.brief(torch.OutOfMemoryError("CUDA out of memory. Tried ...")) == "out of memory"
-    assert measure.brief(ModuleNotFoundError("x", name="cutlass")) == "cutlass is not installed"
-    assert measure.brief(RuntimeError("no /usr/lib/thing.so | here\nmore")) == "RuntimeError: no ... / here"
+    assert brief(torch.OutOfMemoryError("CUDA out of memory. Tried ...")) == "out of memory"
+    assert brief(ModuleNotFoundError("x", name="cutlass")) == "cutlass is not installed"
+    assert brief(RuntimeError("no /usr/lib/thing.so | here\nmore")) == "RuntimeError: no ... / here"

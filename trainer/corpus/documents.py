@@ -9,15 +9,17 @@ import fnmatch
 import glob
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from sparsekd.trainer.config import CorpusConfig, require
-from sparsekd.trainer.errors import DataError
+from sparsekd.trainer.errors import ConfigError, DataError
 
 # Rows of a Parquet file or dataset that are decoded at a time: enough to hide the cost of a batch, and small
 # beside a row group.
@@ -33,12 +35,14 @@ class Document:
         content: Its UTF-8 bytes, from which digests and the held-out choice come.
         source: Index into `corpus.paths`.
         place: File relative to the given path, with line or row number where it has one; for messages.
+        weight: What `corpus.weight_field` says of its weight in the loss; 1 without such a field.
     """
 
     text: str
     content: bytes
     source: int
     place: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,15 @@ def read_documents(config: CorpusConfig) -> Iterator[Document]:
     """Yields the documents of `corpus.paths` in their fixed order, `corpus.max_documents` at most.
 
     Raises:
-        ConfigError: No path is given.
+        ConfigError: No path is given, or a field is asked of text files.
         DataError: A path matches nothing, or a file, line or row cannot be read; the message says where.
     """
     require(config.paths, "corpus.paths", "to find documents")
+    if config.weight_field is not None and config.format == "text":
+        raise ConfigError(
+            f"corpus.weight_field={config.weight_field} with corpus.format=text: a text file has no fields; "
+            "use jsonl, parquet or dataset, or leave corpus.weight_field away."
+        )
     return islice(_read_all(config), config.max_documents)
 
 
@@ -75,9 +84,9 @@ def _read_all(config: CorpusConfig) -> Iterator[Document]:
             if config.format == "text":
                 yield _read_text(file, source)
             elif config.format == "jsonl":
-                yield from _read_jsonl(file, source, config.text_field)
+                yield from _read_jsonl(file, source, config)
             elif config.format == "parquet":
-                yield from _read_parquet(file, source, config.text_field)
+                yield from _read_parquet(file, source, config)
             else:
                 raise DataError(
                     f"corpus.format is {config.format!r}, expected text, jsonl, parquet or dataset."
@@ -156,7 +165,7 @@ def _below_pattern(match: str, pattern: str) -> str:
     return Path(match).relative_to(Path(*fixed)).as_posix()
 
 
-def _document(text: str, source: int, place: str) -> Document:
+def _document(text: str, source: int, place: str, weight: float = 1.0) -> Document:
     try:
         content = text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -164,7 +173,50 @@ def _document(text: str, source: int, place: str) -> Document:
             f"{place}: the text holds {text[error.start]!r} (half of a surrogate pair) at character "
             f"{error.start}, which is no Unicode text; mend or remove this document."
         ) from error
-    return Document(text=text, content=content, source=source, place=place)
+    return Document(text=text, content=content, source=source, place=place, weight=weight)
+
+
+def _fields(config: CorpusConfig) -> list[str]:
+    """The fields or columns that are read of each document: the text's, then the weight's."""
+    return [config.text_field] if config.weight_field is None else [config.text_field, config.weight_field]
+
+
+def _require_fields(found: Sequence[str], config: CorpusConfig, where: str, kind: str) -> None:
+    """Raises DataError for a field that is not there, naming its key; `kind` is "field" or "column"."""
+    for key in ("text_field", "weight_field"):
+        name = getattr(config, key)
+        if name is not None and name not in found:
+            shown = f"the fields {list(found)}" if kind == "field" else list(found)
+            what = key.removesuffix("_field")
+            raise DataError(
+                f"{where} has no {kind} {name!r}, found {shown}; set corpus.{key} to the {what}'s."
+            )
+
+
+def _of_record(
+    record: Mapping[str, Any], config: CorpusConfig, source: int, where: str, place: str
+) -> Document:
+    """The document of one line or row, whose fields are there."""
+    text = _as_text(record[config.text_field], where, config.text_field)
+    weight = 1.0
+    if config.weight_field is not None:
+        weight = _as_weight(record[config.weight_field], where, config.weight_field)
+    return _document(text, source, place, weight)
+
+
+def _as_weight(value: Any, where: str, field: str) -> float:
+    """A weight field's value, as the float32 that the store keeps."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            weight = struct.unpack("<f", struct.pack("<f", value))[0]
+        except OverflowError:
+            weight = math.inf
+        if math.isfinite(weight) and weight >= 0:
+            return weight
+    raise DataError(
+        f"{where}: {field!r} is {value!r}, expected a finite number, 0 or more; mend it, or leave "
+        "corpus.weight_field away to weigh all documents alike."
+    )
 
 
 def _read_text(file: SourceFile, source: int) -> Document:
@@ -182,7 +234,7 @@ def _read_text(file: SourceFile, source: int) -> Document:
     return Document(text=text, content=content, source=source, place=file.name)
 
 
-def _read_jsonl(file: SourceFile, source: int, field: str) -> Iterator[Document]:
+def _read_jsonl(file: SourceFile, source: int, config: CorpusConfig) -> Iterator[Document]:
     with _open(file) as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
@@ -199,12 +251,13 @@ def _read_jsonl(file: SourceFile, source: int, field: str) -> Iterator[Document]
                 raise DataError(
                     f"{where} is not JSON: {error.msg} at column {error.colno}; mend or remove the line."
                 ) from error
-            if not isinstance(record, dict) or field not in record:
-                found = f"the fields {sorted(record)}" if isinstance(record, dict) else type(record).__name__
+            if not isinstance(record, dict):
                 raise DataError(
-                    f"{where} has no field {field!r}, found {found}; set corpus.text_field to the text's."
+                    f"{where} has no field {config.text_field!r}, found {type(record).__name__}; mend or "
+                    "remove the line."
                 )
-            yield _document(_as_text(record[field], where, field), source, f"{file.name}:{number}")
+            _require_fields(sorted(record), config, where, "field")
+            yield _of_record(record, config, source, where, f"{file.name}:{number}")
 
 
 def _open(file: SourceFile) -> Any:
@@ -226,7 +279,7 @@ def _as_text(value: Any, where: str, field: str) -> str:
     return value
 
 
-def _read_parquet(file: SourceFile, source: int, column: str) -> Iterator[Document]:
+def _read_parquet(file: SourceFile, source: int, config: CorpusConfig) -> Iterator[Document]:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -236,17 +289,12 @@ def _read_parquet(file: SourceFile, source: int, column: str) -> Iterator[Docume
         reason = str(error).splitlines()[0]
         raise DataError(f"{file.path} cannot be read as Parquet: {reason}") from error
     with table:
-        names = table.schema_arrow.names
-        if column not in names:
-            raise DataError(
-                f"{file.path} has no column {column!r}, found {names}; set corpus.text_field to the text's."
-            )
+        _require_fields(table.schema_arrow.names, config, str(file.path), "column")
         row = 0
         try:
-            for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=[column]):
-                for value in batch.column(0).to_pylist():
-                    text = _as_text(value, f"{file.path}, row {row}", column)
-                    yield _document(text, source, f"{file.name}:{row}")
+            for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=_fields(config)):
+                for record in batch.to_pylist():
+                    yield _of_record(record, config, source, f"{file.path}, row {row}", f"{file.name}:{row}")
                     row += 1
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             reason = str(error).splitlines()[0]
@@ -255,16 +303,13 @@ def _read_parquet(file: SourceFile, source: int, column: str) -> Iterator[Docume
 
 def _read_dataset(given: str, source: int, config: CorpusConfig) -> Iterator[Document]:
     table = _load_dataset(given, config)
-    if config.text_field not in table.column_names:
-        raise DataError(
-            f"The dataset {given} has no column {config.text_field!r}, found {table.column_names}; "
-            "set corpus.text_field to the text's."
-        )
+    _require_fields(table.column_names, config, f"The dataset {given}", "column")
     row = 0
-    for batch in table.select_columns([config.text_field]).iter(batch_size=BATCH_ROWS):
-        for value in batch[config.text_field]:
-            text = _as_text(value, f"{given}, row {row}", config.text_field)
-            yield _document(text, source, f"{source_name(given)}:{row}")
+    fields = _fields(config)
+    for batch in table.select_columns(fields).iter(batch_size=BATCH_ROWS):
+        for values in zip(*(batch[field] for field in fields), strict=True):
+            record = dict(zip(fields, values, strict=True))
+            yield _of_record(record, config, source, f"{given}, row {row}", f"{source_name(given)}:{row}")
             row += 1
 
 
@@ -302,7 +347,7 @@ class CorpusDigest:
     """Running digest, size and count of a stream of documents: the corpus's identity.
 
     The digest is SHA-256 over each document's length (8 bytes, little-endian) and bytes, in order, so that
-    moving a border between two documents changes it.
+    moving a border between two documents changes it; where documents have weights, also over these (float32).
     """
 
     def __init__(self) -> None:
@@ -310,10 +355,12 @@ class CorpusDigest:
         self.documents = 0
         self.bytes = 0
 
-    def add(self, content: bytes) -> None:
-        """Takes in one document."""
+    def add(self, content: bytes, weight: float | None = None) -> None:
+        """Takes in one document, with its weight where the corpus has any."""
         self._hash.update(len(content).to_bytes(8, "little"))
         self._hash.update(content)
+        if weight is not None:
+            self._hash.update(struct.pack("<f", weight))
         self.documents += 1
         self.bytes += len(content)
 

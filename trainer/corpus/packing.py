@@ -8,7 +8,7 @@ Shapes: M tokens of a stream, L positions of a row, S segments of a row.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,74 +22,101 @@ class Stream(NamedTuple):
     Attributes:
         token_ids: int32 [M].
         documents: int64 [M], the number of the document at each token.
+        weights: float32 [M], the weight of that document in the loss.
     """
 
     token_ids: NDArray[np.int32]
     documents: NDArray[np.int64]
+    weights: NDArray[np.float32]
 
 
-EMPTY = Stream(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64))
+EMPTY = Stream(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.float32))
 
 
-def append(stream: Stream, token_ids: Sequence[NDArray[np.int32]], numbers: Sequence[int]) -> Stream:
+def append(
+    stream: Stream,
+    token_ids: Sequence[NDArray[np.int32]],
+    numbers: Sequence[int],
+    weights: Sequence[float] | None = None,
+) -> Stream:
     """The stream with documents added at its end.
 
     Args:
         stream: What waits already.
         token_ids: Tokens of each document, int32.
         numbers: Number of each document; neighbours must differ, for that is how borders are found.
+        weights: Weight of each document; None weighs all alike.
     """
     lengths = [len(ids) for ids in token_ids]
+    weights = [1.0] * len(lengths) if weights is None else weights
     return Stream(
         token_ids=np.concatenate([stream.token_ids, *token_ids]).astype(np.int32, copy=False),
         documents=np.concatenate([stream.documents, np.repeat(np.asarray(numbers, np.int64), lengths)]),
+        weights=np.concatenate([stream.weights, np.repeat(np.asarray(weights, np.float32), lengths)]),
     )
 
 
-def take_rows(stream: Stream, length: int) -> tuple[list[Row], Stream]:
+def take_rows(stream: Stream, length: int, *, weighted: bool = False) -> tuple[list[Row], Stream]:
     """Cuts all full rows of `length` positions off the stream.
+
+    Args:
+        stream: What waits.
+        length: L.
+        weighted: Whether rows carry weights.
 
     Returns:
         The rows (without teacher) and the fewer than `length` tokens that are left.
     """
     cut = len(stream.token_ids) // length * length
     rows = [
-        row_of(stream.token_ids[start : start + length], stream.documents[start : start + length])
-        for start in range(0, cut, length)
+        row_of(_part(stream, start, start + length), weighted=weighted) for start in range(0, cut, length)
     ]
-    return rows, Stream(stream.token_ids[cut:], stream.documents[cut:])
+    return rows, _part(stream, cut, len(stream.token_ids))
 
 
-def take_last_row(stream: Stream, length: int, padding_id: int) -> list[Row]:
+def _part(stream: Stream, start: int, stop: int) -> Stream:
+    place = slice(start, stop)
+    return Stream(stream.token_ids[place], stream.documents[place], stream.weights[place])
+
+
+def take_last_row(stream: Stream, length: int, padding_id: int, *, weighted: bool = False) -> list[Row]:
     """The one padded row at a split's end, or none where nothing is left.
 
     Args:
         stream: Fewer than `length` tokens.
         length: L.
         padding_id: Token that fills the row; it carries no loss and no document sees it.
+        weighted: Whether the row carries weights.
     """
     missing = length - len(stream.token_ids)
     if missing == length:
         return []
-    return [
-        row_of(
-            np.append(stream.token_ids, np.full(missing, padding_id, dtype=np.int32)),
-            np.append(stream.documents, np.full(missing, PADDING_DOCUMENT, dtype=np.int64)),
-        )
-    ]
+    padded = Stream(
+        token_ids=np.append(stream.token_ids, np.full(missing, padding_id, np.int32)),
+        documents=np.append(stream.documents, np.full(missing, PADDING_DOCUMENT, np.int64)),
+        weights=np.append(stream.weights, np.ones(missing, np.float32)),
+    )
+    return [row_of(padded, weighted=weighted)]
 
 
-def row_of(
-    token_ids: NDArray[np.int32],  # (L,)
-    documents: NDArray[np.int64],  # (L,)
-) -> Row:
-    """One row from the tokens and the document number at each position."""
+def row_of(stream: Stream, *, weighted: bool = False) -> Row:
+    """One row from what stands at each of its positions. A weight of 0 clears the loss mask."""
+    documents = stream.documents
     continues = documents[1:] == documents[:-1]  # (L - 1,) the next token belongs to the same document
     starts = np.append(0, np.flatnonzero(~continues) + 1).astype(np.int32)
+    counts = np.append(continues & (documents[:-1] != PADDING_DOCUMENT), False)
     return Row(
-        token_ids=np.ascontiguousarray(token_ids, dtype=np.int32),
-        loss_mask=np.append(continues & (documents[:-1] != PADDING_DOCUMENT), False),
+        token_ids=np.ascontiguousarray(stream.token_ids, dtype=np.int32),
+        loss_mask=counts & (stream.weights > 0),
         segment_starts=starts,
         segment_documents=documents[starts].astype(np.int64, copy=False),
-        teacher=None,
+        optional=weight_runs(stream.weights) if weighted else {},
     )
+
+
+def weight_runs(weights: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    """The planes `weight_starts` and `weights` of the weights at L positions; empty where all are 1."""
+    if (weights == 1).all():
+        return {"weight_starts": np.empty(0, np.int32), "weights": np.empty(0, np.float32)}
+    starts = np.append(0, np.flatnonzero(weights[1:] != weights[:-1]) + 1).astype(np.int32)
+    return {"weight_starts": starts, "weights": weights[starts].astype(np.float32)}

@@ -97,7 +97,7 @@ def survey_documents(corpus: CorpusConfig) -> Survey:
     documents = dict.fromkeys(SPLITS, 0)
     empty = 0
     for document in read_documents(corpus):
-        sources[document.source].add(document.content)
+        sources[document.source].add(document.content, _weight_of(document, corpus))
         if document.content:
             documents[_split_of(document, corpus)] += 1
         else:
@@ -118,6 +118,10 @@ def survey_documents(corpus: CorpusConfig) -> Survey:
             "train on; add documents or lower the fraction."
         )
     return Survey(sources=sources, documents=documents, empty=empty)
+
+
+def _weight_of(document: Document, corpus: CorpusConfig) -> float | None:
+    return None if corpus.weight_field is None else document.weight
 
 
 def _split_of(document: Document, corpus: CorpusConfig) -> str:
@@ -165,6 +169,8 @@ def _manifest(
         "heldout": {"fraction": corpus.heldout_fraction, "seed": corpus.seed, "by": "blake2b of the content"},
         "packing": "documents in order without gaps; one that crosses a row's end goes on as a new segment",
     }
+    if corpus.weight_field is not None:
+        dataset["weights"] = f"of documents, from the field {corpus.weight_field}"
     return Manifest(
         format_version=FORMAT_VERSION,
         target="next_token",
@@ -177,6 +183,7 @@ def _manifest(
         teacher=None,
         # A table of frequent ids would have to be made of the very tokens that are to be written.
         codec=CodecSpec(DEFAULT_CODEC if config.store.codec == "compact" else config.store.codec, {}),
+        planes=() if corpus.weight_field is None else ("weights",),
     )
 
 
@@ -204,6 +211,7 @@ def write_rows(
         StoreError: A shard cannot be written.
     """
     length, per_shard = manifest.sequence_length, manifest.rows_per_shard
+    weighted = "weights" in manifest.planes
     streams = dict.fromkeys(SPLITS, packing.EMPTY)
     waiting: dict[str, list[Row]] = {split: [] for split in SPLITS}
     written = dict.fromkeys(SPLITS, 0)
@@ -216,9 +224,12 @@ def write_rows(
         for split in SPLITS:
             chosen = [index for index, side in enumerate(sides) if side == split and len(ids[index])]
             stream = packing.append(
-                streams[split], [ids[index] for index in chosen], [batch[index][0] for index in chosen]
+                streams[split],
+                [ids[index] for index in chosen],
+                [batch[index][0] for index in chosen],
+                [batch[index][1].weight for index in chosen],
             )
-            rows, streams[split] = packing.take_rows(stream, length)
+            rows, streams[split] = packing.take_rows(stream, length, weighted=weighted)
             waiting[split] += rows
             while len(waiting[split]) >= per_shard:
                 write_shard(path, manifest, split, written[split], waiting[split][:per_shard])
@@ -241,7 +252,7 @@ def write_rows(
     end = manifest.tokenizer.eos_token_id
     assert end is not None  # load_tokenizer
     for split in SPLITS:
-        waiting[split] += packing.take_last_row(streams[split], length, end)
+        waiting[split] += packing.take_last_row(streams[split], length, end, weighted=weighted)
         if waiting[split]:  # never more than a full shard: one row was added to less than that
             write_shard(path, manifest, split, written[split], waiting[split])
             written[split] += 1
@@ -253,7 +264,7 @@ def _batches(corpus: CorpusConfig, digests: list[CorpusDigest]) -> Iterator[list
     batch: list[tuple[int, Document]] = []
     characters = 0
     for number, document in enumerate(read_documents(corpus)):
-        digests[document.source].add(document.content)
+        digests[document.source].add(document.content, _weight_of(document, corpus))
         if not document.content:
             continue
         batch.append((number, document))

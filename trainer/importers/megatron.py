@@ -37,7 +37,7 @@ from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import Manifest, RecordSpec
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.protocol.reader import LogitStore
-from sparsekd.logit_store.row import Row
+from sparsekd.logit_store.row import Row, narrowed, take_records
 from sparsekd.logit_store.tools.derive import Progress, no_progress, write_stream
 from sparsekd.trainer.importers.document import NOT_LISTED, Document, Source, source_files
 from sparsekd.trainer.importers.records import put_in_order, record_of
@@ -274,9 +274,8 @@ def _rows(capture: Capture, tokens: LogitStore, split: str, manifest: Manifest) 
         document = _document(listed, row)
         checked = put_in_order(document, spec.rest, size)
         record = record_of(document, checked, spec.rest, spec.k, size)
-        # No token follows at the end of any segment of the row, not of the last alone.
-        record.true_logprob[np.append(row.segment_starts[1:], len(row.token_ids)) - 1] = 0
-        yield replace(row, loss_mask=row.loss_mask & (checked.listed >= spec.k), teacher=record)
+        row = narrowed(row, checked.listed >= spec.k)
+        yield replace(row, teacher=take_records(record, row.loss_mask))
 
 
 def _document(listed: Listed, row: Row) -> Document:

@@ -6,7 +6,7 @@ of a micro-batch, H hidden, V vocabulary.
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,13 @@ from sparsekd.kernels import memory
 from sparsekd.logit_store.codecs.codec import codec_of
 from sparsekd.logit_store.manifest import CodecSpec, Manifest, RecordSpec, TeacherIdentity, TokenizerIdentity
 from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
+from sparsekd.logit_store.planes import names_of, planes_of
+from sparsekd.logit_store.positions import SAMPLED_SPLIT
 from sparsekd.logit_store.protocol.reader import open_store
+from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.synthetic import synthetic_rows
 from sparsekd.logit_store.synthetic_text import can_be_text_like, text_like_rows
+from sparsekd.logit_store.tools.inspect import RULE_NOTES
 from sparsekd.trainer.config import Config
 from sparsekd.trainer.errors import ConfigError
 from sparsekd.trainer.loss_memory import cut_text, loss_memory
@@ -41,6 +45,7 @@ class Corpus:
 
     Attributes:
         tokens: positions, padding included, because it is stored as well.
+        recorded: positions that get a record, by the rule of store.positions; expected ones where it samples.
         rows: packed rows.
         shards: shards of all splits, which are the units of work of `capture`.
         train_rows: rows of the training split.
@@ -50,6 +55,7 @@ class Corpus:
     """
 
     tokens: int
+    recorded: int
     rows: int
     shards: int
     train_rows: int
@@ -70,8 +76,15 @@ def corpus_of(config: Config) -> Corpus:
         manifest = store.manifest
         rows = {split: store.rows(split) for split in manifest.splits}
         total = sum(rows.values())
+        counts = {split: store.index(split).counts for split in manifest.splits}
         return Corpus(
             tokens=total * manifest.sequence_length,
+            recorded=_recorded(
+                config,
+                real=sum(count.tokens - count.tokens_padding for count in counts.values()),
+                counted=sum(count.tokens_counted for count in counts.values()),
+                counted_in_train=counts[SAMPLED_SPLIT].tokens_counted,
+            ),
             rows=total,
             shards=sum(store.shards(split) for split in manifest.splits),
             train_rows=rows["train"],
@@ -88,29 +101,69 @@ def corpus_of(config: Config) -> Corpus:
     length = config.corpus.sequence_length
     rows_needed = math.ceil(_number(config.plan.tokens) / length)
     heldout = round(rows_needed * config.corpus.heldout_fraction)
+    tokens = rows_needed * length
     return Corpus(
-        tokens=rows_needed * length,
+        tokens=tokens,
+        recorded=_recorded(
+            config, real=tokens, counted=tokens, counted_in_train=(rows_needed - heldout) * length
+        ),
         rows=rows_needed,
         shards=math.ceil((rows_needed - heldout) / per_shard) + math.ceil(heldout / per_shard),
         train_rows=rows_needed - heldout,
         sequence_length=length,
         vocabulary_size=int(_number(config.plan.vocabulary_size)),
-        source="from plan.tokens, without padding",
+        source="from plan.tokens, as if every token counted: prompts and padding take no record",
     )
 
 
+def _recorded(config: Config, *, real: int, counted: int, counted_in_train: int) -> int:
+    """Positions with a record, of those that are no padding, those that count, and those of the split that is
+    sampled."""
+    spec = config.store
+    if spec.k + spec.n == 0:
+        return 0
+    if spec.positions == "sampled":
+        return counted - counted_in_train + round(spec.share * counted_in_train)
+    return real if spec.positions == "all" else counted
+
+
 def bytes_per_token(config: Config, corpus: Corpus) -> dict[str, float]:
-    """Bytes that each plane of the store takes per position, estimated.
+    """Bytes that each plane of the store takes per position of the corpus, estimated.
 
     The codec itself says so: it encodes a row with the statistics of text under a good teacher. A weak
-    teacher is less certain, and its draws are of more different ids.
+    teacher is less certain, and its draws are of more different ids. What stands at recorded positions alone
+    is taken from a row that is recorded everywhere, times the corpus's share of recorded positions.
     """
+    manifest = _manifest(config, corpus)
+    make = text_like_rows if can_be_text_like(manifest) else synthetic_rows
+
+    def stored(manifest: Manifest) -> tuple[Row, dict[str, bytes]]:
+        row = make(manifest, 1, 0)[0]
+        return row, codec_of(manifest).encode(row, manifest)
+
+    _, planes = stored(manifest)
+    found = {name: len(plane) / manifest.sequence_length for name, plane in planes.items()}
+    if manifest.teacher is not None:
+        everywhere = replace(manifest.record, positions="all", share=1.0)
+        row, planes = stored(replace(manifest, record=everywhere))
+        assert row.teacher is not None
+        per_record = corpus.recorded / corpus.tokens / len(row.teacher.entropy)
+        found |= {name: len(planes[name]) * per_record for name in _record_planes(manifest)}
+    return found
+
+
+def _record_planes(manifest: Manifest) -> tuple[str, ...]:
+    return names_of(plane for plane in planes_of(manifest) if plane.stands == "recorded")
+
+
+def _manifest(config: Config, corpus: Corpus) -> Manifest:
+    """The manifest of a store of short rows, which the estimate encodes."""
     spec = config.store
     captured = spec.k + spec.n > 0
     # A longer row costs no less per position, but makes the plan slow.
     length = min(corpus.sequence_length, ESTIMATE_POSITIONS)
     size = corpus.vocabulary_size
-    manifest = Manifest(
+    return Manifest(
         format_version=FORMAT_VERSION,
         target="next_token",
         sequence_length=length,
@@ -131,9 +184,6 @@ def bytes_per_token(config: Config, corpus: Corpus) -> dict[str, float]:
         teacher=TeacherIdentity("plan", None, "", "", "", "", {}) if captured else None,
         codec=CodecSpec(spec.codec, {"mass": spec.mass} if spec.codec == "compact" else {}),
     )
-    make = text_like_rows if can_be_text_like(manifest) else synthetic_rows
-    stored = codec_of(manifest).encode(make(manifest, 1, 0)[0], manifest)
-    return {name: len(plane) / length for name, plane in stored.items()}
 
 
 def student_fields(config: Config) -> dict[str, Any]:
@@ -234,6 +284,13 @@ def _corpus_lines(config: Config, corpus: Corpus) -> list[tuple[str, str]]:
 def _store_lines(config: Config, corpus: Corpus, planes: dict[str, float]) -> list[tuple[str, str]]:
     total = sum(planes.values())
     lines = [("record", f"k={config.store.k}, n={config.store.n}, codec {config.store.codec}")]
+    if corpus.recorded:
+        of_records = sum(planes[name] for name in _record_planes(_manifest(config, corpus)))
+        rule = RULE_NOTES[config.store.positions].format(share=config.store.share)
+        lines += [
+            ("records", f"{corpus.recorded:,} of {corpus.tokens:,} positions, {rule}"),
+            ("a record", f"{of_records * corpus.tokens / corpus.recorded:8.2f} bytes"),
+        ]
     lines += [(name, f"{width:8.2f} bytes per token") for name, width in planes.items()]
     lines += [
         ("all planes", f"{total:8.2f} bytes per token"),

@@ -7,7 +7,7 @@ the same command, on as many ranks as there are then.
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -16,9 +16,17 @@ from numpy.typing import NDArray
 from transformers.utils.logging import disable_progress_bar
 
 from sparsekd.logit_store.codecs.frequency import compact_parameters
-from sparsekd.logit_store.manifest import CodecSpec, Manifest, RecordSpec
+from sparsekd.logit_store.manifest import (
+    MANIFEST_NAME,
+    CodecSpec,
+    FeatureSpec,
+    Manifest,
+    RecordSpec,
+    read_manifest,
+)
 from sparsekd.logit_store.places.files import exists
 from sparsekd.logit_store.places.paths import StorePath, store_path
+from sparsekd.logit_store.projections import Projection, projections_of
 from sparsekd.logit_store.protocol.background import BackgroundWriter
 from sparsekd.logit_store.protocol.layout import INDEX_NAME
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
@@ -29,6 +37,8 @@ from sparsekd.logit_store.tools.inspect import RULE_NOTES, evenly
 from sparsekd.trainer.config import Config, TeacherConfig, require
 from sparsekd.trainer.distributed import Ranks, broadcast_object, ranks, together
 from sparsekd.trainer.errors import ConfigError, DataError
+from sparsekd.trainer.teacher.feature_requests import feature_requests, request_of
+from sparsekd.trainer.teacher.features import make_features, read_projections
 from sparsekd.trainer.teacher.model import Teacher, check_teacher_tokenizer, load_teacher
 from sparsekd.trainer.teacher.records import recorded_rows
 from sparsekd.trainer.teacher.settings import resolved_settings
@@ -75,7 +85,8 @@ def run(config: Config) -> None:
         manifest = broadcast_object(
             together(place, lambda: _create(config, path, teacher_path, tokens, teacher, place))
         )
-        _work(config, path, manifest, tokens, teacher, place)
+        projections = together(place, lambda: read_projections(path, manifest))
+        _work(config, path, manifest, tokens, teacher, projections, place)
         together(place, lambda: _finish(path, tokens, place))
 
 
@@ -129,14 +140,16 @@ def _create(
         threads=config.launch.threads_per_rank,
         revision=teacher.revision,
     )
+    features, files = _features(config, path, teacher, tokens)
     manifest = replace(
         tokens.manifest,
         dataset={**tokens.manifest.dataset, "token_store": tokens.digest},
         record=record,
         teacher=identity,
         codec=_codec(config, tokens),
+        features=features,
     )
-    create_store(path, manifest, tokens.tokenizer_path)
+    create_store(path, manifest, tokens.tokenizer_path, files)
     if exists(path / INDEX_NAME):
         # Nothing of a sealed store is moved: what it lacks is damage, and must come back to the byte.
         if missing := missing_units(path, _units(tokens)):
@@ -154,6 +167,25 @@ def _create(
             flush=True,
         )
     return manifest
+
+
+def _features(
+    config: Config, path: StorePath, teacher: Teacher, tokens: LogitStore
+) -> tuple[tuple[FeatureSpec, ...], dict[str, bytes]]:
+    """The features with the files of their projections: those of the store where one was begun.
+
+    A projection is computed once: another machine's linear algebra gives other bits.
+    """
+    requests = feature_requests(config.store.features)
+    if not requests:
+        return (), {}
+    if exists(path / MANIFEST_NAME):
+        manifest = read_manifest(path)
+        if requests == [request_of(spec) for spec in manifest.features]:
+            return manifest.features, projections_of(path, manifest)
+    return make_features(
+        requests, teacher, tokens, seed=config.store.seed, rows_at_once=config.teacher.micro_batch_rows
+    )
 
 
 def _text(tokens: LogitStore, split: str, shard: int) -> list[Row]:
@@ -179,7 +211,13 @@ def _codec(config: Config, tokens: LogitStore) -> CodecSpec:
 
 
 def _work(
-    config: Config, path: StorePath, manifest: Manifest, tokens: LogitStore, teacher: Teacher, place: Ranks
+    config: Config,
+    path: StorePath,
+    manifest: Manifest,
+    tokens: LogitStore,
+    teacher: Teacher,
+    projections: Mapping[str, Projection],
+    place: Ranks,
 ) -> None:
     """Writes all units that are missing, each while the next is computed.
 
@@ -197,7 +235,8 @@ def _work(
         for first in range(0, len(missing), place.world_size):
             turn = missing[first : first + place.world_size]
             unit = turn[place.rank] if place.rank < len(turn) else None
-            together(place, partial(_capture_unit, config.teacher, manifest, tokens, teacher, writer, unit))
+            work = partial(_capture_unit, config.teacher, manifest, tokens, teacher, projections, writer)
+            together(place, partial(work, unit))
             positions += sum(len(tokens.shard_rows(*unit)) for unit in turn) * manifest.sequence_length
             now = time.monotonic()
             finished = first + len(turn)
@@ -224,16 +263,22 @@ def _capture_unit(
     manifest: Manifest,
     tokens: LogitStore,
     teacher: Teacher,
+    projections: Mapping[str, Projection],
     writer: BackgroundWriter,
     unit: Unit | None,
 ) -> None:
     """Hands one unit to the writer; None where the last round has fewer units than ranks."""
     if unit is not None:
-        writer.put(*unit, captured_rows(config, manifest, tokens, teacher, unit))
+        writer.put(*unit, captured_rows(config, manifest, tokens, teacher, projections, unit))
 
 
 def captured_rows(
-    config: TeacherConfig, manifest: Manifest, tokens: LogitStore, teacher: Teacher, unit: Unit
+    config: TeacherConfig,
+    manifest: Manifest,
+    tokens: LogitStore,
+    teacher: Teacher,
+    projections: Mapping[str, Projection],
+    unit: Unit,
 ) -> list[Row]:
     """The rows of one unit, with the teacher's records."""
     split, shard = unit
@@ -242,6 +287,7 @@ def captured_rows(
         [tokens.read_text(split, index) for index in tokens.shard_rows(split, shard)],
         manifest,
         split,
+        projections=projections,
         micro_batch_rows=config.micro_batch_rows,
         chunk_positions=config.chunk_positions,
         impl=config.impl,

@@ -4,8 +4,9 @@ Shapes: B rows of a micro-batch, L positions of a row, N = B * L, R recorded pos
 n draws.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,10 @@ from sparsekd.kernels.teacher import teacher_statistics
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.planes import empty_record
 from sparsekd.logit_store.positions import content_uniforms, recorded_positions
-from sparsekd.logit_store.row import Row, TeacherRecord, labels_of_records, position_ids
-from sparsekd.trainer.causal_lm import hidden_states
+from sparsekd.logit_store.projections import Projection
+from sparsekd.logit_store.row import Row, TeacherRecord, labels_of_records
+from sparsekd.trainer.causal_lm import states_of_layers
+from sparsekd.trainer.teacher.features import inputs_of, stored_features
 from sparsekd.trainer.teacher.model import Teacher
 
 
@@ -26,6 +29,7 @@ def recorded_rows(
     manifest: Manifest,
     split: str,
     *,
+    projections: Mapping[str, Projection],
     micro_batch_rows: int,
     chunk_positions: int | None,
     impl: str,
@@ -34,13 +38,14 @@ def recorded_rows(
 
     Micro-batches and chunks are cut here, by the arguments alone: which rank runs the rows, and what ran
     before them, does not change a bit of the result. Where nothing is recorded, no logits are made, and a
-    micro-batch without any record does not pass the teacher at all.
+    micro-batch of which nothing is kept does not pass the teacher at all.
 
     Args:
         teacher: Loaded and checked.
         rows: Of one unit of work, in order; a record in them is not looked at.
         manifest: Of the store that the rows are for.
         split: Of the rows.
+        projections: Of its features, by plane.
         micro_batch_rows: Rows in one forward pass.
         chunk_positions: Positions whose logits exist at one time.
         impl: Implementation of the head's statistics.
@@ -48,57 +53,83 @@ def recorded_rows(
     for start in range(0, len(rows), micro_batch_rows):
         batch = rows[start : start + micro_batch_rows]
         recorded = [recorded_positions(row, manifest, split) for row in batch]
-        records = _records_of_batch(teacher, batch, recorded, manifest, chunk_positions, impl)
-        for row, places, record in zip(batch, recorded, records, strict=True):
-            yield replace(row, teacher=record, recorded=places)
+        if not manifest.features and not np.concatenate(recorded).any():
+            for row, places in zip(batch, recorded, strict=True):
+                yield replace(row, teacher=empty_record(manifest), recorded=places)
+            continue
+        with torch.inference_mode():
+            hidden, states = states_of_layers(
+                teacher.decoder,
+                *inputs_of(batch, teacher.device),
+                [spec.layer for spec in manifest.features],
+            )
+            records = _records_of_batch(teacher, hidden, batch, recorded, manifest, chunk_positions, impl)
+            features = stored_features(states, batch, recorded, manifest, projections)
+        for row, places, record, kept in zip(batch, recorded, records, features, strict=True):
+            yield replace(row, teacher=record, recorded=places, optional={**row.optional, **kept})
 
 
-@torch.inference_mode()
 def _records_of_batch(
     teacher: Teacher,
+    hidden: torch.Tensor,
     rows: Sequence[Row],
     recorded: Sequence[NDArray[np.bool_]],
     manifest: Manifest,
     chunk_positions: int | None,
     impl: str,
 ) -> list[TeacherRecord]:
-    """The records of B rows that go through the decoder together; `recorded` is bool [L] for each."""
-    record = manifest.record
+    """The records of B rows with hidden states (B, L, H); `recorded` is bool [L] for each."""
     everywhere = np.concatenate(recorded)  # (N,)
-
-    def stacked(arrays: Sequence[NDArray[np.generic]]) -> torch.Tensor:
-        return torch.from_numpy(np.stack(arrays)).to(teacher.device)
-
-    def gathered(arrays: Sequence[NDArray[np.generic]]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(arrays)[everywhere]).to(teacher.device)
-
     if not everywhere.any():
         return [empty_record(manifest) for _ in rows]
-    token_ids = stacked([row.token_ids.astype(np.int64) for row in rows])
-    positions = stacked([position_ids(row).astype(np.int64) for row in rows])
-    hidden = hidden_states(teacher.decoder, token_ids, positions).flatten(0, 1)  # (N, H)
+    hidden = hidden.flatten(0, 1)  # (N, H)
     if not everywhere.all():
         hidden = hidden[torch.from_numpy(np.flatnonzero(everywhere)).to(teacher.device)]  # (R, H)
+    record = manifest.record
+    uniforms = [content_uniforms(row.token_ids, seed=record.seed, count=record.n) for row in rows]
+    labels = [labels_of_records(row, manifest.target) for row in rows]
+    planes = head_statistics(
+        teacher,
+        hidden,
+        manifest,
+        labels=np.concatenate(labels)[everywhere],
+        uniforms=np.concatenate(uniforms)[everywhere],
+        chunk_positions=chunk_positions,
+        impl=impl,
+    )
+    ends = np.cumsum([np.count_nonzero(places) for places in recorded])[:-1]
+    parts = {name: np.split(plane, ends) for name, plane in planes.items()}
+    return [
+        TeacherRecord(**{name: part[index] for name, part in parts.items()}) for index in range(len(rows))
+    ]
+
+
+def head_statistics(
+    teacher: Teacher,
+    hidden: torch.Tensor,  # (R, H)
+    manifest: Manifest,
+    *,
+    labels: NDArray[np.int64],  # (R,)
+    uniforms: NDArray[np.float64],  # (R, n)
+    chunk_positions: int | None,
+    impl: str,
+) -> dict[str, NDArray[Any]]:
+    """The record planes of R hidden states, as the manifest asks for them."""
+    record = manifest.record
     statistics = teacher_statistics(
         hidden,
         teacher.head.weight,
         bias=teacher.head.bias,
-        labels=gathered([labels_of_records(row, manifest.target) for row in rows]),
+        labels=torch.from_numpy(labels).to(teacher.device),
         head=teacher.transform,
         k=record.k,
         n=record.n,
         temperatures=record.temperatures,
         draw_temperature=record.draw_temperature,
-        uniforms=gathered(
-            [content_uniforms(row.token_ids, seed=record.seed, count=record.n) for row in rows]
-        ),
+        uniforms=torch.from_numpy(uniforms).to(teacher.device),
         chunk_positions=chunk_positions,
         impl=impl,
     )
     if not record.tail_logprobs:
         statistics = statistics._replace(tail_logprobs=statistics.tail_logprobs[:, :0])
-    ends = np.cumsum([np.count_nonzero(places) for places in recorded])[:-1]
-    planes = {name: np.split(plane.cpu().numpy(), ends) for name, plane in statistics._asdict().items()}
-    return [
-        TeacherRecord(**{name: parts[index] for name, parts in planes.items()}) for index in range(len(rows))
-    ]
+    return {name: plane.cpu().numpy() for name, plane in statistics._asdict().items()}

@@ -1,10 +1,12 @@
 """`store verify PATH --repair`: damaged shards, and only these, are captured again by their teacher."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 
 from sparsekd.logit_store.manifest import Manifest, TeacherIdentity
 from sparsekd.logit_store.places.paths import store_path
+from sparsekd.logit_store.projections import Projection
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.repair import repair_store
 from sparsekd.logit_store.row import Row
@@ -13,6 +15,7 @@ from sparsekd.trainer.config import Config, TeacherConfig, require
 from sparsekd.trainer.distributed import Ranks, ranks
 from sparsekd.trainer.errors import ConfigError, DataError
 from sparsekd.trainer.teacher.capture import captured_rows
+from sparsekd.trainer.teacher.features import read_projections
 from sparsekd.trainer.teacher.model import Teacher, check_teacher_tokenizer, load_teacher
 from sparsekd.trainer.teacher.verify import as_captured, runnable
 from sparsekd.trainer.teacher.weights import model_folder, teacher_identity, weights_digest
@@ -73,7 +76,8 @@ def run(config: Config, found: VerifyResult, *, reseal: bool) -> None:
                 )
         teacher = load_teacher(settings, path, tokens, place.device)
         print(f"repair: {len(found.damaged)} shards are captured again", flush=True)
-        again = partial(_again, settings, store.manifest, tokens, teacher)
+        projections = read_projections(store.path, store.manifest)
+        again = partial(_again, settings, store.manifest, tokens, teacher, projections)
         result = repair_store(store.path, found.damaged, again, reseal=reseal)
     for name in result.quarantined:
         print(f"repair: kept {name}")
@@ -85,10 +89,16 @@ def run(config: Config, found: VerifyResult, *, reseal: bool) -> None:
 
 
 def _again(
-    settings: TeacherConfig, manifest: Manifest, tokens: LogitStore, teacher: Teacher, split: str, shard: int
+    settings: TeacherConfig,
+    manifest: Manifest,
+    tokens: LogitStore,
+    teacher: Teacher,
+    projections: Mapping[str, Projection],
+    split: str,
+    shard: int,
 ) -> list[Row]:
     print(f"repair: split {split}, shard {shard:06d}", flush=True)
-    return captured_rows(settings, manifest, tokens, teacher, (split, shard))
+    return captured_rows(settings, manifest, tokens, teacher, projections, (split, shard))
 
 
 def _tokens(config: Config, store: LogitStore) -> LogitStore:

@@ -4,23 +4,25 @@ Shapes: L positions of a row, k head entries.
 """
 
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from sparsekd.logit_store.codecs.codec import codec_of
-from sparsekd.logit_store.manifest import Manifest, TeacherIdentity
+from sparsekd.logit_store.manifest import TeacherIdentity
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.row import Row, TeacherRecord, records_at
 from sparsekd.trainer.config import Config, LaunchConfig, TeacherConfig, require
 from sparsekd.trainer.distributed import ranks
 from sparsekd.trainer.errors import ConfigError, DataError
+from sparsekd.trainer.teacher.deviation import deviation_of
+from sparsekd.trainer.teacher.features import read_projections
 from sparsekd.trainer.teacher.model import check_teacher_tokenizer, load_teacher
 from sparsekd.trainer.teacher.records import recorded_rows
 from sparsekd.trainer.teacher.settings import resolved_settings
+from sparsekd.trainer.teacher.verify_features import add_features, check_features, record_of_features
 from sparsekd.trainer.teacher.weights import engine_settings, model_folder, weights_digest
 
 # Rows that are run again in each split.
@@ -34,27 +36,6 @@ MEAN = {"float32": 1e-4, "bfloat16": 0.02}
 
 _HEAD = "head_logprobs"
 VALUE_PLANES = (_HEAD, "log_rest", "true_logprob", "rest_entropy", "entropy")
-
-
-@dataclass(frozen=True)
-class Deviation:
-    """How far one plane of the stored rows is from the teacher's, in nats.
-
-    Attributes:
-        plane: Name of the plane.
-        largest: Largest absolute difference; inf where only one side is finite.
-        mean: Mean absolute difference.
-        split: Where the largest is: split,
-        row: row,
-        position: and position.
-    """
-
-    plane: str
-    largest: float
-    mean: float
-    split: str
-    row: int
-    position: int
 
 
 def run(config: Config, store_path: str | Path, *, seed: int | None = None) -> None:
@@ -90,7 +71,10 @@ def run(config: Config, store_path: str | Path, *, seed: int | None = None) -> N
         if not same_files:
             print(f"verify: the files of {path} are not those of the manifest ({identity.name})", flush=True)
         teacher = load_teacher(settings, path, store, place.device)
+        projections = read_projections(store.path, store.manifest)
         stored: list[tuple[str, int, Row, TeacherRecord]] = []
+        headed: list[tuple[str, int, Row, TeacherRecord]] = []
+        features = {spec.plane: np.zeros(2) for spec in store.manifest.features}
         codec = codec_of(store.manifest)
         for split in store.manifest.splits:
             for index in _random_rows(store, split, seed):
@@ -101,6 +85,7 @@ def run(config: Config, store_path: str | Path, *, seed: int | None = None) -> N
                         group,
                         store.manifest,
                         split,
+                        projections=projections,
                         micro_batch_rows=settings.micro_batch_rows,
                         chunk_positions=settings.chunk_positions,
                         impl=settings.impl,
@@ -109,6 +94,10 @@ def run(config: Config, store_path: str | Path, *, seed: int | None = None) -> N
                 # What the codec rounds is rounded here, too: on the machine of the capture nothing deviates.
                 rounded = codec.decode(codec.encode(again, store.manifest), store.manifest)
                 stored.append((split, index, *_both_recorded(group[offset], rounded)))
+                add_features(features, group[offset], rounded)
+                by_head = record_of_features(teacher, group[offset], store.manifest, settings)
+                if by_head is not None:
+                    headed.append((split, index, group[offset], by_head))
     record = store.manifest.record
     planes = [plane for plane in VALUE_PLANES if record.k or plane != _HEAD]
     deviations = [deviation_of(plane, stored, store.manifest) for plane in planes]
@@ -125,6 +114,7 @@ def run(config: Config, store_path: str | Path, *, seed: int | None = None) -> N
             f"{found.row}, position {found.position}), mean {found.mean:.3g}",
             flush=True,
         )
+    check_features(features, headed, store, identity.name)
     for found in deviations:
         bounds = LARGEST[settings.dtype], MEAN[settings.dtype]
         if not (found.largest <= bounds[0] and found.mean <= bounds[1]):
@@ -193,45 +183,6 @@ def _micro_batch(store: LogitStore, split: str, index: int, micro_batch_rows: in
     first = index - (index - shard_rows.start) % micro_batch_rows
     group = range(first, min(first + micro_batch_rows, shard_rows.stop))
     return [store.read_row(split, number) for number in group], index - first
-
-
-def deviation_of(
-    plane: str, stored: list[tuple[str, int, Row, TeacherRecord]], manifest: Manifest | None = None
-) -> Deviation:
-    """The deviation of one plane over (split, row number, stored row, the teacher's record of now).
-
-    Head entries are compared by rank, so that two that swap their places count by their values. A deviation
-    too small to see may move a rounded value by a whole step of the codec, which is twice its error: the
-    largest deviation is what remains above that. The mean needs no such care, for such moves are as rare as
-    the deviation is small. Without a manifest nothing was rounded.
-    """
-    worst = (-1.0, "", 0, 0)
-    total, count = 0.0, 0
-    for split, index, row, again in stored:
-        assert row.teacher is not None  # run
-        difference = _difference(getattr(row.teacher, plane), getattr(again, plane))
-        if difference.size == 0:
-            continue
-        step = 0 if manifest is None else 2 * codec_of(manifest).errors(row.teacher, manifest)[plane]
-        beyond = np.maximum(np.where(np.isinf(difference), np.inf, difference - step), 0)
-        by_position = beyond.reshape(len(beyond), -1).max(axis=1)
-        assert row.recorded is not None
-        place = int(by_position.argmax())
-        if by_position[place] > worst[0]:
-            position = int(np.flatnonzero(row.recorded)[place])
-            worst = (float(by_position[place]), split, index, position)
-        total += float(difference.sum())
-        count += difference.size
-    mean = total / count if count else 0.0
-    return Deviation(plane, max(worst[0], 0.0), mean, worst[1], worst[2], worst[3])
-
-
-def _difference(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float64]:
-    """|left - right|, 0 where both are the same infinity; inf where NaN would come out otherwise."""
-    equal = left == right
-    with np.errstate(invalid="ignore"):
-        difference = np.abs(left.astype(np.float64) - right.astype(np.float64))
-    return np.where(equal, 0.0, np.where(np.isnan(difference), np.inf, difference))
 
 
 def _equal_share(stored: list[tuple[str, int, Row, TeacherRecord]], *planes: str) -> float:

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -200,3 +201,39 @@ def test_digest_knows_borders_and_order() -> None:
     distinct = [[b"ab", b"c"], [b"a", b"bc"], [b"c", b"ab"], [b"abc"], [b"ab", b"c", b""]]
     assert len({digest(parts) for parts in distinct}) == len(distinct)
     assert digest([b"ab", b"c"]) == digest([b"ab", b"c"])
+
+
+def weights_of(**fields: object) -> list[float]:
+    return [document.weight for document in read_documents(CorpusConfig(weight_field="w", **fields))]
+
+
+def test_weights_of_documents_in_every_format(tmp_path: Path) -> None:
+    rows = [{"text": f"text {index}", "w": weight} for index, weight in enumerate([1, 0.1, 0, 2.5])]
+    paths = write_lines(tmp_path / "a.jsonl", [json.dumps(row) for row in rows])
+    stored = [1.0, float(np.float32(0.1)), 0.0, 2.5]
+    assert weights_of(format="jsonl", paths=paths) == stored
+    columns = {"w": [row["w"] * 1.0 for row in rows], "text": [row["text"] for row in rows]}
+    parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert weights_of(format="parquet", paths=[str(tmp_path / "a.parquet")]) == stored
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "saved")
+    assert weights_of(format="dataset", paths=[str(tmp_path / "saved")]) == stored
+    # Without the field all weigh 1, and the corpus is another one.
+    plain = CorpusConfig(format="jsonl", paths=paths)
+    assert [document.weight for document in read_documents(plain)] == [1.0] * 4
+
+
+@pytest.mark.parametrize("weight", ["-1", "NaN", "Infinity", "1e39", "true", "null", '"1"', "[1]"])
+def test_a_bad_weight_is_named(tmp_path: Path, weight: str) -> None:
+    lines = ['{"text": "good", "w": 1}', f'{{"text": "bad", "w": {weight}}}']
+    paths = write_lines(tmp_path / "a.jsonl", lines)
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: 'w' is .*expected a finite number, 0 or more"):
+        weights_of(format="jsonl", paths=paths)
+
+
+def test_a_missing_weight_is_named(tmp_path: Path) -> None:
+    paths = write_lines(tmp_path / "a.jsonl", ['{"text": "good", "w": 1}', '{"text": "none"}'])
+    with pytest.raises(DataError, match=r"line 2 has no field 'w'.*set corpus\.weight_field to the weight's"):
+        weights_of(format="jsonl", paths=paths)
+    with pytest.raises(ConfigError, match="a text file has no fields"):
+        weights_of(format="text", paths=paths)

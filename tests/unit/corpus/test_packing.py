@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsekd.logit_store.row import Row, document_of_position, position_ids
+from sparsekd.logit_store.row import Row, document_of_position, position_ids, weights_of_positions
 from sparsekd.trainer.corpus import packing
 
 LENGTHS = st.lists(st.integers(1, 23), max_size=30)
@@ -78,3 +78,23 @@ def test_a_document_across_a_border_restarts_and_single_tokens_carry_no_loss() -
     assert third.segment_documents.tolist() == [1, 2, -1]
     assert third.token_ids.tolist() == [9, 10, 0, 0] and not third.loss_mask.any()
     assert third.token_ids.dtype == np.int32 and third.segment_documents.dtype == np.int64
+
+
+@given(LENGTHS, st.integers(1, 16), st.data())
+def test_weights_stand_in_runs_and_0_clears_the_mask(lengths: list[int], length: int, data) -> None:
+    weights = data.draw(
+        st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=len(lengths), max_size=len(lengths))
+    )
+    documents = [np.asarray(ids, np.int32) for ids in numbered(lengths)]
+    stream = packing.append(packing.EMPTY, documents, range(len(documents)), weights)
+    rows, stream = packing.take_rows(stream, length, weighted=True)
+    rows += packing.take_last_row(stream, length, padding_id=0, weighted=True)
+    plain = pack(numbered(lengths), length, batch=99)
+    for row, unweighted in zip(rows, plain, strict=True):
+        owners = document_of_position(row)
+        expected = np.array([weights[owner] if owner >= 0 else 1.0 for owner in owners], np.float32)
+        assert np.array_equal(weights_of_positions(row), expected)
+        assert np.array_equal(row.loss_mask, unweighted.loss_mask & (expected > 0))
+        starts = row.optional["weight_starts"]
+        assert len(starts) == (0 if (expected == 1).all() else 1 + int((np.diff(expected) != 0).sum()))
+        assert np.array_equal(row.token_ids, unweighted.token_ids)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sparsekd.logit_store.manifest import CodecSpec, Manifest
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
-from sparsekd.logit_store.row import Row, TeacherRecord
+from sparsekd.logit_store.row import Row, TeacherRecord, take_records
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_tokenizer
 
 V, L, GRID = 50, 12, (1.0, 2.0, 4.0)
@@ -58,7 +58,7 @@ def dense_record(logprobs: NDArray[np.float64], true: NDArray[np.int64], k: int)
 
 
 def dense_rows(logprobs: NDArray[np.float64], k: int, text_seed: int = 0) -> list[Row]:
-    """Returns one-document rows over the text of a seed."""
+    """Returns one-document rows over the text of a seed, with records where the loss counts: M = L - 1."""
     tokens = np.random.default_rng([9, text_seed]).integers(0, V, logprobs.shape[:2])
     mask = np.ones(L, np.bool_)
     mask[-1] = False
@@ -68,7 +68,7 @@ def dense_rows(logprobs: NDArray[np.float64], k: int, text_seed: int = 0) -> lis
             loss_mask=mask,
             segment_starts=np.zeros(1, np.int32),
             segment_documents=np.array([number], np.int64),
-            teacher=dense_record(values, np.roll(ids, -1), k),
+            teacher=take_records(dense_record(values, np.roll(ids, -1), k), mask),
         )
         for number, (ids, values) in enumerate(zip(tokens, logprobs, strict=True))
     ]

@@ -50,16 +50,19 @@ def uint(largest):
 def decode(planes, manifest):
     spec, codec, options = manifest["record"], manifest["codec"]["name"], manifest["codec"]["parameters"]
     L, V, k, n = manifest["sequence_length"], manifest["tokenizer"]["vocabulary_size"], spec["k"], spec["n"]
-    G, bits, zipped = len(spec["temperatures"]), max(1, (V - 1).bit_length()), codec not in ("plain", "exact")
-    single = () if zipped else planes  # these have one part, of which arrays are cut off
-    single = [*single, "loss_mask", "segment_starts", "segment_documents"]
+    U = len(manifest["outcomes"]) if manifest["outcomes"] is not None else V
+    G, zipped = len(spec["temperatures"]), codec not in ("plain", "exact")
+    text = ["loss_mask", "recorded", "segment_starts", "segment_documents"]
+    text += ["weight_starts", "weights", "token_types"]
+    # Planes of one part, of which arrays are cut off.
+    single = [p for p in planes if p in text or (not zipped and (p != "labels" or codec == "plain"))]
     left = {p: parts_of(planes[p]) for p in planes if p not in single}
-    left |= {p: [planes[p] if codec == "plain" else unzip(planes[p])] for p in single}
+    left |= {p: [planes[p] if codec == "plain" or not planes[p] else unzip(planes[p])] for p in single}
 
     def take(plane, kind, count=-1):
         data = left[plane].pop(0)
-        array = np.frombuffer(data, kind, -1 if zipped else count)
-        left[plane] += [] if zipped else [data[array.nbytes :]]
+        array = np.frombuffer(data, kind, count if plane in single else -1)
+        left[plane] += [data[array.nbytes :]] if plane in single else []
         return array
 
     def words(plane, kind, count):
@@ -68,13 +71,14 @@ def decode(planes, manifest):
         return np.stack([take(plane, "u1"), take(plane, "u1")], axis=1).reshape(-1).view(kind)
 
     def nats(plane):
-        return words(plane, "<u2", L) if codec == "exact" else words(plane, "<u2", L) / np.float32(512)
+        return words(plane, "<u2", M) if codec == "exact" else words(plane, "<u2", M) / np.float32(512)
 
-    def ids(plane, count):
-        if codec == "exact":
-            return take(plane, uint(V - 1), count).astype(int)
-        found = take(plane, "<u2" if bits > 8 and not zipped else "u1", count).astype(int)
-        if bits > 8 and zipped:
+    def ids(plane, count, below):
+        bits, split = max(1, (below - 1).bit_length()), plane not in single
+        if codec == "exact" and plane != "labels":
+            return take(plane, uint(below - 1), count).astype(int)
+        found = take(plane, "<u2" if bits > 8 and not split else "u1", count).astype(int)
+        if bits > 8 and split:
             found += take(plane, "u1").astype(int) << 8
         packed = take(plane, "u1", (bits - 16) * -(-count // 8)).reshape(bits - 16, -1) if bits > 16 else []
         for bit, line in enumerate(packed, 16):
@@ -90,7 +94,7 @@ def decode(planes, manifest):
     def values(plane, used):
         if codec in ("exact", "fp16"):
             return place(used, words(plane, "<f2", used.size), -np.inf)
-        top, span = (words(plane, "<f2", L).astype("f4")[:, None] for _ in range(2))
+        top, span = (words(plane, "<f2", M).astype("f4")[:, None] for _ in range(2))
         if zipped and plane == "head_logprobs":
             told = used & (np.arange(k) > 0)
             codes = np.cumsum(place(told, take(plane, "u1")), axis=1)
@@ -99,36 +103,45 @@ def decode(planes, manifest):
         value = top - span / np.float32(64516) * codes.astype("f4") ** 2
         return np.where(used & (codes < 255), value, -np.inf)
 
+    def bits_of(plane):
+        return np.unpackbits(take(plane, "u1"), count=L, bitorder="little")
+
     old = np.arange(V)
     if options.get("frequent_ids"):
         table = np.frombuffer(unzip(base64.b64decode(options["frequent_ids"])), "u1").reshape(4, -1)
         first = 256 ** np.arange(4) @ table
         old = np.concatenate([first, np.setdiff1d(old, first)])
-    row = {"token_ids": old[ids("token_ids", L)], "segment_starts": take("segment_starts", "<u4")}
-    row["loss_mask"] = np.unpackbits(take("loss_mask", "u1"), count=L, bitorder="little")
-    row["segment_documents"] = take("segment_documents", "<i8")
+    row = {"token_ids": old[ids("token_ids", L, V)], "loss_mask": bits_of("loss_mask")}
+    kinds = {"segment_starts": "<u4", "segment_documents": "<i8", "weight_starts": "<u4"}
+    kinds |= {"weights": "<f4", "token_types": "u1"}
+    row |= {plane: take(plane, kind) for plane, kind in kinds.items() if plane in planes}
+    if "labels" in planes:
+        row["labels"] = ids("labels", int(row["loss_mask"].sum()), U + 1) - 1
     if manifest["teacher"] is None:
         return row
+    row["recorded"] = bits_of("recorded") if planes.get("recorded") else row["loss_mask"]
+    M = int(row["recorded"].sum())
     if k:
-        sizes = np.full(L, k) if options.get("mass") is None else take("head_ids", uint(k))
+        sizes = np.full(M, k) if options.get("mass") is None else take("head_ids", uint(k))
         used = np.arange(k) < sizes[:, None]
-        row["head_ids"] = place(used, old[ids("head_ids", used.sum())], -1)
+        found = ids("head_ids", int(used.sum()), U)
+        row["head_ids"] = place(used, found if manifest["outcomes"] else old[found], -1)
         row["head_logprobs"] = values("head_logprobs", used)
     if n and zipped:
         used = np.arange(n) < take("tail_ids", uint(n))[:, None]
-        row["tail_ids"] = np.where(used, np.cumsum(place(used, ids("tail_ids", used.sum())), axis=1), -1)
+        row["tail_ids"] = np.where(used, np.cumsum(place(used, ids("tail_ids", used.sum(), U)), axis=1), -1)
         last = used & ~np.pad(used[:, 1:], ((0, 0), (0, 1)))
         counts = place(used & ~last, take("tail_counts", uint(n)))
         row["tail_counts"] = counts + last * (n - counts.sum(axis=1, keepdims=True))
     elif n:
-        row["tail_counts"] = take("tail_counts", uint(n)).reshape(L, n)
+        row["tail_counts"] = take("tail_counts", uint(n)).reshape(M, n)
         used = row["tail_counts"] > 0
-        row["tail_ids"] = place(used, ids("tail_ids", L * n), -1)
-    if spec.get("tail_logprobs"):
+        row["tail_ids"] = place(used, ids("tail_ids", M * n, U), -1)
+    if spec["tail_logprobs"]:
         row["tail_logprobs"] = values("tail_logprobs", used)
-    rest = [words("log_rest", "<f2", L) for _ in range(G)]
-    row["log_rest"] = np.stack(rest, axis=1) if zipped else np.concatenate(rest).reshape(L, G)
-    row["true_logprob"] = words("true_logprob", "<f2", L)
+    rest = [words("log_rest", "<f2", M) for _ in range(G)]
+    row["log_rest"] = np.stack(rest, axis=1) if zipped else np.concatenate(rest).reshape(M, G)
+    row["true_logprob"] = words("true_logprob", "<f2", M)
     row["rest_entropy"], row["entropy"] = nats("rest_entropy"), nats("entropy")
     if zipped and k == 0:
         row["entropy"] = (row["entropy"] + row["rest_entropy"]) % 128  # 65,536 steps

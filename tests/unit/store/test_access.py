@@ -42,6 +42,7 @@ except DamagedStoreError as error:
 
 OPENER = """
 import resource, sys, time, tracemalloc
+from sparsekd.logit_store.protocol.commit import RowCounts
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.synthetic import synthetic_manifest
 open_store(sys.argv[2])  # imports are not the store's

@@ -1,10 +1,12 @@
 """What the codecs cost on rows like those of a large teacher on text: bytes of the file, and exactness."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
+from whole import whole_manifest, whole_rows
 
 from sparsekd.logit_store.codecs.codec import codec_of, stored_record
 from sparsekd.logit_store.codecs.frequency import compact_parameters
@@ -12,14 +14,16 @@ from sparsekd.logit_store.manifest import CodecSpec, Manifest
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import Row, TeacherRecord
-from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_tokenizer
+from sparsekd.logit_store.synthetic import write_synthetic_tokenizer
 from sparsekd.logit_store.synthetic_text import text_like_rows
 
 VOCABULARY, LENGTH = 128_256, 4096
 
 
-def _rows(k: int, n: int, ids: str, tail_logprobs: bool) -> tuple[Manifest, list[Row]]:
-    manifest = synthetic_manifest(
+@functools.cache
+def _rows(k: int, n: int, ids: str, tail_logprobs: bool, count: int = 2) -> tuple[Manifest, tuple[Row, ...]]:
+    """Rows with a record at every position: bytes per token are then bytes per record."""
+    manifest = whole_manifest(
         vocabulary_size=VOCABULARY,
         sequence_length=LENGTH,
         rows_per_shard=2,
@@ -28,7 +32,7 @@ def _rows(k: int, n: int, ids: str, tail_logprobs: bool) -> tuple[Manifest, list
         n=n,
         tail_logprobs=tail_logprobs,
     )
-    return manifest, text_like_rows(manifest, 2, 0, ids=ids)
+    return manifest, tuple(whole_rows(manifest, count, 0, functools.partial(text_like_rows, ids=ids)))
 
 
 def divergence(exact: TeacherRecord, decoded: TeacherRecord, temperature: float, column: int) -> np.ndarray:
@@ -111,8 +115,7 @@ def test_masked_entries_cost_the_others_nothing(codec: str, mask: float) -> None
 @pytest.mark.parametrize(("ids", "static"), [("text", 12.5), ("uniform", 16.2)])
 def test_statistics_of_the_rows(ids: str, static: float) -> None:
     """The teacher's entropy, the mass of its head, the static entropy of ids, as the sizes above assume."""
-    manifest, _ = _rows(64, 0, ids, False)
-    rows = text_like_rows(manifest, 4, 0, ids=ids)
+    _, rows = _rows(64, 0, ids, False, count=4)
     records = [row.teacher for row in rows if row.teacher is not None]
     assert 1.8 < np.mean([record.entropy.mean() for record in records]) < 2.1
     assert 0.93 < np.mean([np.exp(record.head_logprobs).sum(axis=1).mean() for record in records]) < 0.96

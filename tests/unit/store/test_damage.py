@@ -70,8 +70,9 @@ def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
 
 
 def test_every_flipped_byte_of_a_row_is_found_and_placed(tmp_path: Path) -> None:
-    path = _small_store(tmp_path / "store", k=2, n=2)
+    path = _small_store(tmp_path / "store", k=2, n=2, positions="all")
     store = open_store(path)
+    assert store.read_row("train", 0).recorded.any()
     commit = store.commit("train", 0)
     begin, length = int(commit.offsets[0]), int(commit.lengths[0])
     owners = _plane_of_byte(store)

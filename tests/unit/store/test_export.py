@@ -10,6 +10,7 @@ import pytest
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import CodecSpec
+from sparsekd.logit_store.manifest_checks import OPTIONAL_PLANES
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.row import document_of_position
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
@@ -39,25 +40,65 @@ def test_every_value_is_there(tmp_path: Path, monkeypatch, k: int, n: int) -> No
         np.testing.assert_array_equal(lines["loss_mask"], row.loss_mask)
         assert list(lines["text"]) == [f"w{token}" for token in row.token_ids]
         lasts = np.append(row.segment_starts[1:], 16) - 1
-        assert set(np.flatnonzero(lines["next_token_id"].isna())) == set(lasts)
-        follows = ~np.isin(np.arange(16), lasts)
+        follows = ~np.isin(np.arange(16), lasts) & (document_of_position(row) >= 0)
+        np.testing.assert_array_equal(lines["next_token_id"].notna(), follows)
         np.testing.assert_array_equal(lines["next_token_id"][follows], np.roll(row.token_ids, -1)[follows])
         record = row.teacher
         if record is None:
             assert "entropy" not in lines
             continue
-        np.testing.assert_array_equal(lines["entropy"], record.entropy)
-        np.testing.assert_array_equal(lines["true_logprob"][follows], record.true_logprob[follows])
+        there = row.loss_mask
+        assert 0 < there.sum() < 16
+        for name in ("entropy", "rest_entropy", "true_logprob"):
+            np.testing.assert_array_equal(lines[name].notna(), there)
+            np.testing.assert_array_equal(lines[name][there], getattr(record, name))
         for column, name in enumerate(("log_rest_0_5", "log_rest_1", "log_rest_2")):
-            np.testing.assert_array_equal(lines[name], record.log_rest[:, column])
+            np.testing.assert_array_equal(lines[name].notna(), there)
+            np.testing.assert_array_equal(lines[name][there], record.log_rest[:, column])
         if k:
-            np.testing.assert_array_equal(np.stack(lines["head_ids"]), record.head_ids)
-            np.testing.assert_array_equal(np.stack(lines["head_logprobs"]), record.head_logprobs)
+            np.testing.assert_array_equal(lines["head_ids"].notna(), there)
+            np.testing.assert_array_equal(np.stack(lines["head_ids"][there]), record.head_ids)
+            np.testing.assert_array_equal(np.stack(lines["head_logprobs"][there]), record.head_logprobs)
         if n:
-            for place in range(16):
-                used = record.tail_counts[place] > 0
-                np.testing.assert_array_equal(lines["tail_ids"][place], record.tail_ids[place][used])
-                np.testing.assert_array_equal(lines["tail_counts"][place], record.tail_counts[place][used])
+            np.testing.assert_array_equal(lines["tail_ids"].notna(), there)
+            for number, place in enumerate(np.flatnonzero(there)):
+                used = record.tail_counts[number] > 0
+                np.testing.assert_array_equal(lines["tail_ids"][place], record.tail_ids[number][used])
+                np.testing.assert_array_equal(lines["tail_counts"][place], record.tail_counts[number][used])
+
+
+def test_records_of_another_rule_and_the_other_planes_are_there(tmp_path: Path) -> None:
+    """`all` records prompts and document ends, whose true token is null where no token follows."""
+    manifest = synthetic_manifest(positions="all", planes=OPTIONAL_PLANES, rows_per_shard=9)
+    write_synthetic_store(tmp_path / "store", manifest, {"train": 9}, seed=0)
+    table = pd.read_parquet(export_store(tmp_path / "store", tmp_path / "out")[0])
+    store = open_store(tmp_path / "store")
+    for index in range(9):
+        row = store.read_row("train", index)
+        lines = table[table["row"] == index].reset_index(drop=True)
+        real = document_of_position(row) >= 0
+        np.testing.assert_array_equal(lines["recorded"], real)
+        np.testing.assert_array_equal(lines["entropy"].notna(), real)
+        np.testing.assert_array_equal(lines["true_logprob"].notna(), lines["next_token_id"].notna())
+        np.testing.assert_array_equal(lines["token_types"], row.optional["token_types"])
+        weights = np.ones(16, np.float32)
+        for start, weight in zip(row.optional["weight_starts"], row.optional["weights"], strict=True):
+            weights[start:] = weight
+        np.testing.assert_array_equal(lines["weight"], weights)
+
+
+@pytest.mark.parametrize("target", ["masked_token", "class"])
+def test_stored_labels_are_a_column_in_place_of_the_next_token(tmp_path: Path, target: str) -> None:
+    outcomes = ("no", "maybe", "yes") if target == "class" else None
+    manifest = synthetic_manifest(target=target, outcomes=outcomes, k=2, n=0)
+    write_synthetic_store(tmp_path / "store", manifest, {"train": 3}, seed=0)
+    table = pd.read_parquet(export_store(tmp_path / "store", tmp_path / "out")[0])
+    assert "next_token_id" not in table
+    for index in range(3):
+        row = open_store(tmp_path / "store").read_row("train", index)
+        lines = table[table["row"] == index].reset_index(drop=True)
+        np.testing.assert_array_equal(lines["label"].notna(), row.loss_mask)
+        np.testing.assert_array_equal(lines["label"][row.loss_mask], row.optional["labels"])
 
 
 def test_heads_cut_short_are_exported_as_far_as_they_go(tmp_path: Path) -> None:
@@ -69,14 +110,15 @@ def test_heads_cut_short_are_exported_as_far_as_they_go(tmp_path: Path) -> None:
     table, store = pd.read_parquet(files[0]), open_store(tmp_path / "store")
     lengths = set()
     for index in range(3):
-        record = store.read_row("train", index).teacher
+        row = store.read_row("train", index)
+        record = row.teacher
         lines = table[table["row"] == index].reset_index(drop=True)
-        for place in range(16):
-            used = record.head_ids[place] >= 0
+        for number, place in enumerate(np.flatnonzero(row.recorded)):
+            used = record.head_ids[number] >= 0
             lengths.add(int(used.sum()))
-            np.testing.assert_array_equal(lines["head_ids"][place], record.head_ids[place][used])
-            np.testing.assert_array_equal(lines["head_logprobs"][place], record.head_logprobs[place][used])
-        np.testing.assert_array_equal(lines["log_rest_1"], record.log_rest[:, 0])
+            np.testing.assert_array_equal(lines["head_ids"][place], record.head_ids[number][used])
+            np.testing.assert_array_equal(lines["head_logprobs"][place], record.head_logprobs[number][used])
+        np.testing.assert_array_equal(lines["log_rest_1"][row.recorded], record.log_rest[:, 0])
     assert len(lengths) > 1, "of unequal length"
 
 
@@ -84,7 +126,9 @@ def test_the_documented_columns_are_the_file_s(tmp_path: Path) -> None:
     text = (Path(__file__).parents[3] / "docs/store.md").read_text().split("## export")[1].split("## ")[0]
     table = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
     documented = [name for cell in table for name in re.findall("`([a-z_0-9]+)`", cell)]
-    manifest = synthetic_manifest(tail_logprobs=True, temperatures=(0.5, 1.0))
+    manifest = synthetic_manifest(
+        tail_logprobs=True, temperatures=(0.5, 1.0), positions="all", planes=OPTIONAL_PLANES
+    )
     assert documented == export_schema(manifest, text=True).names
 
 

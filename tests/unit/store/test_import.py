@@ -73,7 +73,9 @@ def test_derived_records_are_the_dense_distribution_s(tmp_path: Path) -> None:
     made, logprobs = document(10, 6, 0)
     run(tmp_path, [made], k=4)
     store = open_store(tmp_path / "store")
-    record = store.read_row("train", 0).teacher
+    row = store.read_row("train", 0)
+    record, logprobs = row.teacher, logprobs[:9]  # no token follows the last, so that no record stands there
+    np.testing.assert_array_equal(row.recorded, np.arange(10) < 9)
     spec = store.manifest.record
     assert (spec.k, spec.n, spec.temperatures, spec.rest) == (4, 0, (1.0,), "derived")
     order = np.argsort(-logprobs, axis=1)
@@ -88,12 +90,11 @@ def test_derived_records_are_the_dense_distribution_s(tmp_path: Path) -> None:
     )
     assert (record.entropy <= -(np.exp(logprobs) * logprobs).sum(axis=1) + 1e-5).all()
     true = logprobs[np.arange(9), made.token_ids[1:]]
-    in_head = (order[:9, :4] == made.token_ids[1:, None]).any(axis=1)
-    np.testing.assert_allclose(record.true_logprob[:9][in_head], true[in_head], rtol=1e-5)
-    bound = np.minimum(head[:9, -1], np.log(rest[:9]))
-    np.testing.assert_allclose(record.true_logprob[:9][~in_head], bound[~in_head], rtol=1e-5)
+    in_head = (order[:, :4] == made.token_ids[1:, None]).any(axis=1)
+    np.testing.assert_allclose(record.true_logprob[in_head], true[in_head], rtol=1e-5)
+    bound = np.minimum(head[:, -1], np.log(rest))
+    np.testing.assert_allclose(record.true_logprob[~in_head], bound[~in_head], rtol=1e-5)
     assert (bound[~in_head] >= true[~in_head] - 1e-9).all(), "an upper bound"
-    assert record.true_logprob[-1] == 0
     assert store.manifest.dataset["imported"]["not_given"] == ["everything else"]
     assert verify_store(tmp_path / "store").problems == ()
 
@@ -103,7 +104,7 @@ def test_a_true_logprob_that_the_source_gives_is_kept(tmp_path: Path) -> None:
     made.true_logprob[:9] = logprobs[np.arange(9), made.token_ids[1:]]
     run(tmp_path, [made])
     found = open_store(tmp_path / "store").read_row("train", 0).teacher.true_logprob
-    np.testing.assert_allclose(found[:9], made.true_logprob[:9], rtol=1e-5)
+    np.testing.assert_allclose(found, made.true_logprob[:9], rtol=1e-5)
 
 
 def test_records_without_a_normaliser_are_relative_to_the_head(tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_records_without_a_normaliser_are_relative_to_the_head(tmp_path: Path) -
     run(tmp_path, [made], rest="unknown", k=4)
     store = open_store(tmp_path / "store")
     record = store.read_row("train", 0).teacher
-    head = -np.sort(-logprobs, axis=1)[:, :4]
+    head = -np.sort(-logprobs[:9], axis=1)[:, :4]
     head -= np.log(np.exp(head).sum(axis=1, keepdims=True))
     np.testing.assert_allclose(record.head_logprobs, head, rtol=1e-5, atol=1e-6)
     assert np.isneginf(record.log_rest).all() and store.manifest.record.rest == "unknown"
@@ -126,7 +127,7 @@ def test_rounded_sums_above_one_are_scaled_and_reported(tmp_path: Path) -> None:
         np.expm1(0.01), rel=1e-6
     )
     record = open_store(tmp_path / "store").read_row("train", 0).teacher
-    head = -np.sort(-logprobs, axis=1)[:, :5]
+    head = -np.sort(-logprobs[:5], axis=1)[:, :5]
     np.testing.assert_allclose(record.head_logprobs, head, rtol=1e-5)
     np.testing.assert_allclose(np.exp(record.log_rest[:, 0]), 1 - np.exp(head).sum(axis=1), atol=1e-6)
     assert "sum to more than 1" in result.text()
@@ -213,7 +214,7 @@ def test_long_documents_are_cut_and_what_does_not_count_is_skipped(tmp_path: Pat
     assert (result.survey.cut_tokens, result.survey.skipped, result.survey.documents) == (18, 1, 1)
     row = open_store(tmp_path / "store").read_row("train", 0)
     np.testing.assert_array_equal(row.token_ids, long.token_ids[:12])
-    assert row.loss_mask.sum() == 11 and row.teacher.true_logprob[-1] == 0
+    assert row.loss_mask.sum() == 11 and len(row.teacher.true_logprob) == 11
     text = result.text()
     assert "18 tokens" in text and "1 documents without" in text
 
@@ -232,9 +233,10 @@ def test_positions_that_list_too_little_are_refused_or_left_out(tmp_path: Path) 
     result = run(tmp_path, [made], k=6, mask_short=True)
     row = open_store(tmp_path / "store").read_row("train", 0)
     assert result.survey.masked == 2 and np.flatnonzero(~row.loss_mask).tolist() == [4, 7, 9]
-    # What is not known is uniform.
-    np.testing.assert_allclose(row.teacher.head_logprobs[7], -np.log(V), rtol=1e-6)
-    np.testing.assert_allclose(row.teacher.log_rest[7, 0], np.log((V - 6) / V), rtol=1e-5)
+    # What is not known has no record.
+    np.testing.assert_array_equal(row.recorded, row.loss_mask)
+    kept = [place for place in range(9) if place not in (4, 7)]
+    np.testing.assert_array_equal(np.sort(row.teacher.head_ids), np.sort(made.head_ids[kept]))
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:

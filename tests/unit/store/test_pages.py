@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from whole import whole_manifest, whole_rows
 
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
@@ -28,8 +29,7 @@ def _write(path: Path, manifest: Manifest, rows: list[Row]) -> Path:
 
 
 def _shift(row: Row, by: int) -> Row:
-    """Moves the records of a row by some positions against its tokens, as an off-by-one in a capture "
-    "would."""
+    """Moves the records of a whole row by some positions against its tokens, as an off-by-one would."""
     record = row.teacher
     assert record is not None
     moved = TeacherRecord(
@@ -45,8 +45,8 @@ def _shift(row: Row, by: int) -> Row:
 
 @pytest.mark.parametrize(("k", "n"), [(8, 0), (8, 12), (0, 40)])
 def test_shifted_records_raise_the_alarm(tmp_path: Path, k: int, n: int) -> None:
-    manifest = synthetic_manifest(k=k, n=n, sequence_length=64, rows_per_shard=8)
-    rows = synthetic_rows(manifest, 8, 0)
+    manifest = whole_manifest(k=k, n=n, sequence_length=64, rows_per_shard=8)
+    rows = whole_rows(manifest, 8, 0)
     good = verify_store(_write(tmp_path / "good", manifest, rows))
     assert good.ok and good.alignment is not None and good.alignment.verdict == "aligned"
     assert good.alignment.inconsistent == 0 and "aligned:" in good.text()
@@ -113,14 +113,23 @@ def test_tail_mass_from_the_dense_distribution() -> None:
 def test_means_count_the_positions_of_the_loss() -> None:
     manifest = synthetic_manifest(sequence_length=32)
     rows = synthetic_rows(manifest, 4, 0)
-    means = record_means(rows, manifest.record.temperatures)
+    means = record_means(rows, manifest.record.temperatures, manifest.target)
     assert means is not None
-    masks = [row.loss_mask for row in rows]
-    nll = np.concatenate([-row.teacher.true_logprob[mask] for row, mask in zip(rows, masks, strict=True)])
+    nll = np.concatenate([-row.teacher.true_logprob for row in rows])
     assert means.positions == len(nll) and means.rows == 4
     assert means.teacher_nll == pytest.approx(nll.mean(dtype=np.float64), rel=1e-6)
-    drawn = np.concatenate([row.teacher.tail_counts[mask] for row, mask in zip(rows, masks, strict=True)])
+    drawn = np.concatenate([row.teacher.tail_counts for row in rows])
     assert means.distinct_draws == pytest.approx((drawn > 0).sum(axis=1).mean())
+    # Records of prompts and document ends are none of the loss's.
+    whole = whole_manifest(sequence_length=32)
+    rows = whole_rows(whole, 4, 0)
+    counted = np.concatenate([row.teacher.entropy[row.loss_mask] for row in rows])
+    assert len(counted) < 4 * 32
+    means = record_means(rows, whole.record.temperatures, whole.target)
+    assert means is not None and means.positions == len(counted)
+    assert means.entropy == pytest.approx(counted.mean(dtype=np.float64), rel=1e-6)
+    silent = [dataclasses.replace(row, loss_mask=np.zeros(32, np.bool_)) for row in rows]
+    assert record_means(silent, whole.record.temperatures, whole.target) is None
 
 
 def test_page_of_a_logit_store(tmp_path: Path) -> None:
@@ -139,13 +148,15 @@ def test_page_of_a_logit_store(tmp_path: Path) -> None:
         "drawn",
     ):
         assert words in page, words
-    assert page.count("position ") == 3
+    assert page.count(", position ") == 3 and "at every position that the loss counts" in page
     (read,) = (line for line in page.splitlines() if line.startswith("rows read"))
     assert read.split()[2:] == ["5", "2"]
     total = next(
         line for line in page.splitlines() if line.startswith("all  ") and "%" in line and "640" not in line
     )
-    assert "704" in total, "22 rows of 32 tokens"
+    counted = sum(int(row.loss_mask.sum()) for row in synthetic_rows(manifest, 20, 0))
+    counted += sum(int(row.loss_mask.sum()) for row in synthetic_rows(manifest, 2, 1, "heldout"))
+    assert total.split()[3:6] == ["704", str(counted), str(counted)], "22 rows of 32 tokens"
     assert max(map(len, page.splitlines())) <= 110
     # The candidates' text is that of the stored ids.
     assert "'w" in page
@@ -154,7 +165,7 @@ def test_page_of_a_logit_store(tmp_path: Path) -> None:
 def test_page_of_a_token_store(tmp_path: Path) -> None:
     write_synthetic_store(tmp_path / "store", synthetic_manifest(k=0, n=0), {"train": 4}, seed=0)
     page = inspect_text(tmp_path / "store", positions=2)
-    assert page.startswith("token store") and "next " in page and "tail mass" not in page
+    assert page.startswith("token store") and "label  'w" in page and "tail mass" not in page
 
 
 def test_page_without_tokenizer_json_shows_ids(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_s
 from sparsekd.logit_store.tools.reencode import narrowed_record, reencode_store
 
 sys.path.append(str(Path(__file__).parent))
-from dense import V, dense_logprobs, dense_manifest, dense_rows, write_rows
+from dense import L, V, dense_logprobs, dense_manifest, dense_rows, write_rows
 
 
 @pytest.mark.parametrize("k", [1, 3, 15, 16])
@@ -44,7 +44,7 @@ def test_a_head_of_everything_leaves_an_exact_rest(tmp_path: Path) -> None:
         rows = dense_rows(logprobs, V)
     rows = [
         dataclasses.replace(
-            row, teacher=dataclasses.replace(row.teacher, rest_entropy=np.zeros(12, np.float32))
+            row, teacher=dataclasses.replace(row.teacher, rest_entropy=np.zeros(L - 1, np.float32))
         )
         for row in rows
     ]
@@ -60,7 +60,9 @@ def test_a_head_of_everything_leaves_an_exact_rest(tmp_path: Path) -> None:
 def test_one_dropped_entry_of_an_empty_rest_has_no_entropy() -> None:
     row = dense_rows(dense_logprobs(1, seed=2), 8)[0]
     record = dataclasses.replace(
-        row.teacher, log_rest=np.full((12, 3), -np.inf, np.float32), rest_entropy=np.zeros(12, np.float32)
+        row.teacher,
+        log_rest=np.full((L - 1, 3), -np.inf, np.float32),
+        rest_entropy=np.zeros(L - 1, np.float32),
     )
     narrow = narrowed_record(record, dense_manifest(8).record, 7)
     np.testing.assert_allclose(narrow.rest_entropy, 0, atol=1e-6)

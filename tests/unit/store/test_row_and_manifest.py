@@ -10,6 +10,7 @@ from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import (
     CodecSpec,
     Manifest,
+    RecordSpec,
     compare_manifests,
     manifest_digest,
     manifest_from_json,
@@ -65,8 +66,15 @@ def _another(value: object) -> object:
 def test_every_field_is_compared_by_name() -> None:
     manifest = synthetic_manifest()
     raw = json.loads(manifest_to_json(manifest))
-    fixed = {("format_version",), ("alignment",)}
-    paths = [path for path in _paths(raw) if path not in fixed]
+    # One value alone, or values that go with those of other fields: see the next test.
+    bound = {("format_version",), ("outcomes",), ("record", "rest"), ("record", "share")}
+    chosen = {
+        ("target",): "masked_token",
+        ("planes",): ["weights"],
+        ("record", "positions"): "all",
+        ("record", "tail_logprobs"): True,
+    }
+    paths = [path for path in _paths(raw) if path not in bound]
     assert ("record", "seed") in paths and len(paths) > 15
     for path in paths:
         changed = json.loads(manifest_to_json(manifest))
@@ -75,7 +83,7 @@ def test_every_field_is_compared_by_name() -> None:
             place = place[name]
         if isinstance(place[path[-1]], dict):
             continue  # codec parameters and versions, empty here
-        place[path[-1]] = _another(place[path[-1]])
+        place[path[-1]] = chosen.get(path, _another(place[path[-1]]))
         other = manifest_from_json(json.dumps(changed), "there")
         lines = compare_manifests(manifest, other)
         assert lines and all(line.startswith(".".join(path)) for line in lines), (path, lines)
@@ -88,6 +96,32 @@ def test_difference_names_both_values() -> None:
     assert compare_manifests(found, wanted) == ["record.k: found 4, wanted 8"]
 
 
+def test_fields_that_go_together_are_named_each() -> None:
+    found = synthetic_manifest(k=2, n=0, temperatures=(1.0,), positions="sampled", share=0.25)
+    assert compare_manifests(found, dataclasses.replace(found, record=_with(found, share=0.5))) == [
+        "record.share: found 0.25, wanted 0.5"
+    ]
+    assert compare_manifests(found, dataclasses.replace(found, record=_with(found, rest="derived"))) == [
+        "record.rest: found 'exact', wanted 'derived'"
+    ]
+    classes = dataclasses.replace(found, target="class", outcomes=("no", "maybe", "yes"))
+    assert compare_manifests(classes, dataclasses.replace(classes, outcomes=("no", "yes"))) == [
+        "outcomes[1]: found 'maybe', wanted 'yes'",
+        "outcomes[2]: found 'yes', wanted 'nothing'",
+    ]
+    assert [line.partition(":")[0] for line in compare_manifests(found, classes)] == [
+        "outcomes",
+        "outcomes[0]",
+        "outcomes[1]",
+        "outcomes[2]",
+        "target",
+    ]
+
+
+def _with(manifest: Manifest, **fields: object) -> RecordSpec:
+    return dataclasses.replace(manifest.record, **fields)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -96,7 +130,7 @@ def test_difference_names_both_values() -> None:
         (lambda raw: {name: raw[name] for name in raw if name != "splits"}, ["lacks splits"]),
         (lambda raw: raw | {"colour": "red"}, ["unknown colour"]),
         (lambda raw: raw | {"sequence_length": "16"}, ["sequence_length", "'16'"]),
-        (lambda raw: raw | {"alignment": "other"}, ["alignment"]),
+        (lambda raw: raw | {"target": "other"}, ["target", "'other'", "next_token, masked_token, class"]),
         (lambda raw: raw | {"teacher": None}, ["teacher"]),
         (lambda raw: raw | {"rows_per_shard": 0}, ["rows_per_shard", "0"]),
         (lambda raw: raw | {"splits": ["a", "a"]}, ["splits"]),
@@ -123,16 +157,22 @@ def test_bad_manifest_is_refused_by_name(change, words: list[str]) -> None:
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_usual_fields_of_the_record_are_left_out() -> None:
-    """Stores from before a field was thought of keep their bytes."""
-    usual = json.loads(manifest_to_json(synthetic_manifest()))["record"]
-    assert set(usual) == {"k", "n", "temperatures", "draw_temperature", "seed"}
-    manifest = synthetic_manifest(tail_logprobs=True)
-    assert json.loads(manifest_to_json(manifest))["record"] == {**usual, "tail_logprobs": True}
-    assert manifest_from_json(manifest_to_json(manifest), "here") == manifest
-    assert compare_manifests(synthetic_manifest(), manifest) == [
-        "record.tail_logprobs: found False, wanted True"
-    ]
+def test_every_field_is_written_also_the_usual_ones() -> None:
+    raw = json.loads(manifest_to_json(synthetic_manifest()))
+    assert set(raw) == {field.name for field in dataclasses.fields(Manifest)}
+    assert set(raw["record"]) == {field.name for field in dataclasses.fields(RecordSpec)}
+    assert (raw["target"], raw["outcomes"], raw["planes"]) == ("next_token", None, [])
+    assert (raw["record"]["positions"], raw["record"]["share"]) == ("counted", 1.0)
+    for place in (raw, raw["record"]):
+        for name in place:
+            less = json.loads(json.dumps(raw))
+            del (less["record"] if place is raw["record"] else less)[name]
+            with pytest.raises(StoreError, match=name):
+                manifest_from_json(json.dumps(less), "here")
+    every = synthetic_manifest(
+        target="class", outcomes=("no", "yes"), planes=("weights", "token_types"), k=2, n=0
+    )
+    assert manifest_from_json(manifest_to_json(every), "here") == every
 
 
 def test_long_tables_are_not_printed() -> None:
@@ -167,8 +207,3 @@ def test_tokenizer_digest_sees_names_and_bytes(tmp_path) -> None:
     assert len({before, with_else, tokenizer_digest(folder)}) == 3
     with pytest.raises(StoreError, match="does not exist"):
         tokenizer_digest(tmp_path / "none")
-
-
-def test_manifest_is_hashable_by_digest_alone() -> None:
-    names = {field.name for field in dataclasses.fields(Manifest)}
-    assert names == set(json.loads(manifest_to_json(synthetic_manifest())))

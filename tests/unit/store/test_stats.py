@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from whole import whole_manifest, whole_row
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_store
@@ -36,43 +37,50 @@ def test_a_spread_of_zeros_of_infinities_and_of_nothing() -> None:
     assert spread.percentile(100) == np.inf and spread.mean == 0.25 and spread.infinite == 1
 
 
+@pytest.mark.parametrize("positions", ["counted", "all"])
 @pytest.mark.parametrize(("k", "n"), [(4, 6), (4, 0), (0, 6)])
-def test_statistics_of_all_positions(tmp_path: Path, k: int, n: int) -> None:
-    manifest = synthetic_manifest(k=k, n=n, sequence_length=40)
+def test_statistics_of_all_positions(tmp_path: Path, k: int, n: int, positions: str) -> None:
+    manifest = synthetic_manifest(k=k, n=n, sequence_length=40, positions=positions)
     write_synthetic_store(tmp_path / "store", manifest, {"train": 9, "heldout": 2}, seed=0)
     stats = store_stats(tmp_path / "store").splits["train"]
     rows = synthetic_rows(manifest, 9, 0)
-    counted = [(row, int(place)) for row in rows for place in np.flatnonzero(row.loss_mask)]
+    # (row, position, number of its record)
+    counted = [
+        (row, int(place), int(row.recorded[:place].sum()))
+        for row in rows
+        for place in np.flatnonzero(row.loss_mask)
+    ]
+    assert positions == "counted" or len(counted) < sum(int(row.recorded.sum()) for row in rows)
     assert stats.rows == 9 and stats.positions == len(counted)
-    nll = np.array([-row.teacher.true_logprob[place] for row, place in counted], np.float64)
+    nll = np.array([-row.teacher.true_logprob[number] for row, _, number in counted], np.float64)
     assert stats.teacher_nll.mean == pytest.approx(nll.mean(), rel=1e-6)
     assert stats.entropy.mean == pytest.approx(
-        np.mean([row.teacher.entropy[place] for row, place in counted])
+        np.mean([row.teacher.entropy[number] for row, _, number in counted])
     )
     for column, temperature in enumerate(manifest.record.temperatures):
         masses = []
-        for row, place in counted:
-            head = np.exp(row.teacher.head_logprobs[place].astype(np.float64) / temperature).sum()
-            rest = np.exp(float(row.teacher.log_rest[place, column]))
+        for row, _, number in counted:
+            head = np.exp(row.teacher.head_logprobs[number].astype(np.float64) / temperature).sum()
+            rest = np.exp(float(row.teacher.log_rest[number, column]))
             masses.append(rest / (head + rest))
         assert stats.tail_mass[column].mean == pytest.approx(np.mean(masses), rel=1e-6)
     shares, found = [], 0
-    for row, place in counted:
+    for row, place, number in counted:
         record = row.teacher
 
         def ids(at: int, record=record) -> set[int]:
             return {int(i) for i in [*record.head_ids[at], *record.tail_ids[at]] if i >= 0}
 
-        found += int(row.token_ids[place + 1]) in ids(place)
-        if place not in row.segment_starts:
-            shares.append(len(ids(place) & ids(place - 1)) / len(ids(place)))
+        found += int(row.token_ids[place + 1]) in ids(number)
+        if place not in row.segment_starts and row.recorded[place - 1]:
+            shares.append(len(ids(number) & ids(number - 1)) / len(ids(number)))
     assert stats.overlap.mean == pytest.approx(np.mean(shares)) and stats.overlap.count == len(shares)
     assert stats.true_stored == pytest.approx(found / len(counted))
     assert store_stats(tmp_path / "store", split="heldout", rows=1).splits.keys() == {"heldout"}
 
 
 def test_overlap_of_a_row_that_repeats_itself() -> None:
-    row = synthetic_rows(synthetic_manifest(k=4, n=0), 1, 0)[0]
+    row = whole_row(whole_manifest(k=4, n=0))
     row.teacher.head_ids[:] = np.arange(4)
     row.teacher.head_ids[5] = [0, 1, 100, 299]
     share, has_before = support_overlap(row)

@@ -191,8 +191,9 @@ def test_megatron_s_samples_meet_the_rows_of_a_token_store(
         np.testing.assert_array_equal(row.token_ids, source.token_ids)
         np.testing.assert_array_equal(row.loss_mask, source.loss_mask)
         ids, values = formats._sample(number)
-        np.testing.assert_array_equal(row.teacher.head_ids, ids[:, :3])
-        np.testing.assert_allclose(row.teacher.head_logprobs, values[:, :3], rtol=1e-3)
+        np.testing.assert_array_equal(row.recorded, row.loss_mask)
+        np.testing.assert_array_equal(row.teacher.head_ids, ids[row.loss_mask, :3])
+        np.testing.assert_allclose(row.teacher.head_logprobs, values[row.loss_mask, :3], rtol=1e-3)
     write_synthetic_store(Path("few"), manifest, {"train": 7}, seed=0)
     assert main([*words[:3], "other", *words[4:6], "--tokens", "few"]) == 2
     assert "more samples than split train of few has rows (7)" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from sparsekd.logit_store.codecs.frequency import compact_parameters
 from sparsekd.logit_store.manifest import CodecSpec, Manifest
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
-from sparsekd.logit_store.row import Row
+from sparsekd.logit_store.row import NO_ID, Row
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_tokenizer
 from sparsekd.trainer.errors import DataError
 from sparsekd.trainer.student.batches import (
@@ -35,6 +35,12 @@ MANIFEST = synthetic_manifest(vocabulary_size=50, sequence_length=12, k=3, n=5)
 
 def rows(count: int = 6) -> list[Row]:
     return synthetic_rows(MANIFEST, count, seed=1)
+
+
+def records_of(row: Row) -> list[tuple[int, int]]:
+    """(number, position) of each record."""
+    assert row.recorded is not None and 0 < row.recorded.sum() < 12
+    return list(enumerate(np.flatnonzero(row.recorded).tolist()))
 
 
 def objective(**changes: Any) -> Objective:
@@ -72,16 +78,26 @@ def test_targets_are_head_then_draws_at_the_chosen_temperature() -> None:
     assert batch.token_ids.shape == (2, 12) and batch.targets is not None
     ids, head_logprobs, counts, log_rest, entropy = batch.targets
     assert ids.shape == (24, 8) and ids.dtype == torch.int64
-    teacher = some[1].teacher
-    assert teacher is not None
-    for position in range(12):
-        there = 12 + position
-        assert ids[there, :3].tolist() == teacher.head_ids[position].tolist()
-        assert ids[there, 3:].tolist() == teacher.tail_ids[position].tolist()
-        assert counts[there].tolist() == teacher.tail_counts[position].tolist()
-        assert np.array_equal(head_logprobs[there].numpy(), teacher.head_logprobs[position])
-        assert log_rest[there].item() == teacher.log_rest[position, 1]
-        assert entropy[there].item() == teacher.entropy[position]
+    for number, position in records_of(some[1]):
+        teacher, there = some[1].teacher, 12 + position
+        assert teacher is not None
+        assert ids[there, :3].tolist() == teacher.head_ids[number].tolist()
+        assert ids[there, 3:].tolist() == teacher.tail_ids[number].tolist()
+        assert counts[there].tolist() == teacher.tail_counts[number].tolist()
+        assert np.array_equal(head_logprobs[there].numpy(), teacher.head_logprobs[number])
+        assert log_rest[there].item() == teacher.log_rest[number, 1]
+        assert entropy[there].item() == teacher.entropy[number]
+
+
+def test_where_no_record_stands_nothing_is_said() -> None:
+    some = rows(4)
+    batch = micro_batch(some, rest=rest_formula_of(objective(), MANIFEST))
+    assert batch.targets is not None
+    silent = np.concatenate([~row.loss_mask for row in some])
+    assert 0 < silent.sum() < silent.size
+    assert bool((batch.targets.ids[silent] == NO_ID).all()) and not batch.targets.tail_counts[silent].any()
+    assert bool(torch.isneginf(batch.targets.head_logprobs[silent]).all())
+    assert not batch.weights[silent].any() and batch.weights[~silent].all()
 
 
 def test_targets_between_the_grid_s_temperatures() -> None:
@@ -90,11 +106,11 @@ def test_targets_between_the_grid_s_temperatures() -> None:
     assert rest is not None and rest.column is None
     targets = micro_batch(some, rest=rest).targets
     assert targets is not None
-    teacher = some[1].teacher
-    assert teacher is not None
-    for position in range(12):
-        stored, found = teacher.log_rest[position], targets.log_rest[12 + position].item()
-        expected = rest.constant + rest.entropy * teacher.rest_entropy[position] + stored @ rest.columns
+    for number, position in records_of(some[1]):
+        teacher = some[1].teacher
+        assert teacher is not None
+        stored, found = teacher.log_rest[number], targets.log_rest[12 + position].item()
+        expected = rest.constant + rest.entropy * teacher.rest_entropy[number] + stored @ rest.columns
         assert found == pytest.approx(expected, rel=1e-6)
         # R grows with the temperature.
         assert stored[1] < found < stored[2]
@@ -145,7 +161,8 @@ def test_short_heads_and_impossible_entries_pass_the_check(tmp_path: Path, mass:
     batch = micro_batch(some, rest=rest_formula_of(objective(), manifest))
     assert batch.targets is not None
     assert bool(torch.isneginf(batch.targets.head_logprobs).any())
-    assert bool((batch.targets.ids < 0).any()) == (mass is not None)
+    there = torch.from_numpy(np.concatenate([row.loss_mask for row in some]))
+    assert bool((batch.targets.ids[there] < 0).any()) == (mass is not None)
     check_values(batch, vocabulary_size=50, temperature=1.0)
     # Still not everything passes.
     counted = int(batch.weights.nonzero()[3])

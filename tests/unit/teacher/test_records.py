@@ -7,17 +7,24 @@ import pytest
 
 from sparsekd.logit_store.row import Row, TeacherRecord, next_tokens
 from sparsekd.trainer.teacher.capture import missing_units, readable_seconds, tail_mass
-from sparsekd.trainer.teacher.verify import deviation_of
+from sparsekd.trainer.teacher.deviation import deviation_of
 from sparsekd.trainer.teacher.weights import engine_settings
 
 
-def row_of(starts: list[int], documents: list[int], length: int, teacher: TeacherRecord | None = None) -> Row:
+def row_of(
+    starts: list[int],
+    documents: list[int],
+    length: int,
+    teacher: TeacherRecord | None = None,
+    recorded: list[bool] | None = None,
+) -> Row:
     return Row(
         token_ids=np.arange(10, 10 + length, dtype=np.int32),
         loss_mask=np.zeros(length, dtype=bool),
         segment_starts=np.array(starts, dtype=np.int32),
         segment_documents=np.array(documents, dtype=np.int64),
         teacher=teacher,
+        recorded=None if recorded is None else np.array(recorded),
     )
 
 
@@ -57,13 +64,20 @@ def test_deviation_finds_the_worst_place_and_knows_infinities() -> None:
     infinite = -float("inf")
     pairs = [([-1.0, infinite, -2.0], [-1.0, infinite, -2.0]), ([-1.0, -1.5, -2.0], [-1.0, -1.25, -2.0])]
     stored = [
-        ("train", number, row_of([0], [1], 3, record_of(left)), record_of(right))
+        (
+            "train",
+            number,
+            row_of([0], [1], 5, record_of(left), [False, True, False, True, True]),
+            record_of(right),
+        )
         for number, (left, right) in zip((7, 9), pairs, strict=True)
     ]
     found = deviation_of("log_rest", stored)
-    assert (found.largest, found.row, found.position) == (0.25, 9, 1)
+    assert (found.largest, found.row, found.position) == (0.25, 9, 3), "the second record stands at 3"
     assert found.mean == pytest.approx(0.25 / 6)
-    stored.append(("train", 11, row_of([0], [1], 1, record_of([infinite])), record_of([-3.0])))
+    nothing = row_of([0], [1], 2, record_of([]), [False, False])
+    assert deviation_of("log_rest", [*stored, ("train", 10, nothing, record_of([]))]) == found
+    stored.append(("train", 11, row_of([0], [1], 1, record_of([infinite]), [True]), record_of([-3.0])))
     assert deviation_of("log_rest", stored).largest == float("inf")
     assert deviation_of("log_rest", stored).row == 11
 

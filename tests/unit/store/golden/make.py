@@ -17,13 +17,16 @@ from sparsekd.logit_store.codecs.frequency import compact_parameters
 from sparsekd.logit_store.manifest import CodecSpec, Manifest, TokenizerIdentity
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
-from sparsekd.logit_store.row import Row
+from sparsekd.logit_store.row import Row, planes_of_row
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
 from sparsekd.logit_store.tokenizer_files import digest_of_files
 
 HERE = Path(__file__).parent
 VOCABULARY = 70_000  # two byte planes and a bit plane, but for the kinds that name another
 TOKENIZER = {"tokenizer.json": b"{}\n"}
+
+BOTH = {"planes": ("weights", "token_types")}
+CLASSES = ("no", "perhaps", "yes")
 
 # name -> (codec, fields of the manifest)
 KINDS = {
@@ -39,6 +42,15 @@ KINDS = {
     "plain-v256": ("plain", {"k": 5, "n": 7, "tail_logprobs": True, "vocabulary": 256}),
     "tkq8-v262144": ("tkq8", {"k": 5, "n": 7, "tail_logprobs": True, "vocabulary": 262_144}),
     "plain-v262144": ("plain", {"k": 5, "n": 7, "tail_logprobs": True, "vocabulary": 262_144}),
+    # Where records stand, what labels are, weights and types.
+    "tkq8-share": ("tkq8", {"k": 5, "n": 7, "positions": "sampled", "share": 0.4, **BOTH}),
+    "plain-share": ("plain", {"k": 5, "n": 7, "positions": "sampled", "share": 0.4, **BOTH}),
+    "tkq8-all": ("tkq8", {"k": 5, "n": 7, "positions": "all"}),
+    "tkq8-masked": ("tkq8", {"k": 5, "n": 7, "target": "masked_token", "positions": "masked", **BOTH}),
+    "exact-masked": ("exact", {"k": 5, "n": 7, "target": "masked_token", **BOTH}),
+    "plain-masked": ("plain", {"k": 5, "n": 7, "target": "masked_token"}),
+    "tkq8-classes": ("tkq8", {"k": 3, "n": 0, "target": "class", "outcomes": CLASSES}),
+    "compact-classes": ("compact", {"k": 3, "n": 0, "target": "class", "outcomes": CLASSES}),
 }
 
 
@@ -59,18 +71,21 @@ def golden_manifest(name: str) -> Manifest:
 
 
 def golden_rows(manifest: Manifest) -> dict[str, list[Row]]:
-    rows = {"train": synthetic_rows(manifest, 3, 1), "heldout": synthetic_rows(manifest, 1, 2)}
+    rows = {
+        "train": synthetic_rows(manifest, 3, 1),
+        "heldout": synthetic_rows(manifest, 1, 2, "heldout"),
+    }
     return {split: [_with_edges(row, manifest) for row in content] for split, content in rows.items()}
 
 
 def _with_edges(row: Row, manifest: Manifest) -> Row:
-    """A row whose first positions are as odd as the rules allow."""
+    """A row whose first records are as odd as the rules allow."""
     record, k, n = row.teacher, manifest.record.k, manifest.record.n
-    vocabulary = manifest.tokenizer.vocabulary_size
-    if record is None:
+    vocabulary = manifest.outcome_count
+    if record is None or len(record.entropy) < 3 or manifest.outcomes is not None:
         return row
     changes = {field.name: getattr(record, field.name).copy() for field in dataclasses.fields(record)}
-    # Position 0: certainty, an empty rest, no draws. Position 1: equal values. Position 2: nearly equal ones.
+    # Record 0: certainty, an empty rest, no draws. 1: equal values. 2: nearly equal ones.
     changes["log_rest"][0], changes["rest_entropy"][0] = -np.inf, 0
     if k:
         # Steps of 5,000 where that many fit, as in the first stores; else such that the highest bit is used.
@@ -90,10 +105,7 @@ def _with_edges(row: Row, manifest: Manifest) -> Row:
 
 def digests_of(row: Row) -> dict[str, str]:
     """sha256 of each decoded array, in the little-endian type that `Row` promises."""
-    arrays = {name: getattr(row, name) for name in ("token_ids", "loss_mask")}
-    arrays |= {name: getattr(row, name) for name in ("segment_starts", "segment_documents")}
-    if row.teacher is not None:
-        arrays |= {field.name: getattr(row.teacher, field.name) for field in dataclasses.fields(row.teacher)}
+    arrays = planes_of_row(row)
     return {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
 
 

@@ -1,16 +1,12 @@
-"""What the contestants of the store benchmark have in common, and sparsekd's own codecs as contestants.
+"""Sparsekd's own codecs as contestants of the store benchmark."""
 
-L positions of a row, k head entries, n draws, G grid temperatures.
-"""
-
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from store_data import DRAWN, TOP_K, Case
+from store_layout import Decoded, Layout, Read
 
 from sparsekd.logit_store.codecs.codec import codec_of
 from sparsekd.logit_store.codecs.frequency import compact_parameters
@@ -22,62 +18,6 @@ from sparsekd.logit_store.synthetic import write_synthetic_tokenizer
 
 SPLIT = "train"
 RAGGED_MASS = 0.99
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """What a layout gives back of a row.
-
-    Attributes:
-        head_ids: int32 [L, k], most likely first; -1 where a head was cut short.
-        head_logprobs: float32 [L, k].
-        log_rest: float32 [L, G], or None where the layout does not keep it.
-        tail_ids: int32 [L, n] ascending, -1 behind; [L, 0] where the layout keeps no draws.
-        tail_counts: int32 [L, n].
-    """
-
-    head_ids: NDArray[np.int32]
-    head_logprobs: NDArray[np.float32]
-    log_rest: NDArray[np.float32] | None
-    tail_ids: NDArray[np.int32]
-    tail_counts: NDArray[np.int32]
-
-
-Read = Callable[[int], Decoded]
-
-
-class Layout(ABC):
-    """One way to keep rows.
-
-    Attributes:
-        name: in tables.
-        lacks: what it does not carry, in words; empty for nothing.
-        case: of the records it is given.
-        is_ours: whether it is sparsekd's.
-    """
-
-    name: str
-    lacks: str
-    case: Case
-    is_ours: bool = False
-
-    def prepare(self, folder: Path, manifest: Manifest, rows: Sequence[Row]) -> None:  # noqa: B027
-        """What is done once for a store, not for each shard; not timed."""
-
-    @abstractmethod
-    def write(self, folder: Path, rows: Sequence[Row]) -> None:
-        """Writes a file of rows; timed."""
-
-    def finish(self, folder: Path) -> None:  # noqa: B027
-        """What makes the store readable, once; not timed."""
-
-    @abstractmethod
-    def open(self, folder: Path) -> Read:
-        """Returns what reads any row, decodes it to int32 and float32, and checks it as the layout can."""
-
-    def size(self, folder: Path) -> int:
-        """Returns the bytes on disk that grow with the number of rows."""
-        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 class Ours(Layout):
