@@ -34,7 +34,7 @@ from mutators import MUTATORS
 
 from sparsekd.logit_store.codecs.frequency import compact_parameters
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.manifest import CodecSpec
+from sparsekd.logit_store.manifest import CodecSpec, FeatureSpec
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.recover import record_of_file
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
@@ -52,10 +52,15 @@ ROWS_READ = 12
 GOLDEN = Path(__file__).with_name("golden")
 
 
+def _feature(layer: int, kind: str, positions: str) -> FeatureSpec:
+    return FeatureSpec(layer, 8, 8, "none", None, 1.0, kind, positions)
+
+
 def base_stores(folder: Path) -> dict[str, Forgery]:
     """Sound stores of every codec and kind of record, and the golden ones."""
     both = {"k": 4, "n": 6}
     most = {"k": 3, "n": 5, "tail_logprobs": True, "planes": ("weights", "token_types")}
+    features = (_feature(2, "int8", "all"), _feature(4, "float16", "recorded"))
     masked = both | {"target": "masked_token"}
     classes = {"k": 3, "n": 0, "target": "class", "outcomes": tuple("abcde")}
     counts = np.arange(300)
@@ -66,6 +71,8 @@ def base_stores(folder: Path) -> dict[str, Forgery]:
         "tkq8 all": ("tkq8", {}, most | {"positions": "all"}),
         "tkq8 sampled": ("tkq8", {}, both | {"positions": "sampled", "share": 0.5}),
         "tkq8 masked": ("tkq8", {}, masked),
+        "tkq8 features": ("tkq8", {}, both | {"features": features}),
+        "exact features": ("exact", {}, {"k": 3, "n": 0, "features": features}),
         "tkq8 class": ("tkq8", {}, classes),
         "tkq8 head": ("tkq8", {}, {"k": 5, "n": 0}),
         "tkq8 draws": ("tkq8", {}, {"k": 0, "n": 7}),
