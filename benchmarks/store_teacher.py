@@ -108,7 +108,7 @@ class RealTeacher:
         """The records of the first rows, exactly as captured."""
         joined = self.sizes.joined
         manifest = manifest_of(case, self.sizes.vocabulary, self.sizes.length * joined)
-        pieces = captured_rows(self._settings, manifest, self._tokens, self._teacher, ("train", 0))
+        pieces = captured_rows(self._settings, manifest, self._tokens, self._teacher, {}, ("train", 0))
         starts = range(0, len(pieces), joined)
         return manifest, [_together(pieces[start : start + joined]) for start in starts]
 

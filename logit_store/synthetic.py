@@ -22,6 +22,7 @@ from sparsekd.logit_store.manifest import (
     TokenizerIdentity,
 )
 from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
+from sparsekd.logit_store.places.tokenizer_folder import digest_of_files
 from sparsekd.logit_store.positions import recorded_positions
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import (
@@ -35,7 +36,6 @@ from sparsekd.logit_store.row import (
     take_records,
     weights_of_positions,
 )
-from sparsekd.logit_store.tokenizer_files import digest_of_files
 
 _SHARPNESS = 3.0
 """Standard deviation of the made-up logits: at V = 1,000 an entropy of about 3 nats."""

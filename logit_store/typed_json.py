@@ -11,19 +11,16 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import re
 import reprlib
-import stat
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
-from sparsekd.logit_store.places.file_system import explained
+from sparsekd.logit_store.places.files import explained, read_file
 from sparsekd.logit_store.places.paths import StorePath
 
 Kind = TypeVar("Kind")
@@ -129,15 +126,7 @@ def read_bounded(place: StorePath, limit: int, read: Callable[[Any], bytes] | No
         StoreError: it is no file, or cannot be read.
     """
     try:
-        if isinstance(place, Path):
-            status = os.stat(place)
-            if not stat.S_ISREG(status.st_mode):
-                raise StoreError(f"{place} is not a file, but a folder or a device: {_RESTORE}.")
-            size = status.st_size
-            data = b"" if size > limit else (read or Path.read_bytes)(place)
-        else:
-            data = place.read_bytes() if read is None else read(place)
-            size = len(data)
+        data = read_file(place, largest=limit) if read is None else read(place)
     except FileNotFoundError:
         raise
     except OSError:
@@ -145,10 +134,8 @@ def read_bounded(place: StorePath, limit: int, read: Callable[[Any], bytes] | No
             raise
     except ValueError as error:
         raise StoreError(f"{place} cannot be read ({error}): name a store by a path of letters.") from error
-    if max(size, len(data)) > limit:
-        raise DamagedStoreError(
-            f"{place} has {max(size, len(data)):,} bytes, expected at most {limit:,}: {_RESTORE}."
-        )
+    if len(data) > limit:
+        raise DamagedStoreError(f"{place} has {len(data):,} bytes, expected at most {limit:,}: {_RESTORE}.")
     return data
 
 

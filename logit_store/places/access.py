@@ -6,18 +6,15 @@ on NFS, one that another machine replaces; a read merely fails.
 
 import mmap
 import os
-import shutil
 import threading
-import uuid
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Protocol
 
-from sparsekd.logit_store.errors import DamagedStoreError
 from sparsekd.logit_store.places.cache import Cache
-from sparsekd.logit_store.places.files import REMOTE, TEMPORARY_PREFIX, explained, files_below, read_range
+from sparsekd.logit_store.places.files import forget, read_file, read_range
+from sparsekd.logit_store.places.local_files import opened
 from sparsekd.logit_store.places.paths import RemotePath, StorePath
-from sparsekd.logit_store.tokenizer_files import tokenizer_digest
 
 KINDS = ("positional", "mapped")
 
@@ -45,11 +42,10 @@ class PositionalAccess:
         return read_range(place, offset, length)
 
     def whole(self, place: StorePath) -> bytes:
-        return place.read_bytes()
+        return read_file(place)
 
     def forget(self, place: StorePath, offset: int) -> None:
-        if isinstance(place, RemotePath):
-            REMOTE.forget(place)
+        forget(place)
 
 
 class MappedAccess:
@@ -66,8 +62,8 @@ class MappedAccess:
         # to the moment between it and the touch.
         size = os.stat(place).st_size
         if mapped is None or len(mapped) != size:
-            with open(place, "rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else mmap.mmap(-1, 1)
+            with opened(place) as (descriptor, size):
+                mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) if size else mmap.mmap(-1, 1)
         with self._lock:
             self._maps[place] = mapped
             while len(self._maps) > MAPS_KEPT:
@@ -75,7 +71,7 @@ class MappedAccess:
         return memoryview(mapped)[offset : min(offset + length, size)]
 
     def whole(self, place: Path) -> bytes:
-        return place.read_bytes()
+        return read_file(place)
 
     def forget(self, place: Path, offset: int) -> None:
         with self._lock:
@@ -101,49 +97,13 @@ class CachedAccess:
         name = self._name(place, 0)
         data = self._cache.get(name)
         if data is None:
-            data = place.read_bytes()
+            data = read_file(place)
             self._cache.put(name, data)
         return data
 
     def forget(self, place: RemotePath, offset: int) -> None:
         self._cache.remove(self._name(place, offset))
-        REMOTE.forget(place)
+        forget(place)
 
     def _name(self, place: RemotePath, offset: int) -> str:
         return f"{self._store}-{place.parent.name}-{place.name}-{offset}"
-
-
-def local_tokenizer(folder: RemotePath, digest: str, cache: Cache) -> Path:
-    """Returns a local folder with a remote store's tokenizer, copied there once.
-
-    It stays outside of the cache's bound: libraries hold on to its path, and it has a few megabytes.
-
-    Raises:
-        DamagedStoreError: the files are not the tokenizer of that digest.
-        StoreError: they cannot be read or written.
-    """
-    final = cache.folder / "tokenizers" / digest
-    if final.is_dir() and tokenizer_digest(final) == digest:
-        return final
-    working = final.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
-    with explained(working):
-        working.mkdir(parents=True)
-        try:
-            for name in files_below(folder):
-                (working / name).parent.mkdir(parents=True, exist_ok=True)
-                with explained(folder / name):
-                    (working / name).write_bytes((folder / name).read_bytes())
-            if tokenizer_digest(working) != digest:
-                raise DamagedStoreError(
-                    f"{folder} does not hold the manifest's tokenizer: a file is damaged, missing or too "
-                    "many; restore it from a copy."
-                )
-            shutil.rmtree(final, ignore_errors=True)  # damaged
-            try:
-                os.rename(working, final)
-            except OSError:
-                if not final.is_dir():  # of another process, which was faster
-                    raise
-        finally:
-            shutil.rmtree(working, ignore_errors=True)
-    return final

@@ -1,7 +1,7 @@
 """What a store needs of a file system, and the words for what goes wrong there.
 
-Two kinds keep the promise that a file is whole or absent: `local_files` by temporary name, fsync and link,
-`remote_files` by an upload that shows when it is completed.
+Three kinds keep the promise that a file is whole or absent: `local_files` by temporary name, fsync and link,
+`object_files` by an upload that shows when it is completed, `remote_files` by temporary name and move.
 """
 
 import contextlib
@@ -10,11 +10,11 @@ import hashlib
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
 from typing import Any, Protocol
 
-from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.errors import NameTakenError, StoreError
 from sparsekd.logit_store.places.paths import StorePath
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -68,11 +68,15 @@ Produce = Callable[[HashingFile], None]
 class Files(Protocol):
     """What a store asks of a file system. Missing files raise FileNotFoundError, other failures OSError."""
 
-    is_exclusive: bool
-    """Whether `publish` never replaces a file that another writer makes at the same moment."""
+    def is_exclusive(self, folder: Any) -> bool:
+        """Returns whether `publish` never replaces a file that another writer makes at the same moment.
+
+        Args:
+            folder: where this may be tried out.
+        """
 
     def exists(self, path: Any) -> bool:
-        """Returns whether there is such a file or folder."""
+        """Returns whether there is such a file."""
 
     def size(self, path: Any) -> int:
         """Returns the bytes of a file."""
@@ -83,11 +87,25 @@ class Files(Protocol):
     def sha256(self, path: Any) -> str:
         """Returns the sha256 (hex) of a file, read in pieces."""
 
-    def names(self, folder: Any) -> list[str]:
-        """Returns the names of what lies directly in a folder, sorted; empty where there is none."""
+    def read_file(self, path: Any, largest: int) -> bytes:
+        """Returns a whole file. Raises OSError where it has more than `largest` bytes."""
 
-    def files_below(self, folder: Any) -> list[str]:
-        """Returns the names, relative to the folder and with `/`, of all files below it, sorted."""
+    def names(self, folder: Any) -> list[str]:
+        """Returns the names of what lies directly in a folder, sorted; empty where there is none.
+
+        Raises StoreError where `names.admitted_name` does, and over what is neither file nor folder.
+        """
+
+    def sizes(self, folder: Any, *, below: bool, most: int | None) -> dict[str, int]:
+        """Returns the bytes of each file by its name, relative to the folder and with `/`, sorted.
+
+        Args:
+            folder: there need not be one.
+            below: whether those of all folders below it are meant, else those directly in it.
+            most: more files than this raise StoreError.
+
+        Raises StoreError where `names` does.
+        """
 
     def make_folder(self, folder: Any) -> None:
         """Makes a folder and its parents where the file system has any, durably."""
@@ -98,8 +116,27 @@ class Files(Protocol):
     def move(self, source: Any, target: Any) -> None:
         """Gives a file another name, durably. Raises FileExistsError where there is such a file."""
 
+    def forget(self, path: Any) -> None:
+        """Has the next read of a file that was wrong go to the file system itself."""
+
     def remove_stale(self, folder: Any) -> None:
         """Removes what writers that are no longer alive left directly in a folder."""
+
+
+def name_taken(final: StorePath) -> NameTakenError:
+    """Returns the error about a file that is there with other bytes than were to be written."""
+    return NameTakenError(
+        f"{final} holds other bytes than this run made: another configuration, model or package version "
+        "wrote it, or the upload failed; use a new folder, or remove this file if nothing refers to it."
+    )
+
+
+def require_few(names: Sized, most: int | None, folder: StorePath) -> None:
+    """Raises StoreError where a listing gave more files than `most`."""
+    if most is not None and len(names) > most:
+        raise StoreError(
+            f"{folder} holds more than {most:,} files: it is not what it should be; restore it from a copy."
+        )
 
 
 def reached(step: str, final: StorePath) -> None:

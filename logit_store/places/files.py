@@ -1,5 +1,9 @@
 """The files of a store, wherever it is: whole or absent, read by ranges; texts that carry their digest."""
 
+from collections.abc import Iterable
+from pathlib import Path
+
+from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.places.file_system import (
     READ_BYTES,
     TEMPORARY_PREFIX,
@@ -9,29 +13,29 @@ from sparsekd.logit_store.places.file_system import (
     explained,
 )
 from sparsekd.logit_store.places.local_files import LocalFiles
-from sparsekd.logit_store.places.paths import RemotePath, StorePath
-from sparsekd.logit_store.places.remote_files import RemoteFiles
+from sparsekd.logit_store.places.paths import LARGEST_FILE, RemotePath, StorePath
 
 __all__ = ["READ_BYTES", "TEMPORARY_PREFIX", "HashingFile", "explained"]
 
 LOCAL = LocalFiles()
-REMOTE = RemoteFiles()
 
 
 def files_of(path: StorePath) -> Files:
     """Returns the file system that a path is on."""
-    return REMOTE if isinstance(path, RemotePath) else LOCAL
+    files: Files = path.files if isinstance(path, RemotePath) else LOCAL
+    return files
 
 
 def publish(final: StorePath, produce: Produce, *, replace: bool = False) -> str:
     """Makes the file `final` with what `produce` writes, whole or not at all.
 
-    The bytes are read back and compared. A file of that name with the same bytes is left as it is. Whatever
-    fails, no half file has the name, and no temporary file stays behind.
+    The bytes are read back and compared. A file of that name with the same bytes is left as it is, and then
+    nothing is written at all, on a local disk not even for a moment. Whatever fails, no half file has the
+    name, and no temporary file stays behind.
 
     Args:
         final: the file to make; its folder exists.
-        produce: writes the content.
+        produce: writes the content; may be called twice.
         replace: whether a file of that name gives way.
 
     Returns:
@@ -66,6 +70,16 @@ def remove_stale(folder: StorePath) -> None:
         files_of(folder).remove_stale(folder)
 
 
+def require_no_links(folders: Iterable[StorePath]) -> None:
+    """Raises StoreError where a folder is a link: files would be written and removed where it leads."""
+    for folder in folders:
+        if isinstance(folder, Path) and folder.is_symlink():
+            raise StoreError(
+                f"{folder} is a link: a store has files and folders only; move the folder that it leads to "
+                "here, or let the store's own folder be the link."
+            )
+
+
 def move(source: StorePath, target: StorePath) -> None:
     """Gives a file another name, never over another file.
 
@@ -83,7 +97,7 @@ def move(source: StorePath, target: StorePath) -> None:
 
 
 def exists(path: StorePath) -> bool:
-    """Returns whether there is such a file or folder."""
+    """Returns whether there is such a file."""
     with explained(path):
         return files_of(path).exists(path)
 
@@ -95,15 +109,59 @@ def size_of(path: StorePath) -> int:
 
 
 def names_in(folder: StorePath) -> list[str]:
-    """Returns the names of what lies directly in a folder, sorted; empty where there is none."""
+    """Returns the names of what lies directly in a folder, sorted; empty where there is none.
+
+    Raises:
+        StoreError: a name that is not admitted (see `names`), or something that is neither file nor folder,
+            such as a link.
+    """
     with explained(folder):
         return files_of(folder).names(folder)
 
 
-def files_below(folder: StorePath) -> list[str]:
-    """Returns the names, relative to a folder and with `/`, of all files below it, sorted."""
+def sizes_in(folder: StorePath) -> dict[str, int]:
+    """Returns the bytes of each file directly in a folder, by its name, sorted; empty where there is none."""
     with explained(folder):
-        return files_of(folder).files_below(folder)
+        return files_of(folder).sizes(folder, below=False, most=None)
+
+
+def sizes_below(folder: StorePath, *, most: int | None = None) -> dict[str, int]:
+    """Returns the bytes of all files below a folder, by their names relative to it, with `/`, sorted.
+
+    Args:
+        folder: there need not be one.
+        most: more files than this are refused.
+
+    Raises:
+        StoreError: too many, a name that is not admitted (see `names`), or something that is neither file
+            nor folder, such as a link.
+    """
+    with explained(folder):
+        return files_of(folder).sizes(folder, below=True, most=most)
+
+
+def files_below(folder: StorePath) -> list[str]:
+    """Returns the names of `sizes_below`."""
+    return list(sizes_below(folder))
+
+
+def read_file(path: StorePath, *, largest: int = LARGEST_FILE) -> bytes:
+    """Returns a whole file. Raises OSError as it comes, also where it has more than `largest` bytes."""
+    return files_of(path).read_file(path, largest)
+
+
+def is_exclusive(path: StorePath) -> bool:
+    """Returns whether `publish` of a file never replaces one that another writer makes at the same moment.
+
+    On an object store this is tried out, once in a process, by uploading a small object twice.
+    """
+    with explained(path.parent):
+        return files_of(path).is_exclusive(path.parent)
+
+
+def forget(path: StorePath) -> None:
+    """Has the next read of a file that was wrong go to the file system itself."""
+    files_of(path).forget(path)
 
 
 def sha256_of(path: StorePath) -> str:

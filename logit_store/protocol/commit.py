@@ -54,6 +54,7 @@ class CommitRecord:
         offsets: int64 [rows], where each row's batch begins in the file.
         lengths: int64 [rows], bytes of each row's batch.
         crc32: uint32 [rows], of these bytes.
+        counted: int64 [rows], positions of each row that the loss counts.
         counts: over the rows.
         plane_bytes: stored bytes of each plane, over the rows.
     """
@@ -66,6 +67,7 @@ class CommitRecord:
     offsets: NDArray[np.int64]
     lengths: NDArray[np.int64]
     crc32: NDArray[np.uint32]
+    counted: NDArray[np.int64]
     counts: RowCounts
     plane_bytes: dict[str, Count]
 
@@ -104,6 +106,7 @@ def commit_to_content(record: CommitRecord) -> dict[str, Any]:
         "offsets": record.offsets.tolist(),
         "lengths": record.lengths.tolist(),
         "crc32": record.crc32.tolist(),
+        "counted": record.counted.tolist(),
         "counts": asdict(record.counts),
         "plane_bytes": record.plane_bytes,
     }
@@ -152,8 +155,10 @@ def read_commit(
 
 def _check_places(record: CommitRecord, place: StorePath) -> None:
     """Raises DamagedStoreError where the batches do not lie one behind the other in the file."""
-    lengths = {len(column) for column in (record.offsets, record.lengths, record.crc32)}
-    require(len(lengths) == 1, place, "offsets, lengths and crc32", "lists of one length", sorted(lengths))
+    columns = (record.offsets, record.lengths, record.crc32, record.counted)
+    lengths = {len(column) for column in columns}
+    names = "offsets, lengths, crc32 and counted"
+    require(len(lengths) == 1, place, names, "lists of one length", sorted(lengths))
     require(record.rows > 0, place, "offsets", "at least one row", 0)
     require(bool((record.lengths > 0).all()), place, "lengths", "above 0", int(record.lengths.min()))
     require(int(record.offsets[0]) > 0, place, "offsets[0]", "behind the header", int(record.offsets[0]))
@@ -186,6 +191,10 @@ def check_record(record: CommitRecord, manifest: Manifest, rows: int, place: Sto
     most, longest = largest_message(manifest), int(record.lengths.max())
     require(longest <= most, place, "lengths", f"at most {most:,} bytes for a row of this store", longest)
     check_sums(record.counts, record.plane_bytes, rows, manifest, str(place))
+    within = bool(((record.counted >= 0) & (record.counted <= manifest.sequence_length)).all())
+    require(within, place, "counted", f"from 0 to {manifest.sequence_length}", record.counted.tolist()[:5])
+    total, counted = int(record.counted.sum()), record.counts.tokens_counted
+    require(total == counted, place, "counts.tokens_counted", f"{total}, as its rows have", counted)
     stored, total = sum(record.plane_bytes.values()), int(record.lengths.sum())
     require(stored < total, place, "plane_bytes", f"below the rows' {total} bytes in all", stored)
 

@@ -21,11 +21,11 @@ from sparsekd.logit_store.places.files import (
     exists,
     explained,
     files_below,
-    files_of,
+    is_exclusive,
     make_folder,
     move,
-    names_in,
     publish_bytes,
+    read_file,
     read_range,
     size_of,
 )
@@ -39,7 +39,16 @@ from sparsekd.logit_store.protocol.commit import (
     count_rows,
     sum_of_counts,
 )
-from sparsekd.logit_store.protocol.layout import QUARANTINE_NAME, REMEDY, commit_file, row_place, shard_file
+from sparsekd.logit_store.protocol.layout import (
+    QUARANTINE_NAME,
+    REMEDY,
+    commit_file,
+    row_place,
+    shard_file,
+    shard_names,
+    shard_number,
+    split_folder,
+)
 from sparsekd.logit_store.protocol.message import (
     decode_row,
     largest_message,
@@ -85,7 +94,7 @@ def keep_copy(path: StorePath, file: StorePath) -> StorePath:
     folder = path / QUARANTINE_NAME
     make_folder(folder)
     with explained(file):
-        data = file.read_bytes()
+        data = read_file(file)
     for number in itertools.count():
         target = folder / (f"{file.name}.{number}" if number else file.name)
         try:
@@ -175,6 +184,7 @@ def record_of_file(
         offsets=np.array(offsets, np.int64),
         lengths=np.array(lengths, np.int64),
         crc32=np.array(crc32s, np.uint32),
+        counted=np.array([part.tokens_counted for part in counts], np.int64),
         counts=sum_of_counts(counts),
         plane_bytes=plane_bytes,
     )
@@ -199,7 +209,7 @@ def adopt_shard(
     """
     place, commit = shard_file(path, split, shard), commit_file(path, split, shard)
     # Where uploads replace one another, a file that is read meanwhile is half of each.
-    for _ in range(1 if files_of(place).is_exclusive else LOOKS):
+    for _ in range(1 if is_exclusive(place) else LOOKS):
         try:
             record = record_of_file(path, manifest, split, shard, text)
         except StoreError:
@@ -207,7 +217,7 @@ def adopt_shard(
                 return True
             if not exists(place):
                 return False
-            time.sleep(0 if files_of(place).is_exclusive else SECONDS_BETWEEN_LOOKS)
+            time.sleep(0 if is_exclusive(place) else SECONDS_BETWEEN_LOOKS)
             continue
         with contextlib.suppress(NameTakenError):  # by another writer, which looks that the two fit
             publish_bytes(commit, signed_json(commit_to_content(record)))
@@ -229,14 +239,14 @@ def adopt_orphans(path: StorePath, manifest: Manifest, text_of: RowsOf | None = 
     """
     adopted = refused = 0
     for split in manifest.splits:
-        names = set(names_in(shard_file(path, split, 0).parent))
-        for name in sorted(names):
-            stem, _, ending = name.partition(".")
-            if ending != "arrow" or not stem.isdecimal() or f"{stem}.json" in names:
+        names = set(files_below(split_folder(path, split)))
+        for shard in sorted({number for name in names if (number := shard_number(name)) is not None}):
+            file, record = shard_names(shard)
+            if file not in names or record in names:
                 continue
             # Asked for outside of the check: what is wrong with the text says nothing about the shard.
-            text = None if text_of is None else text_of(split, int(stem))
-            if adopt_shard(path, manifest, split, int(stem), text):
+            text = None if text_of is None else text_of(split, shard)
+            if adopt_shard(path, manifest, split, shard, text):
                 adopted += 1
             else:
                 refused += 1

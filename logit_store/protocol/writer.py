@@ -6,11 +6,16 @@ two writers of one shard cannot harm each other and a killed run is continued by
 
 import contextlib
 import random
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import IO
+
+import numpy as np
 
 from sparsekd.logit_store.codecs.codec import codec_of
 from sparsekd.logit_store.errors import DamagedStoreError, NameTakenError, StoreError
@@ -26,22 +31,30 @@ from sparsekd.logit_store.manifest import (
 from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
 from sparsekd.logit_store.places.file_system import Produce
 from sparsekd.logit_store.places.files import (
+    READ_BYTES,
     TEMPORARY_PREFIX,
     HashingFile,
     exists,
     explained,
     files_below,
-    files_of,
+    is_exclusive,
     make_folder,
     names_in,
     publish,
     publish_bytes,
+    read_file,
     read_range,
     remove_stale,
+    require_no_links,
     sha256_of,
-    size_of,
+    sizes_below,
 )
 from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.places.tokenizer_folder import (
+    files_of_tokenizer,
+    require_tokenizer,
+    tokenizer_digest,
+)
 from sparsekd.logit_store.planes import names_of, planes_of
 from sparsekd.logit_store.projections import projections_of, write_projections
 from sparsekd.logit_store.protocol.commit import (
@@ -51,25 +64,32 @@ from sparsekd.logit_store.protocol.commit import (
     commit_to_content,
     read_commit,
 )
-from sparsekd.logit_store.protocol.index import INDEX_BYTES
+from sparsekd.logit_store.protocol.index import TableWriter
 from sparsekd.logit_store.protocol.layout import (
     INDEX_NAME,
-    SHARD_NAME,
+    REMEDY,
     TOKENIZER_NAME,
     commit_file,
+    folders_of,
     shard_file,
+    shard_names,
+    shard_number,
+    split_folder,
+    table_file,
 )
-from sparsekd.logit_store.protocol.message import shard_header
+from sparsekd.logit_store.protocol.message import decode_planes, shard_header, stored_planes
 from sparsekd.logit_store.protocol.recover import adopt_shard, quarantine
 from sparsekd.logit_store.protocol.shard import write_rows
 from sparsekd.logit_store.row import Row
-from sparsekd.logit_store.tokenizer_files import digest_of_files, files_of_tokenizer, tokenizer_digest
 
 SETTLE_TRIES = 20
 """Times that a writer looks whether record and shard fit, where another may have replaced one of them."""
 
 RECORDS_AT_A_TIME = 16
 """Commit records that sealing reads at once: on an object store each is a question of some 20 ms."""
+
+RECORDS_IN_MEMORY = 1024
+"""Commit records that sealing holds at a time, some 40 bytes for each row."""
 
 
 def create_store(
@@ -90,7 +110,7 @@ def create_store(
 
     Raises:
         StoreError: another store is there (naming the fields that differ), the folder holds something else,
-            or the tokenizer's files are not those of the manifest.
+            a folder of the store is a link, or the tokenizer's files are not those of the manifest.
     """
     codec_of(manifest)
     found = tokenizer_digest(tokenizer_files)
@@ -100,6 +120,7 @@ def create_store(
             f"{manifest.tokenizer.digest[:12]}: give the folder of the tokenizer that made the ids."
         )
     make_folder(path)
+    require_no_links(folders_of(path, manifest.splits))
     if exists(path / MANIFEST_NAME):
         _require_same_manifest(path, manifest)
     else:
@@ -116,14 +137,14 @@ def create_store(
         publish_bytes(target, source.read_bytes())
     write_projections(path, manifest, projections or {})
     for split in manifest.splits:
-        make_folder(shard_file(path, split, 0).parent)
+        make_folder(split_folder(path, split))
     remove_leftovers(path, manifest)
 
 
 def write_shard(
     path: StorePath, manifest: Manifest, split: str, shard_index: int, rows: Sequence[Row]
 ) -> None:
-    """Writes one shard and commits it, or does nothing when it is committed.
+    """Writes one shard and commits it, or does nothing when it is committed with rows of this text.
 
     Whatever goes wrong, a half-written file never has a shard's name, and no temporary file stays behind. A
     file that has the name but no commit record is adopted where it is sound and of the same text, also where
@@ -139,7 +160,8 @@ def write_shard(
 
     Raises:
         InvalidRowError: a row breaks a rule; the message names position and value.
-        StoreError: no room, another store, or a sealed store.
+        StoreError: no room, another store, a sealed store, or a shard that is committed with other rows: as
+            many, and of the same tokens in the first one, is taken for the same.
     """
     _require_same_manifest(path, manifest)
     where = f"{path}, split {split}, shard {shard_index:06d}"
@@ -151,6 +173,7 @@ def write_shard(
     # The record first: another writer makes it last, so that its shard must be there at the second look.
     is_committed, is_there = exists(commit), exists(final)
     if is_there and is_committed:
+        _require_same_text(path, manifest, split, shard_index, rows)
         return
     is_sealed = exists(path / INDEX_NAME)
     if is_sealed and not is_committed:
@@ -163,11 +186,12 @@ def write_shard(
     if is_committed and not is_sealed:
         # Before the shard: were it there with a record of other bytes, nobody would look at the two again.
         _take_away_record(path, commit, split)
+    make_folder(final.parent)
     records: list[CommitRecord] = []
 
     def produce(file: HashingFile) -> None:
         records.append(write_rows(file, path, manifest, split, shard_index, rows))
-        if is_sealed and signed_json(commit_to_content(records[-1])) != commit.read_bytes():
+        if is_sealed and signed_json(commit_to_content(records[-1])) != read_file(commit):
             raise StoreError(
                 f"{where} is sealed with other rows than these: write to a new folder, or make the shard "
                 f"again with `sparsekd store verify {path} --repair`."
@@ -185,6 +209,45 @@ def write_shard(
     _commit(path, split, records[-1], produce, is_sealed=is_sealed)
 
 
+def _require_same_text(
+    path: StorePath, manifest: Manifest, split: str, shard: int, rows: Sequence[Row]
+) -> None:
+    """Compares the first row of a committed shard, which is one read, with the one that was to be written."""
+    where = f"{path}, split {split}, shard {shard:06d}"
+    remedy = "write to a new folder, or give the rows that this store was begun with"
+    record, _ = _read_record(path, manifest_digest(manifest), split, shard)
+    if record.rows != len(rows):
+        raise StoreError(
+            f"{where} is committed with {record.rows} rows, but {len(rows)} were given for it: {remedy}."
+        )
+    index = shard * manifest.rows_per_shard
+    offset, length = int(record.offsets[0]), int(record.lengths[0])
+    place = shard_file(path, split, shard)
+    with explained(place):
+        message = read_range(place, offset, length)
+    if len(message) != length or zlib.crc32(message) != record.crc32[0]:
+        raise DamagedStoreError(
+            f"{where}: the bytes of row {index} are not those that were written: {REMEDY}."
+        )
+    stored = stored_planes(message, manifest, index, where)
+    found = decode_planes(stored, manifest, split, where, wanted=["token_ids"])["token_ids"]
+    given = rows[0].token_ids
+    if not np.array_equal(found, given):
+        both = min(len(found), len(given))
+        differing = np.flatnonzero(found[:both] != given[:both])
+        position = differing[0] if len(differing) else both
+        raise StoreError(
+            f"{where} is committed with other text than was given for it: row {index} differs from position "
+            f"{position} on; {remedy}."
+        )
+
+
+def _read_record(path: StorePath, manifest_sha256: str, split: str, shard: int) -> tuple[CommitRecord, bytes]:
+    """Returns a commit record and its file; see `read_commit`."""
+    with explained(commit_file(path, split, shard)):
+        return read_commit(path, manifest_sha256, split, shard, read=read_file)
+
+
 def _commit(path: StorePath, split: str, record: CommitRecord, produce: Produce, *, is_sealed: bool) -> None:
     commit = commit_file(path, split, record.shard)
     text = signed_json(commit_to_content(record))
@@ -193,11 +256,11 @@ def _commit(path: StorePath, split: str, record: CommitRecord, produce: Produce,
     except NameTakenError:
         if is_sealed:
             raise
-        if files_of(commit).is_exclusive:
+        if is_exclusive(commit):
             # A record whose file had gone, of another capture of the same rows.
             quarantine(path, commit, split)
             publish_bytes(commit, text)
-    if not files_of(commit).is_exclusive:
+    if not is_exclusive(commit):
         _settle(path, record, text, produce)
 
 
@@ -228,7 +291,7 @@ def _settle(path: StorePath, record: CommitRecord, text: bytes, produce: Produce
     final = shard_file(path, record.split, record.shard)
     for look in range(SETTLE_TRIES):
         try:
-            found, _ = read_commit(path, record.manifest_sha256, record.split, record.shard)
+            found, _ = _read_record(path, record.manifest_sha256, record.split, record.shard)
             with explained(final):
                 stored = sha256_of(final)
         except StoreError:  # replaced while it was read
@@ -252,20 +315,21 @@ def _settle(path: StorePath, record: CommitRecord, text: bytes, produce: Produce
 
 def committed_shards(path: StorePath, split: str) -> set[int]:
     """Returns the numbers of the shards of a split that are there with their commit records."""
-    names = set(names_in(path / "shards" / split))
-    matches = (SHARD_NAME.fullmatch(name) for name in names)
-    numbers = {int(match[1]) for match in matches if match}
-    return {
-        number
-        for number in numbers
-        if {shard_file(path, split, number).name, commit_file(path, split, number).name} <= names
-    }
+    names = set(files_below(split_folder(path, split)))
+    return {number for number in _shard_numbers(names) if names.issuperset(shard_names(number))}
+
+
+def _shard_numbers(names: Iterable[str]) -> set[int]:
+    """Returns the numbers of the shards that have any file among those of a split's folder."""
+    return {number for name in names if (number := shard_number(name)) is not None}
 
 
 def seal(path: StorePath, shards_per_split: Mapping[str, int], *, replace: bool = False) -> str:
     """Writes the index, after which the store can be read; does nothing when it is sealed so already.
 
-    Each shard's commit record, length and header are checked; its content is not read, see `verify_store`.
+    Each shard's commit record and length are checked, on a local disk its header, too; its content is not
+    read, see `verify_store`. On an object store this takes one listing of each split's folder, a page for
+    each 1,000 files, and one request for each commit record.
 
     Args:
         path: of the store.
@@ -289,10 +353,7 @@ def seal(path: StorePath, shards_per_split: Mapping[str, int], *, replace: bool 
         raise StoreError(
             f"{path} has no shard in any split: there is nothing to seal, write some rows first."
         )
-    if stored_tokenizer_digest(path) != manifest.tokenizer.digest:
-        raise DamagedStoreError(
-            f"{path / TOKENIZER_NAME} does not hold the manifest's tokenizer: restore its files."
-        )
+    require_tokenizer(path / TOKENIZER_NAME, manifest.tokenizer.digest)
     projections_of(path, manifest)
     remove_leftovers(path, manifest)
     content = {
@@ -303,13 +364,10 @@ def seal(path: StorePath, shards_per_split: Mapping[str, int], *, replace: bool 
         },
     }
     data = signed_json(content)
-    if len(data) > INDEX_BYTES:
-        raise StoreError(
-            f"{path} would have an index of {len(data):,} bytes, more than the {INDEX_BYTES:,} that are "
-            "read: write it with more rows in each shard."
-        )
     index = path / INDEX_NAME
-    if not replace and exists(index) and index.read_bytes() != data:
+    with explained(index):
+        is_another = not replace and exists(index) and read_file(index) != data
+    if is_another:
         raise StoreError(
             f"{path} was sealed before with other shards, or its {INDEX_NAME} is damaged: remove "
             f"{INDEX_NAME} if "
@@ -319,21 +377,12 @@ def seal(path: StorePath, shards_per_split: Mapping[str, int], *, replace: bool 
     return signed_digest(data)
 
 
-def stored_tokenizer_digest(path: StorePath) -> str:
-    """Returns the `tokenizer_digest` of the files in a store."""
-    folder = path / TOKENIZER_NAME
-    with explained(folder):
-        names = [
-            name for name in files_below(folder) if not name.rpartition("/")[2].startswith(TEMPORARY_PREFIX)
-        ]
-        return digest_of_files((name, (folder / name).read_bytes()) for name in names)
-
-
 def _seal_split(path: StorePath, manifest: Manifest, split: str, shards: int) -> dict[str, object]:
-    folder = shard_file(path, split, 0).parent
-    present = {int(match[1]) for name in names_in(folder) if (match := SHARD_NAME.fullmatch(name))}
-    committed = committed_shards(path, split)
-    if missing := sorted(set(range(shards)) - committed):
+    folder = split_folder(path, split)
+    # One listing of all names and sizes: on an object store each question about a file costs some 20 ms.
+    sizes = sizes_below(folder)
+    present = _shard_numbers(sizes)
+    if missing := [shard for shard in range(shards) if not sizes.keys() >= set(shard_names(shard))]:
         some = ", ".join(f"{number:06d}" for number in missing[:5])
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise StoreError(
@@ -346,13 +395,13 @@ def _seal_split(path: StorePath, manifest: Manifest, split: str, shards: int) ->
             "plan; remove it or write to a new folder."
         )
     digest = manifest_digest(manifest)
-    entries = []
+    rows = 0
     counts = dict.fromkeys((field.name for field in fields(RowCounts)), 0)
     plane_bytes = dict.fromkeys(names_of(planes_of(manifest)), 0)
     file_bytes = 0
 
     def checked(shard: int) -> tuple[CommitRecord, bytes]:
-        record, data = read_commit(path, digest, split, shard)
+        record, data = _read_record(path, digest, split, shard)
         is_short = record.rows < manifest.rows_per_shard and shard == shards - 1
         if record.rows != manifest.rows_per_shard and not is_short:
             raise StoreError(
@@ -361,35 +410,60 @@ def _seal_split(path: StorePath, manifest: Manifest, split: str, shards: int) ->
                 "again."
             )
         check_record(record, manifest, record.rows, commit_file(path, split, shard))
-        _check_shard_file(path, manifest, record)
+        _check_length(path, record, sizes[shard_names(shard)[0]])
+        if isinstance(path, Path):
+            _check_header(path, manifest, record)
         return record, data
 
-    with ThreadPoolExecutor(RECORDS_AT_A_TIME) as pool:
-        for record, data in pool.map(checked, range(shards)):
-            entries.append({"record_digest": signed_digest(data), "rows": record.rows})
-            for name, value in asdict(record.counts).items():
-                counts[name] += value
-            for name, value in record.plane_bytes.items():
-                plane_bytes[name] += value
-            file_bytes += record.file_bytes
+    with tempfile.TemporaryFile() as spool, ThreadPoolExecutor(RECORDS_AT_A_TIME) as pool:
+        table = TableWriter(spool)
+        # In turns, so that not all records of a large store wait in memory.
+        for first in range(0, shards, RECORDS_IN_MEMORY):
+            turn = range(first, min(first + RECORDS_IN_MEMORY, shards))
+            for record, data in pool.map(checked, turn):
+                table.add(record, signed_digest(data))
+                rows += record.rows
+                for name, value in asdict(record.counts).items():
+                    counts[name] += value
+                for name, value in record.plane_bytes.items():
+                    plane_bytes[name] += value
+                file_bytes += record.file_bytes
+        sha256 = table.finish()
+        if shards:
+            _publish_table(table_file(path, split, sha256), spool)
     return {
-        "rows": sum(int(str(entry["rows"])) for entry in entries),
+        "rows": rows,
+        "shards": shards,
         "counts": counts,
         "plane_bytes": plane_bytes,
         "file_bytes": file_bytes,
-        "shards": entries,
+        "table_sha256": sha256,
     }
 
 
-def _check_shard_file(path: StorePath, manifest: Manifest, record: CommitRecord) -> None:
-    """Compares what can be compared without reading a whole shard."""
+def _publish_table(final: StorePath, spool: IO[bytes]) -> None:
+    def produce(file: HashingFile) -> None:
+        spool.seek(0)
+        while piece := spool.read(READ_BYTES):
+            file.write(piece)
+
+    make_folder(final.parent)
+    publish(final, produce)
+
+
+def _check_length(path: StorePath, record: CommitRecord, length: int) -> None:
+    """Compares a shard's length with its record; wrong bytes are for `verify_store` and readers to find."""
     place = shard_file(path, record.split, record.shard)
-    length = size_of(place)
     if length != record.file_bytes:
         raise DamagedStoreError(
             f"{place} has {length} bytes, but its commit record says {record.file_bytes}: "
             + (_repair(path) or "remove both files and run the command that writes the store again.")
         )
+
+
+def _check_header(path: StorePath, manifest: Manifest, record: CommitRecord) -> None:
+    """Compares the beginning of a shard, which is one read: of local stores only."""
+    place = shard_file(path, record.split, record.shard)
     header = shard_header(manifest, record.split, record.shard)
     with explained(place):
         begins_right = read_range(place, 0, len(header)) == header
@@ -415,9 +489,15 @@ def _require_same_manifest(path: StorePath, manifest: Manifest) -> None:
 
 
 def remove_leftovers(path: StorePath, manifest: Manifest) -> None:
-    """Removes the temporary files of writers that are no longer alive from all folders of a store."""
-    folders = {path, path / TOKENIZER_NAME, *(shard_file(path, split, 0).parent for split in manifest.splits)}
-    for name in files_below(path / TOKENIZER_NAME):
-        folders.add((path / TOKENIZER_NAME / name).parent)
-    for folder in folders:
-        remove_stale(folder)
+    """Removes the temporary files of writers that are no longer alive from all folders of a store.
+
+    Raises:
+        StoreError: a folder of the store is a link, and the files may be those of something else.
+    """
+    folders = folders_of(path, manifest.splits)
+    require_no_links(folders)
+    if isinstance(path, Path):  # elsewhere nothing is known to be stale
+        tops = [path / TOKENIZER_NAME, *(split_folder(path, split) for split in manifest.splits)]
+        inner = {(top / name).parent for top in tops for name in files_below(top)}
+        for folder in {path, *folders, *inner}:
+            remove_stale(folder)

@@ -26,17 +26,21 @@ from sparsekd.logit_store.places.files import (
     size_of,
 )
 from sparsekd.logit_store.places.paths import StorePath, store_path
+from sparsekd.logit_store.places.tokenizer_folder import require_tokenizer
 from sparsekd.logit_store.planes import names_of, planes_of
 from sparsekd.logit_store.positions import recorded_positions, rule_of_split
 from sparsekd.logit_store.projections import projected, projection_name, read_projection
 from sparsekd.logit_store.protocol.commit import CommitRecord, RowCounts, count_rows, sum_of_counts
 from sparsekd.logit_store.protocol.layout import (
+    INDEX_FOLDER,
     INDEX_NAME,
     QUARANTINE_NAME,
     REMEDY,
     TOKENIZER_NAME,
     row_place,
     shard_file,
+    shard_names,
+    table_file,
 )
 from sparsekd.logit_store.protocol.message import (
     decode_row,
@@ -46,7 +50,6 @@ from sparsekd.logit_store.protocol.message import (
 )
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.recover import in_quarantine
-from sparsekd.logit_store.protocol.writer import stored_tokenizer_digest
 from sparsekd.logit_store.row import (
     IGNORED_LABEL,
     NO_ID,
@@ -344,15 +347,14 @@ def verify_store(
     rows = bytes_read = done = 0
     places = [(split, shard) for split in store.manifest.splits for shard in range(store.shards(split))]
     with _noted(problems):
-        if stored_tokenizer_digest(path) != store.manifest.tokenizer.digest:
-            problems.append(
-                f"{path / TOKENIZER_NAME} does not hold the manifest's tokenizer: a file is damaged, missing "
-                "or too many; restore it from a copy."
-            )
+        require_tokenizer(path / TOKENIZER_NAME, store.manifest.tokenizer.digest)
     for spec in projected(store.manifest):
         with _noted(problems):
             read_projection(path, spec)
+    unreadable = {split for split in store.manifest.splits if not _table_is_sound(store, split, problems)}
     for split, shard in places:
+        if split in unreadable:
+            continue
         before = len(problems)
         good, size = _verify_shard(store, split, shard, alignment, problems)
         if len(problems) > before:
@@ -362,7 +364,7 @@ def verify_store(
         rows, bytes_read, done = rows + good, bytes_read + size, done + 1
         if progress is not None:
             progress(done, len(places))
-    for split in {split for split, _ in places} - {split for split, _ in damaged}:
+    for split in {split for split, _ in places} - {split for split, _ in damaged} - unreadable:
         problems += sums[split].contradictions(store, split)
     strangers: tuple[str, ...] = ()
     quarantined: tuple[str, ...] = ()
@@ -389,6 +391,25 @@ def _noted(problems: list[str]) -> Iterator[None]:
         yield
     except StoreError as error:
         problems.append(str(error))
+
+
+def _table_is_sound(store: LogitStore, split: str, problems: list[str]) -> bool:
+    """Returns whether a split's table of rows is the one that was sealed; notes where it is not."""
+    index = store.index(split)
+    if not index.rows:
+        return True
+    place = table_file(store.path, split, index.table_sha256)
+    try:
+        with explained(place):
+            if sha256_of(place) == index.table_sha256:
+                return True
+        problems.append(
+            f"{place} is not the table of rows that was sealed: restore it from a copy, or remove it and "
+            f"{INDEX_NAME} and run the command that writes the store again, which seals it."
+        )
+    except StoreError as error:
+        problems.append(str(error))
+    return False
 
 
 def _verify_shard(
@@ -477,9 +498,9 @@ def _strangers(store: LogitStore) -> tuple[str, ...]:
     """Returns the files below the store's folder that it does not know."""
     known = {MANIFEST_NAME, INDEX_NAME, *map(projection_name, projected(store.manifest))}
     for split in store.manifest.splits:
+        known.add(f"{INDEX_FOLDER}/{table_file(store.path, split, store.index(split).table_sha256).name}")
         for shard in range(store.shards(split)):
-            stem = f"shards/{split}/{shard:06d}"
-            known |= {f"{stem}.arrow", f"{stem}.json"}
+            known |= {f"shards/{split}/{name}" for name in shard_names(shard)}
     # Files below tokenizer/ are covered by its digest: there, whatever is too much is a problem.
     covered = (f"{TOKENIZER_NAME}/", f"{QUARANTINE_NAME}/")
     found = []

@@ -192,6 +192,26 @@ def test_killed_and_started_again_gives_the_same_bytes(texts: Path, tmp_path: Pa
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
+def test_again_on_a_read_only_disk_it_says_what_is_there(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount")
+    made, disk = tmp_path / "made", tmp_path / "disk"
+    disk.mkdir()
+    run(config_for(texts, made / "tokens"))
+    capsys.readouterr()
+    for options in ("bind", "remount,bind,ro"):
+        mounted = subprocess.run(["mount", "-o", options, str(made), str(disk)], capture_output=True)
+        if mounted.returncode != 0:
+            pytest.skip(f"cannot mount here: {mounted.stderr.decode().strip()}")
+    try:
+        run(config_for(texts, disk / "tokens"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert f"{disk / 'tokens'} is sealed" in capsys.readouterr().out
+
+
 def test_a_loaded_tokenizer_travels_with_the_store(texts: Path, tmp_path: Path) -> None:
     tokenizer = train_tokenizer(["some other text, some other merges"], 280)
     tokenizer.add_tokens(["<extra>"])

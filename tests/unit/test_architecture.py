@@ -11,12 +11,12 @@ ROOT = Path(__file__).parents[2]
 ROOMS = ("corpus", "teacher", "student", "quality")
 GROUND_FLOOR = {
     "kernels": {"torch", "triton", "numpy"},
-    "logit_store": {"numpy", "pyarrow", "zstandard", "tokenizers", "matplotlib"},
+    "logit_store": {"numpy", "pyarrow", "zstandard", "tokenizers", "matplotlib", "obstore"},
 }
 
 
 # Not installed with the package, or slow to import: a module needs them in the function that does.
-ON_USE = {"tokenizers", "matplotlib"}
+ON_USE = {"tokenizers", "matplotlib", "obstore"}
 
 
 def imported_modules(path: Path) -> set[str]:

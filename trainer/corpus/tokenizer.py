@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from sparsekd.logit_store.json_text import canonical_json
 from sparsekd.logit_store.manifest import TokenizerIdentity
-from sparsekd.logit_store.tokenizer_files import tokenizer_digest
+from sparsekd.logit_store.places.tokenizer_folder import tokenizer_digest
 from sparsekd.trainer.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"

@@ -125,6 +125,20 @@ def index_text(forged: Forgery, now: random.Random) -> None:
     forged.index_text = _changed_text(text_of(forged.index), now)
 
 
+def table(forged: Forgery, now: random.Random) -> None:
+    """Entries of rows and digests of records with other bytes, cut, longer, exchanged or empty."""
+    change = now.choice([
+        lambda data: _flipped(data, now),
+        lambda data: _cut(data, now),
+        lambda data: data + bytes(20),
+        lambda data: data[20:40] + data[:20] + data[40:],
+        lambda data: b"\xff" * len(data),
+        lambda data: bytes(len(data)),
+        lambda data: b"",
+    ])  # fmt: skip
+    forged.tables[now.choice(["train", "heldout"])] = change
+
+
 def _shard(forged: Forgery, now: random.Random) -> ForgedShard:
     return forged.shards[now.choice(list(forged.shards))]
 
@@ -453,9 +467,8 @@ def rows_moved(forged: Forgery, now: random.Random) -> None:
     ])()  # fmt: skip
     if now.random() < 0.5:
         for (split, number), each in forged.shards.items():
-            forged.index["splits"][split]["shards"][number]["rows"] = len(each.messages)
-        for entry in forged.index["splits"].values():
-            entry["rows"] = sum(shard["rows"] for shard in entry["shards"])
+            entry = forged.index["splits"][split]
+            entry["rows"] = (entry["rows"] if number else 0) + len(each.messages)
         _fit_counts(forged, json.loads(forged.manifest)["sequence_length"])
 
 
@@ -471,6 +484,7 @@ def other_files(forged: Forgery, now: random.Random) -> None:
 MUTATORS: dict[str, tuple[Mutator, int]] = {
     "index value": (index_value, 2),
     "index text": (index_text, 1),
+    "index table": (table, 2),
     "record value": (record_value, 2),
     "record places": (record_places, 2),
     "record text": (record_text, 1),

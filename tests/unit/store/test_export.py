@@ -146,5 +146,10 @@ def test_an_export_goes_on_and_is_not_mixed_with_another(tmp_path: Path) -> None
     with pytest.raises(StoreError, match=r"holds notes\.txt"):
         export_store(tmp_path / "store", tmp_path / "mine")
     (tmp_path / "store/tokenizer/tokenizer.json").unlink()
-    with pytest.raises(StoreError, match="without --text"):
+    with pytest.raises(StoreError, match="does not hold the manifest's tokenizer"):
         export_store(tmp_path / "store", tmp_path / "texts", text=True)
+
+
+def test_a_tokenizer_that_cannot_spell_is_said(unspelled: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="without --text"):
+        export_store(unspelled, tmp_path / "texts", text=True)

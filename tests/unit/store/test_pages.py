@@ -168,8 +168,5 @@ def test_page_of_a_token_store(tmp_path: Path) -> None:
     assert page.startswith("token store") and "label  'w" in page and "tail mass" not in page
 
 
-def test_page_without_tokenizer_json_shows_ids(tmp_path: Path) -> None:
-    manifest = synthetic_manifest()
-    write_synthetic_store(tmp_path / "store", manifest, {"train": 4}, seed=0)
-    (tmp_path / "store/tokenizer/tokenizer.json").unlink()
-    assert "ids " in inspect_text(tmp_path / "store", positions=1)
+def test_page_without_tokenizer_json_shows_ids(unspelled: Path) -> None:
+    assert "ids " in inspect_text(unspelled, positions=1)

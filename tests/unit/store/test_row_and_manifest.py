@@ -16,9 +16,9 @@ from sparsekd.logit_store.manifest import (
     manifest_from_json,
     manifest_to_json,
 )
+from sparsekd.logit_store.places.tokenizer_folder import tokenizer_digest
 from sparsekd.logit_store.row import Row, document_of_position, position_ids
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_tokenizer
-from sparsekd.logit_store.tokenizer_files import tokenizer_digest
 
 
 def test_positions_restart_at_each_segment() -> None:

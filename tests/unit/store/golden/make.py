@@ -15,11 +15,11 @@ import numpy as np
 
 from sparsekd.logit_store.codecs.frequency import compact_parameters
 from sparsekd.logit_store.manifest import CodecSpec, Manifest, TokenizerIdentity
+from sparsekd.logit_store.places.tokenizer_folder import digest_of_files
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import Row, planes_of_row
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
-from sparsekd.logit_store.tokenizer_files import digest_of_files
 
 HERE = Path(__file__).parent
 VOCABULARY = 70_000  # two byte planes and a bit plane, but for the kinds that name another
