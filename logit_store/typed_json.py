@@ -3,8 +3,8 @@
 Bounds come first (bytes, nesting, number of values), so that nothing large is made of a small text. Then each
 value is compared with the annotation of the dataclass field that it is for: `int` (64 bits), `float`, `str`,
 `bool`, `X | None`, `tuple[X, ...]`, `dict[str, X]`, `dict[str, Any]` (anything, nested at most `DEEPEST`),
-an integer `NDArray`, or another dataclass; `Annotated` adds a `Range` or a `Matching`. A field with a default
-may be absent. Refused is also what Python's json takes: keys twice, NaN, infinity, `true` for 1.
+an integer `NDArray`, or another dataclass; `Annotated` adds a `Range` or a `Matching`. No field may be
+absent or unknown. Refused is also what Python's json takes: keys twice, NaN, infinity, `true` for 1.
 """
 
 import dataclasses
@@ -360,15 +360,10 @@ def _any_object(value: Any) -> dict[str, Any]:
 def _dataclass_reader(kind: Any) -> _Read:
     hints = get_type_hints(kind, include_extras=True)
     readers = {field.name: _reader(hints[field.name]) for field in dataclasses.fields(kind)}
-    needed = {
-        field.name
-        for field in dataclasses.fields(kind)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
 
     def read(value: Any) -> Any:
         keys = _object(value).keys()
-        if missing := sorted(needed - keys):
+        if missing := sorted(readers.keys() - keys):
             raise _Mismatch(f"lacks {', '.join(missing)} in")
         if unknown := sorted(keys - readers.keys()):
             raise _Mismatch(f"has the unknown {', '.join(map(_key, unknown[:5]))} in")

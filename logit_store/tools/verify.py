@@ -7,7 +7,7 @@ import contextlib
 import math
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +54,9 @@ from sparsekd.logit_store.row import (
     IGNORED_LABEL,
     NO_ID,
     PADDING_DOCUMENT,
+    RECORD_NAMES,
     Row,
+    TeacherRecord,
     document_of_position,
     labels_at_records,
 )
@@ -70,6 +72,9 @@ codec states; a shift makes it nats."""
 
 INCONSISTENT_SHARE = 0.01
 """Share of positions beyond that tolerance that raises the alarm."""
+
+BLOCK_RECORDS = 4096
+"""Records that are compared at once, which bounds the arrays that it takes."""
 
 STANDARD_ERRORS = 3.0
 """Distance of two shares that counts as a difference."""
@@ -205,13 +210,18 @@ class _Alignment:
 
     def add(self, row: Row) -> None:
         """Adds a row that has a teacher record."""
-        record = row.teacher
-        assert record is not None
-        here, tokens = _neighbouring_labels(row, self._manifest.target)
-        if not here.size:
-            return
+        assert row.teacher is not None
+        here, labels = _neighbouring_labels(row, self._manifest.target)
         self.positions += len(here)
-        head, tail, values = record.head_ids[here], record.tail_ids[here], record.head_logprobs[here]
+        for start in range(0, len(here), BLOCK_RECORDS):
+            block = slice(start, start + BLOCK_RECORDS)
+            some = here[block]
+            record = TeacherRecord(**{name: getattr(row.teacher, name)[some] for name in RECORD_NAMES})
+            self._add_records(record, [which[block] for which in labels])
+
+    def _add_records(self, record: TeacherRecord, tokens: Sequence[NDArray[np.int64]]) -> None:
+        """Adds records [M]; `tokens` are the labels that fit them as they stand, one late, one early, [M]."""
+        head, tail, values = record.head_ids, record.tail_ids, record.head_logprobs
         for which, labels in enumerate(tokens):
             token = labels[:, None]
             is_head = head == token
@@ -221,16 +231,16 @@ class _Alignment:
             stored = np.where(is_head, values, 0).sum(axis=1, dtype=np.float64)
             self.logprob[which] += float(stored[in_head].sum())
             if which == 0:
-                true = record.true_logprob[here]
+                true = record.true_logprob
                 # A true token outside the head is at most as likely as the head's last entry.
                 last = np.where(head == NO_ID, 0, values).min(axis=1, initial=0)
                 errors = codec_of(self._manifest).errors(record, self._manifest)
                 # A store without a head has no such errors.
-                of_head = errors.get("head_logprobs", record.head_logprobs)[here]
+                of_head = errors.get("head_logprobs", values)
                 # No bound for an entry that was stored as -inf; it must not reach the others of its position.
                 of_true = np.where(is_head, of_head, 0).sum(axis=1)
                 slack = np.where(in_head, of_true, of_head.max(axis=1, initial=0))
-                slack += errors["true_logprob"][here] + LOGPROB_TOLERANCE
+                slack += errors["true_logprob"] + LOGPROB_TOLERANCE
                 wrong = np.where(in_head, np.abs(true - stored), true - last) > slack
                 self.inconsistent += int(wrong.sum())
 

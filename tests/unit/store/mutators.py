@@ -35,6 +35,7 @@ OTHERS: list[Any] = [
     None, True, False, 0.5, 1.0, -0.0, 1e300, float("nan"), float("inf"), "", "x", "0" * 64, "\ud800",
     "\x1b[2J\n", "../../x", "y" * 5000, [], [0], [[]], {}, {"x": 1},
 ]  # fmt: skip
+LARGEST_PLANE = 8 << 20
 MAGIC = bytes.fromhex("28b52ffd")
 
 
@@ -201,11 +202,12 @@ def manifest_shape(forged: Forgery, now: random.Random) -> None:
     record, size = content["record"], now.choice(SHAPES)
     kind = now.choice(["sequence_length", "k", "n", "grid", "vocabulary", "rows", "codec"])
     if kind == "sequence_length":
-        ratio = size / content["sequence_length"]
-        content["sequence_length"] = size
-        if now.random() < 0.7 and size <= 2**24:
-            for shard in forged.shards.values():
-                _refill(shard, lambda plain: bytes(min(int(len(plain) * ratio), 1 << 28)))
+        times = 2 ** now.choice([0, 1, 2, 8, 12, 16])
+        content["sequence_length"] = now.choice([size, times * content["sequence_length"]])
+        # Rows that are what the manifest says, and as sound as they were, up to the largest.
+        large = list(forged.shards.values())[-1:] if times > 2**8 else list(forged.shards.values())
+        for shard in large:
+            _refill(shard, lambda plain: plain * times if len(plain) * times <= LARGEST_PLANE else b"")
     elif kind in ("k", "n"):
         ratio = size / max(1, record[kind])
         record[kind] = size
@@ -213,7 +215,7 @@ def manifest_shape(forged: Forgery, now: random.Random) -> None:
             for shard in forged.shards.values():
                 _refill(
                     shard,
-                    lambda plain: bytes(min(int(len(plain) * ratio), 1 << 26)),
+                    lambda plain: bytes(min(int(len(plain) * ratio), LARGEST_PLANE)),
                     f"{'head' if kind == 'k' else 'tail'}_",
                 )
     elif kind == "grid":

@@ -22,8 +22,8 @@ from forgery import Forgery, text_of
 DEEP = 3000
 
 VALUES: list[Any] = [
-    None, True, False, -1, 0, 1, 2, 2**31, 2**40, 2**63 - 1, 2**63, 10**400, 1.5, 1e300, float("nan"),
-    float("inf"), "", "x", "0" * 64, "\ud800", "a" * 100_000, [], [0], [[]], ["x"], [None, 1], {}, {"x": 1},
+    None, True, -1, 0, 2**31, 2**63, 10**400, 1.5, float("nan"), "", "0" * 64, "a" * 100_000, [], [None, 1],
+    {}, {"x": 1},
 ]  # fmt: skip
 """What may stand anywhere."""
 

@@ -67,7 +67,7 @@ def test_every_field_is_compared_by_name() -> None:
     manifest = synthetic_manifest()
     raw = json.loads(manifest_to_json(manifest))
     # One value alone, or values that go with those of other fields: see the next test.
-    bound = {("format_version",), ("outcomes",), ("record", "rest"), ("record", "share")}
+    bound = {("format_version",), ("outcomes",), ("features",), ("record", "rest"), ("record", "share")}
     chosen = {
         ("target",): "masked_token",
         ("planes",): ["weights"],
