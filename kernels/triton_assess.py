@@ -25,12 +25,12 @@ FUSED_MODES = ("tail_bucket", "sampled")
 
 @triton.jit
 def _log_sum(terms, other):
-    """log(sum(exp(terms)) + exp(other)); 0 where all are -inf, as at a dropped position."""
+    """log(sum(exp(terms)) + exp(other)); 0 where all are -inf, as at a dropped position; NaN where one is."""
+    # These maxima know nothing of NaN, which the sum keeps: so it alone says whether there is anything.
     highest = tl.maximum(tl.max(terms, 0), other)
-    some = highest > float("-inf")
-    shift = tl.where(some, highest, 0.0)
+    shift = tl.where(highest > float("-inf"), highest, 0.0)
     total = tl.sum(tl.exp(terms - shift), 0) + tl.exp(other - shift)
-    return tl.where(some, tl.log(tl.where(some, total, 1.0)) + shift, 0.0)
+    return tl.where(total == 0, 0.0, tl.log(tl.where(total == 0, 1.0, total)) + shift)
 
 
 @triton.jit
@@ -89,9 +89,11 @@ def assess_kernel(
     support = tl.load(support_ptr + place, mask=inside, other=float("-inf"))
     support = tl.where(kept & present, support, float("-inf"))
     maximum = tl.load(maximum_ptr + one)
-    some = kept & (maximum > float("-inf"))
+    sum_1 = tl.load(sum_1_ptr + one)
+    # 0 where nothing is outside, else 1 at least, or NaN, of which the maximum may know nothing.
+    some = kept & (sum_1 != 0)
     shift = tl.where(some, maximum, 0.0)
-    rest_1 = tl.where(some, tl.log(tl.where(some, tl.load(sum_1_ptr + one), 1.0)) + shift, float("-inf"))
+    rest_1 = tl.where(some, tl.log(tl.where(some, sum_1, 1.0)) + shift, float("-inf"))
     log_sum_t = tl.log(tl.where(some, tl.load(sum_t_ptr + one), 1.0))
     rest_t = tl.where(some, log_sum_t + shift / temperature, float("-inf"))
     total = tl.where(kept, tl.load(total_ptr + one), 0.0)
@@ -164,7 +166,9 @@ def assess_kernel(
     if HAS_HEAD:
         first = tl.max(tl.where(present & (column == 0), support, float("-inf")), 0)
         best = tl.maximum(tl.max(support, 0), tl.where(some, maximum, float("-inf")))
-        agreement = tl.where(first >= tl.where(kept, best, float("inf")), 1.0, 0.0)
+        # No id is the most likely one where a logit is NaN.
+        agrees = kept & (first >= best) & (total_1 == total_1)
+        agreement = tl.where(agrees, 1.0, 0.0)
     tl.store(agreement_ptr + one, agreement)
 
 

@@ -7,6 +7,7 @@ from sparsekd.kernels.targets import SparseTargets
 
 IMPLEMENTATIONS = ("reference", "torch", "torch/slices", "triton", "triton/slices")
 BOUND = 1e-5
+NAN = torch.nan
 
 
 @pytest.mark.parametrize(
@@ -163,11 +164,56 @@ def test_what_is_dropped_cannot_harm(oracle, impl, mode):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_logits_that_are_no_numbers_are_not_hidden(oracle, impl):
-    """A head that has diverged in one row, outside every support, shows in the loss."""
-    case = oracle.make_case(seed=28)
-    outside = next(v for v in range(53) if v not in set(case.targets.ids.flatten().tolist()))
-    case.weight[outside] = torch.nan
+@pytest.mark.parametrize(
+    "changes", [{"kd_weight": 0.0}, {"ce_weight": 0.0}, {"target_mode": "sampled"}], ids=str
+)
+@pytest.mark.parametrize("where", ["rest", "support", "bias", "hidden", "inf", "everywhere"])
+def test_logits_that_are_no_numbers_are_not_hidden(oracle, impl, where, changes):
+    """A head that has diverged, wherever it has, shows in the loss, and no such position agrees."""
+    case = oracle.make_case(seed=28, count=4, **changes)
+    support = case.targets.ids[:, : 1 if "kd_weight" in changes else case.targets.head_size]
+    if where == "rest":
+        case.weight[next(v for v in range(53) if v not in set(case.targets.ids.flatten().tolist()))] = NAN
+    elif where == "support":
+        case.weight[support[1]] = NAN
+    elif where == "bias":
+        case.bias[52] = NAN
+    elif where == "hidden":
+        case.hidden[1] = NAN
+    elif where == "inf":
+        case.bias[52] = torch.inf
+    else:
+        case.weight[:] = NAN
+    output, leaves = oracle.call(case, impl)
+    assert torch.isnan(output.loss)
+    output.loss.backward()
+    assert bool(leaves["weight"].grad.isnan().any())
+    assert output.agreement[1] == 0 or where == "inf"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kd_weight", [0.0, 1.0])
+def test_a_rest_of_nothing_but_nan_is_not_an_empty_rest(oracle, impl, kd_weight):
+    """The only id outside the support has diverged; label and record know nothing of it."""
+    if kd_weight:
+        # A teacher without a rest: no draw is there to read the id.
+        changes = {"vocabulary": 9, "k": 8, "n": 1, "ce_weight": 0.0, "target_mode": "sampled"}
+        case = oracle.make_case(seed=29, count=2, **changes)
+        ids = case.targets.ids.clone()
+        ids[:, 8:] = -1
+        empty = torch.full((2,), -torch.inf)
+        targets = case.targets._replace(
+            ids=ids, log_rest=empty, tail_counts=torch.zeros_like(case.targets.tail_counts)
+        )
+        outside = next(v for v in range(9) if v not in set(ids[0].tolist()))
+    else:
+        case = oracle.make_case(seed=29, count=2, vocabulary=2, k=1, n=0, kd_weight=0.0)
+        targets = case.targets
+        outside = 1 - int(targets.ids[0, 0])
+    case = case.change(targets=targets, labels=targets.ids[:, 0].clone())
+    assert torch.isfinite(oracle.measured(case, impl).loss)
+    case.weight[outside] = NAN
     output, _ = oracle.call(case, impl)
     assert torch.isnan(output.loss)
 
