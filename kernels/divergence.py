@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsekd.kernels.objective import MIXTURE_DIVERGENCES, Objective
 from sparsekd.kernels.statistics import LogitGradient, Statistics, logit_gradient
-from sparsekd.kernels.targets import SparseTargets
+from sparsekd.kernels.targets import SparseTargets, drawn_shares
 
 # Reverse KL is infinite where the teacher has probability 0; its log is held at this floor instead, about the
 # log of the smallest normal float32.
@@ -114,8 +114,7 @@ def teacher_outcomes(targets: SparseTargets, temperature: float, dtype: torch.dt
 def sampled_cross_entropy(statistics: Statistics, targets: SparseTargets, temperature: float) -> Tensor:
     """-entropy - sum_v w_v log q_v: unbiased for the forward KL at the draw temperature -> [N]  (5.2)."""
     log_p = teacher_outcomes(targets, temperature, statistics.support.dtype)
-    draws = targets.tail_counts.shape[1]
-    drawn = log_p[:, -1:].exp() * targets.tail_counts / draws
+    drawn = log_p[:, -1:].exp() * drawn_shares(targets.tail_counts, log_p.dtype)
     target = torch.cat([log_p[:, :-1].exp(), drawn], dim=1)
     log_total = torch.cat([statistics.support, statistics.rest_t[:, None]], dim=1).logsumexp(1, keepdim=True)
     present = targets.ids >= 0

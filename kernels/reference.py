@@ -41,9 +41,9 @@ def dense_distillation(logits: Tensor, targets: SparseTargets, objective: Object
     log_p_head, log_p_rest = log_p[:, :k], log_p[:, k:]
 
     if objective.target_mode == "sampled":
-        weights = torch.cat(
-            [log_p_head.exp(), log_p_rest.exp() * targets.tail_counts / (ids.shape[1] - k)], 1
-        )
+        # By division and not by `drawn_shares`: nothing but the divergences is shared.
+        draws = targets.tail_counts.to(logits.dtype).sum(1, keepdim=True).clamp_min(1.0)
+        weights = torch.cat([log_p_head.exp(), log_p_rest.exp() * targets.tail_counts / draws], 1)
         return -targets.entropy - (torch.where(present, weights, 0.0) * log_q.gather(1, ids)).sum(1)
 
     log_q_head = torch.where(head_present, log_q.gather(1, head_ids), -torch.inf)

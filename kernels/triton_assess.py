@@ -45,7 +45,7 @@ def assess_kernel(
     labels_ptr,  # int64 [C]
     weights_ptr,  # float32 [C]
     head_logprobs_ptr,  # float32 [C, k]; read where HAS_TEACHER
-    tail_counts_ptr,  # float32 [C, n]; read where SAMPLED
+    tail_counts_ptr,  # float32 [C, draws]; read where SAMPLED
     log_rest_ptr,  # float32 [C]
     entropy_ptr,  # float32 [C]
     loss_ptr,  # float32 [C] out, weighted
@@ -61,7 +61,7 @@ def assess_kernel(
     by_label_ptr,  # float32 [C] out
     entries,  # K
     head_size,  # k
-    draws,  # n
+    draws,  # columns of the counts
     vocabulary_size,
     kd_weight,
     ce_weight,
@@ -133,7 +133,8 @@ def assess_kernel(
                 mask=inside & (column >= head_size),
                 other=0.0,
             )
-            target = tl.where(drawn, p_rest * counts / draws, target)
+            number = tl.sum(counts, 0)
+            target = tl.where(drawn, p_rest * counts / tl.where(number > 0, number, 1.0), target)
             value = -tl.load(entropy_ptr + one) - tl.sum(target * log_q, 0)
             mass = tl.sum(target, 0)
             by_rest = mass * tl.exp(rest_t - total_t)

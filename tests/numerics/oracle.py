@@ -201,7 +201,7 @@ def _position_kd(z: Tensor, case: Case, t: int) -> Tensor:
         return (teacher - log_student.exp()).abs().sum() / 2
 
     if wanted.target_mode == "sampled":
-        n = targets.tail_counts.shape[1]
+        n = sum(float(times) for times in targets.tail_counts[t])
         value = -targets.entropy[t].double() - (p * log_q[head]).sum()
         for v, times in zip(targets.ids[t, k:], targets.tail_counts[t], strict=True):
             if v >= 0:

@@ -68,6 +68,30 @@ def test_padded_ids(oracle, impl, mode):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_positions_with_different_numbers_of_draws(oracle, impl):
+    """Records of 6, of 2 and of no draws in one batch mean what each means alone."""
+    case = oracle.make_case(seed=19, n=6, target_mode="sampled")
+    few = oracle.make_case(seed=19, n=2, target_mode="sampled").targets
+    assert torch.equal(few.head_logprobs, case.targets.head_logprobs)
+    ids, counts, log_rest = case.targets.ids.clone(), case.targets.tail_counts.clone(), case.targets.log_rest
+    for position in (0, 4, 5):
+        ids[position, 5:], counts[position] = -1, 0.0
+    for position in (0, 4):
+        ids[position, 5:7], counts[position, :2] = few.ids[position, 5:], few.tail_counts[position]
+    log_rest = log_rest.index_fill(0, torch.tensor([5]), -torch.inf)
+    mixed = case.change(
+        targets=case.targets._replace(ids=ids, tail_counts=counts, log_rest=log_rest),
+    )
+    assert sorted(set(counts.sum(1).tolist())) == [0.0, 2.0, 6.0]
+    found = oracle.measured(mixed, impl)
+    oracle.check(found, oracle.dense(mixed), BOUND)
+    alone = oracle.measured(case.change(targets=few), impl)
+    whole = oracle.measured(case, impl)
+    assert oracle.relative(found.kd[[0, 4]], alone.kd[[0, 4]]) < BOUND
+    assert oracle.relative(found.kd[[1, 2, 6]], whole.kd[[1, 2, 6]]) < BOUND
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_padded_vocabulary_gets_exactly_zero(oracle, impl):
     case = oracle.make_case(seed=23, padding=11, label_smoothing=0.1)
     case.weight[53:] = 1e4
