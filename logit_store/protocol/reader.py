@@ -290,6 +290,20 @@ class LogitStore:
         stored = stored_planes(message, self.manifest, index, where)
         return decode_planes(stored, self.manifest, split, where, wanted=names, reuse=reuse)
 
+    def read_part(self, split: str, index: int, names: Collection[str], reuse: Arrays | None = None) -> Row:
+        """Returns a row of which, besides its text, some planes of the record are decoded.
+
+        What is not decoded is empty (`row.row_of_planes`). Raises as `read_row`.
+
+        Args:
+            split: name of the row space.
+            index: number of the row in it.
+            names: of planes of the record.
+            reuse: as of `read_row`.
+        """
+        wanted = {*text_planes(self.manifest), *names}
+        return row_of_planes(self.read_planes(split, index, wanted, reuse))
+
     def read_text(self, split: str, index: int) -> Row:
         """Returns a row without its teacher's record, whose planes are not decoded; raises as `read_row`."""
         return row_of_planes(self.read_planes(split, index, text_planes(self.manifest)))
