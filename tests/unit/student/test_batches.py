@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sparsekd.kernels.loss import sparse_kd_loss
-from sparsekd.kernels.objective import Objective, needed_planes
+from sparsekd.kernels.objective import HeadTransform, Objective, needed_planes
 from sparsekd.kernels.targets import NOTHING
 from sparsekd.logit_store.codecs.frequency import compact_parameters
 from sparsekd.logit_store.manifest import CodecSpec, Manifest
