@@ -10,7 +10,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,6 +144,11 @@ def _checked(split: SplitIndex, manifest: Manifest, where: str) -> SplitIndex:
     return split
 
 
+def record_columns(record: CommitRecord) -> tuple[NDArray[Any], ...]:
+    """Returns what a commit record says of each row, in the order of ROW_ENTRY."""
+    return record.offsets, record.lengths, record.crc32, record.counted
+
+
 class RowTable:
     """The table of a split, read by blocks. All methods may be called from several threads at once."""
 
@@ -169,10 +174,21 @@ class RowTable:
             raise self.damaged(f"row {row} is {length:,} bytes at {offset:,}")
         return offset, length, crc32
 
+    def entries(self, first: int, stop: int) -> NDArray[np.void]:
+        """Returns the entries of rows `first` to `stop`, ROW_ENTRY [stop - first]."""
+        begin, size = first * ROW_ENTRY.itemsize, (stop - first) * ROW_ENTRY.itemsize
+        return np.frombuffer(self._bytes(begin, size), ROW_ENTRY)
+
     def counted(self, first: int, stop: int) -> NDArray[np.uint32]:
         """Returns how many positions the loss counts of rows `first` to `stop`, uint32 [stop - first]."""
-        begin, size = first * ROW_ENTRY.itemsize, (stop - first) * ROW_ENTRY.itemsize
-        return np.frombuffer(self._bytes(begin, size), ROW_ENTRY)["counted"].astype(np.uint32)
+        return self.entries(first, stop)["counted"].astype(np.uint32)
+
+    def compare(self, first: int, record: CommitRecord) -> None:
+        """Raises DamagedStoreError where the entries of the rows from `first` are not those of their record."""
+        found = self.entries(first, first + record.rows)
+        for name, column in zip(ROW_ENTRY.names or (), record_columns(record), strict=True):
+            if wrong := np.flatnonzero(found[name] != column).tolist():
+                raise self.damaged(f"the {name} of row {first + wrong[0]} is not that of its commit record")
 
     def record_digest(self, shard: int) -> str:
         """Returns the digest (hex) of a shard's commit record."""
@@ -234,8 +250,7 @@ class TableWriter:
     def add(self, record: CommitRecord, digest: str) -> None:
         """Adds a shard."""
         entries = np.empty(record.rows, ROW_ENTRY)
-        columns = (record.offsets, record.lengths, record.crc32, record.counted)
-        for name, column in zip(ROW_ENTRY.names or (), columns, strict=True):
+        for name, column in zip(ROW_ENTRY.names or (), record_columns(record), strict=True):
             entries[name] = column
         self._spool.write(entries.tobytes())
         self._digests += bytes.fromhex(digest)

@@ -207,7 +207,7 @@ class LogitStore:
                 return message
             self._access.forget(place, offset)
             table.forget()
-        self._compare_entry(split, index, (offset, length, crc32))
+        self.compare_entries(split, shard)
         if failure is not None:
             reason = failure.strerror or str(failure).strip().partition("\n")[0].rstrip(".")
             raise DamagedStoreError(
@@ -233,13 +233,10 @@ class LogitStore:
             )
         return self._tables[split].counted(first, stop)
 
-    def _compare_entry(self, split: str, index: int, entry: tuple[int, int, int]) -> None:
-        """Raises DamagedStoreError where a row's entry in the table is not the one in its commit record."""
-        shard, local = divmod(index, self.manifest.rows_per_shard)
-        record = self.commit(split, shard)
-        columns = (record.offsets, record.lengths, record.crc32)
-        if entry != tuple(int(column[local]) for column in columns):
-            raise self._tables[split].damaged(f"the entry of row {index} is not that of its commit record")
+    def compare_entries(self, split: str, shard: int) -> None:
+        """Raises DamagedStoreError where the table of rows says something else than a shard's commit record."""
+        rows = self.shard_rows(split, shard)
+        self._tables[split].compare(rows.start, self.commit(split, shard))
 
     def read_row(self, split: str, index: int, reuse: Arrays | None = None) -> Row:
         """Returns a row, after one positional read.

@@ -139,6 +139,14 @@ def table(forged: Forgery, now: random.Random) -> None:
     forged.tables[now.choice(["train", "heldout"])] = change
 
 
+def index_size(forged: Forgery, now: random.Random) -> None:
+    """Claims more or fewer rows than there are, with counts and shards that fit."""
+    content, size = json.loads(forged.manifest), now.choice([*SHAPES, 2**50])
+    entry = forged.index["splits"][now.choice(["train", "heldout"])]
+    entry["rows"], entry["shards"] = size, -(-size // content["rows_per_shard"])
+    entry["counts"]["tokens"] = size * content["sequence_length"]
+
+
 def _shard(forged: Forgery, now: random.Random) -> ForgedShard:
     return forged.shards[now.choice(list(forged.shards))]
 
@@ -485,6 +493,7 @@ MUTATORS: dict[str, tuple[Mutator, int]] = {
     "index value": (index_value, 2),
     "index text": (index_text, 1),
     "index table": (table, 2),
+    "index size": (index_size, 1),
     "record value": (record_value, 2),
     "record places": (record_places, 2),
     "record text": (record_text, 1),
