@@ -172,6 +172,14 @@ def weights_of_positions(row: Row) -> NDArray[np.float32]:
     return np.repeat(weights, run_lengths(row.optional["weight_starts"], len(row.token_ids)))
 
 
+def weight_runs(weights: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    """Returns the planes `weight_starts` and `weights` of weights at L positions; empty where all are 1."""
+    if (weights == 1).all():
+        return {"weight_starts": np.empty(0, np.int32), "weights": np.empty(0, np.float32)}
+    starts = np.append(0, np.flatnonzero(weights[1:] != weights[:-1]) + 1).astype(np.int32)
+    return {"weight_starts": starts, "weights": weights[starts].astype(np.float32)}
+
+
 def next_tokens(row: Row) -> NDArray[np.int64]:
     """Returns int64 [L], the token that follows each position in its document; `IGNORED_LABEL` where none
     does.

@@ -8,6 +8,7 @@ absent or unknown. Refused is also what Python's json takes: keys twice, NaN, in
 """
 
 import dataclasses
+import errno
 import functools
 import json
 import math
@@ -112,13 +113,13 @@ _SHORT.maxlist = _SHORT.maxdict = _SHORT.maxtuple = 4
 _SHORT.maxlevel = 3
 
 
-def read_bounded(place: StorePath, limit: int, read: Callable[[Any], bytes] | None = None) -> bytes:
+def read_bounded(place: StorePath, limit: int, read: Callable[[Any, int], bytes] = read_file) -> bytes:
     """Returns a whole file of at most `limit` bytes.
 
     Args:
         place: of the file.
-        limit: bytes; a larger file on a local disk is not read at all.
-        read: gives the bytes; by default they come from the place itself.
+        limit: bytes; a larger file is not read at all.
+        read: gives the bytes of a place with that limit.
 
     Raises:
         FileNotFoundError: there is none.
@@ -126,17 +127,16 @@ def read_bounded(place: StorePath, limit: int, read: Callable[[Any], bytes] | No
         StoreError: it is no file, or cannot be read.
     """
     try:
-        data = read_file(place, largest=limit) if read is None else read(place)
+        return read(place, limit)
     except FileNotFoundError:
         raise
-    except OSError:
+    except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise DamagedStoreError(f"{place} {error.strerror}: {_RESTORE}.") from None
         with explained(place):
             raise
     except ValueError as error:
         raise StoreError(f"{place} cannot be read ({error}): name a store by a path of letters.") from error
-    if len(data) > limit:
-        raise DamagedStoreError(f"{place} has {len(data):,} bytes, expected at most {limit:,}: {_RESTORE}.")
-    return data
 
 
 def parse_json(data: bytes, where: str) -> Any:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from sparsekd.logit_store.codecs import exact, plain, tkq8, vectors
 from sparsekd.logit_store.codecs.frequency import check_compact, mass_of
-from sparsekd.logit_store.codecs.quantise import without_deep
+from sparsekd.logit_store.codecs.quantise import within_halves, without_deep
 from sparsekd.logit_store.codecs.ragged import cut_to_mass
 from sparsekd.logit_store.codecs.room import Coding, Room, Stored
 from sparsekd.logit_store.errors import StoreError
@@ -36,12 +36,14 @@ class Codec:
         error: (rounded plane of the record, decoded values, manifest) -> by how much (nats, float32 of the
             values' shape) an entry may differ from what was written, which is `stored_record` of it.
         drops_deep: whether entries far below the first of their position are stored as -inf.
+        is_lossless: whether values come back as they are.
     """
 
     codings: Mapping[str, Coding]
     check_parameters: Callable[[Mapping[str, Any], Manifest], None]
     error: Callable[[Plane, NDArray[np.float32], Manifest], NDArray[np.float32]]
     drops_deep: bool = False
+    is_lossless: bool = False
 
     def encode(self, row: Row, manifest: Manifest) -> dict[str, bytes]:
         """Returns the stored bytes of each plane of a row that passed `check_row`, in stored order."""
@@ -108,19 +110,24 @@ def _by_coding(planes: tuple[Plane, ...]) -> Iterator[tuple[str, tuple[Plane, ..
 
 
 def stored_record(record: TeacherRecord, manifest: Manifest) -> TeacherRecord:
-    """Returns what a store keeps of a record before it rounds, as far as its codec leaves entries out.
+    """Returns what a store keeps of a record before it rounds, as far as its codec cannot hold all of it.
 
-    Heads end where a codec has a mass; entries too deep for a codec's steps are -inf.
+    Heads end where a codec has a mass; entries too deep for a codec's steps are -inf; what is beyond the
+    largest half is that.
     """
     mass = mass_of(manifest)
     if mass is not None:
         record = cut_to_mass(record, manifest.record, mass)
-    if not CODECS[manifest.codec.name].drops_deep:
+    codec = CODECS[manifest.codec.name]
+    if codec.is_lossless:
         return record
+    keep = without_deep if codec.drops_deep else within_halves
     return replace(
         record,
-        head_logprobs=without_deep(record.head_logprobs),
-        tail_logprobs=without_deep(record.tail_logprobs),
+        head_logprobs=keep(record.head_logprobs),
+        tail_logprobs=keep(record.tail_logprobs),
+        log_rest=within_halves(record.log_rest),
+        true_logprob=within_halves(record.true_logprob),
     )
 
 
@@ -169,5 +176,5 @@ CODECS = {
     "plain": Codec(plain.CODINGS | {"vectors": vectors.PLAIN}, _no_parameters, tkq8.error, drops_deep=True),
     "compact": Codec(_FRAMED, check_compact, tkq8.error, drops_deep=True),
     "fp16": Codec(_FRAMED, _no_parameters, tkq8.error),
-    "exact": Codec(exact.CODINGS | {"vectors": vectors.FRAMED}, _no_parameters, _lossless),
+    "exact": Codec(exact.CODINGS | {"vectors": vectors.FRAMED}, _no_parameters, _lossless, is_lossless=True),
 }

@@ -52,6 +52,14 @@ def to_half(values: NDArray[np.float32]) -> NDArray[np.float16]:
     return np.where(bits == _SIGN, np.uint16(0), bits).view("<f2")
 
 
+def within_halves(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns values with the finite ones beyond the largest half at it, as halves keep them."""
+    if values.min(initial=0) >= -HALF_LARGEST and values.max(initial=0) <= HALF_LARGEST:
+        return values
+    limit = np.float32(HALF_LARGEST)
+    return np.where(np.isinf(values), values, np.clip(values, -limit, limit))
+
+
 def half_above(values: NDArray[np.float32]) -> NDArray[np.float16]:
     """Returns the smallest halves that values of 0 or more do not exceed by more than `SLACK`."""
     nearest = to_half(values)

@@ -11,6 +11,7 @@ from sparsekd.logit_store.errors import DamagedStoreError
 from sparsekd.logit_store.json_text import read_signed_json
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
+from sparsekd.logit_store.places.files import read_file
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.planes import names_of, planes_of
 from sparsekd.logit_store.protocol.layout import REMEDY, commit_file
@@ -118,7 +119,7 @@ def read_commit(
     split: str,
     shard: int,
     *,
-    read: Callable[[Any], bytes] | None = None,
+    read: Callable[[Any, int], bytes] = read_file,
 ) -> tuple[CommitRecord, bytes]:
     """Reads a commit record and the bytes it was read from.
 
@@ -127,7 +128,7 @@ def read_commit(
         manifest_sha256: of its manifest.
         split: name of the row space.
         shard: number of the shard in it.
-        read: gives the bytes of a file; by default from the store itself.
+        read: gives the bytes of a file of a limited size; by default from the store itself.
 
     Raises:
         DamagedStoreError: there is none, it is damaged, or it belongs to another shard or store.

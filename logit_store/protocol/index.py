@@ -10,7 +10,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,6 @@ from sparsekd.logit_store.manifest import (
 )
 from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
 from sparsekd.logit_store.places.access import Access
-from sparsekd.logit_store.places.files import explained
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.protocol.commit import CommitRecord, RowCounts, check_sums
 from sparsekd.logit_store.protocol.layout import INDEX_NAME, table_file
@@ -144,11 +143,6 @@ def _checked(split: SplitIndex, manifest: Manifest, where: str) -> SplitIndex:
     return split
 
 
-def record_columns(record: CommitRecord) -> tuple[NDArray[Any], ...]:
-    """Returns what a commit record says of each row, in the order of ROW_ENTRY."""
-    return record.offsets, record.lengths, record.crc32, record.counted
-
-
 class RowTable:
     """The table of a split, read by blocks. All methods may be called from several threads at once."""
 
@@ -175,20 +169,9 @@ class RowTable:
         return offset, length, crc32
 
     def entries(self, first: int, stop: int) -> NDArray[np.void]:
-        """Returns the entries of rows `first` to `stop`, ROW_ENTRY [stop - first]."""
+        """Returns the entries of rows `first` to `stop`, `ROW_ENTRY` [stop - first]."""
         begin, size = first * ROW_ENTRY.itemsize, (stop - first) * ROW_ENTRY.itemsize
         return np.frombuffer(self._bytes(begin, size), ROW_ENTRY)
-
-    def counted(self, first: int, stop: int) -> NDArray[np.uint32]:
-        """Returns how many positions the loss counts of rows `first` to `stop`, uint32 [stop - first]."""
-        return self.entries(first, stop)["counted"].astype(np.uint32)
-
-    def compare(self, first: int, record: CommitRecord) -> None:
-        """Raises DamagedStoreError where the entries of the rows from `first` are not those of their record."""
-        found = self.entries(first, first + record.rows)
-        for name, column in zip(ROW_ENTRY.names or (), record_columns(record), strict=True):
-            if wrong := np.flatnonzero(found[name] != column).tolist():
-                raise self.damaged(f"the {name} of row {first + wrong[0]} is not that of its commit record")
 
     def record_digest(self, shard: int) -> str:
         """Returns the digest (hex) of a shard's commit record."""
@@ -222,11 +205,23 @@ class RowTable:
                 return self._blocks[block]
         begin = block * BLOCK_BYTES
         length = min(BLOCK_BYTES, self._index.table_bytes - begin)
-        try:
-            with explained(self._place):
-                data = bytes(self._access.read(self._place, begin, length))
-        except FileNotFoundError:
-            raise self.damaged("it is missing") from None
+        data, failure = b"", None
+        # Once more: a network or a cable may have failed, not the disk.
+        for _ in range(2):
+            try:
+                data, failure = bytes(self._access.read(self._place, begin, length)), None
+            except FileNotFoundError:
+                raise self.damaged("it is missing") from None
+            except OSError as error:
+                failure = error
+            if len(data) == length:
+                break
+            self._access.forget(self._place, begin)
+        if failure is not None:
+            raise DamagedStoreError(
+                f"{self._place} cannot be read ({failure.strerror or failure}): see to the disk or the "
+                "connection, then run the same command again."
+            ) from failure
         if len(data) != length:
             raise self.damaged(f"it ends before byte {begin + length:,}")
         with self._lock:
@@ -234,6 +229,15 @@ class RowTable:
             while len(self._blocks) > BLOCKS_KEPT:
                 self._blocks.popitem(last=False)
         return data
+
+
+def entries_of(record: CommitRecord) -> NDArray[np.void]:
+    """Returns the entries of a shard's rows in the table, `ROW_ENTRY` [rows]."""
+    entries = np.empty(record.rows, ROW_ENTRY)
+    columns = (record.offsets, record.lengths, record.crc32, record.counted)
+    for name, column in zip(ROW_ENTRY.names or (), columns, strict=True):
+        entries[name] = column
+    return entries
 
 
 class TableWriter:
@@ -249,10 +253,7 @@ class TableWriter:
 
     def add(self, record: CommitRecord, digest: str) -> None:
         """Adds a shard."""
-        entries = np.empty(record.rows, ROW_ENTRY)
-        for name, column in zip(ROW_ENTRY.names or (), record_columns(record), strict=True):
-            entries[name] = column
-        self._spool.write(entries.tobytes())
+        self._spool.write(entries_of(record).tobytes())
         self._digests += bytes.fromhex(digest)
 
     def finish(self) -> str:

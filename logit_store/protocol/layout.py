@@ -10,6 +10,7 @@ AnyPath = TypeVar("AnyPath", bound=StorePath)
 
 INDEX_NAME = "INDEX.json"
 INDEX_FOLDER = "index"
+PROJECTIONS_FOLDER = "projections"
 TOKENIZER_NAME = "tokenizer"
 QUARANTINE_NAME = "quarantine"
 
@@ -64,7 +65,7 @@ def shard_number(name: str) -> int | None:
 
 def folders_of(path: AnyPath, splits: Iterable[str]) -> list[AnyPath]:
     """Returns the folders that a store has, those within its tokenizer's left out."""
-    inner = (TOKENIZER_NAME, QUARANTINE_NAME, INDEX_FOLDER, "shards")
+    inner = (TOKENIZER_NAME, PROJECTIONS_FOLDER, QUARANTINE_NAME, INDEX_FOLDER, "shards")
     return [cast(AnyPath, path / name) for name in inner] + [split_folder(path, split) for split in splits]
 
 

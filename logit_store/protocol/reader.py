@@ -38,7 +38,7 @@ from sparsekd.logit_store.places.paths import RemotePath, StorePath, store_path
 from sparsekd.logit_store.places.tokenizer_folder import local_tokenizer, require_tokenizer
 from sparsekd.logit_store.planes import names_of, planes_of, text_planes
 from sparsekd.logit_store.protocol.commit import CommitRecord, check_record, read_commit
-from sparsekd.logit_store.protocol.index import RowTable, SplitIndex, read_index
+from sparsekd.logit_store.protocol.index import RowTable, SplitIndex, entries_of, read_index
 from sparsekd.logit_store.protocol.layout import (
     REMEDY,
     TOKENIZER_NAME,
@@ -207,7 +207,7 @@ class LogitStore:
                 return message
             self._access.forget(place, offset)
             table.forget()
-        self.compare_entries(split, shard)
+        self._compare_entry(split, index, (offset, length, crc32))
         if failure is not None:
             reason = failure.strerror or str(failure).strip().partition("\n")[0].rstrip(".")
             raise DamagedStoreError(
@@ -231,12 +231,21 @@ class LogitStore:
             raise StoreError(
                 f"{self.path}, split {split} has no rows {first} to {stop}: it has {self.rows(split)} rows."
             )
-        return self._tables[split].counted(first, stop)
+        return self._tables[split].entries(first, stop)["counted"].astype(np.uint32)
 
-    def compare_entries(self, split: str, shard: int) -> None:
-        """Raises DamagedStoreError where the table of rows says something else than a shard's commit record."""
-        rows = self.shard_rows(split, shard)
-        self._tables[split].compare(rows.start, self.commit(split, shard))
+    def entries_fit(self, split: str, record: CommitRecord) -> bool:
+        """Returns whether the table's entries of a shard's rows are those of its commit record."""
+        rows = self.shard_rows(split, record.shard)
+        entries = self._tables[split].entries(rows.start, rows.stop)
+        return entries.tobytes() == entries_of(record).tobytes()
+
+    def _compare_entry(self, split: str, index: int, entry: tuple[int, int, int]) -> None:
+        """Raises DamagedStoreError where a row's entry in the table is not the one in its commit record."""
+        shard, local = divmod(index, self.manifest.rows_per_shard)
+        record = self.commit(split, shard)
+        columns = (record.offsets, record.lengths, record.crc32)
+        if entry != tuple(int(column[local]) for column in columns):
+            raise self._tables[split].damaged(f"the entry of row {index} is not that of its commit record")
 
     def read_row(self, split: str, index: int, reuse: Arrays | None = None) -> Row:
         """Returns a row, after one positional read.

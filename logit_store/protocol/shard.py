@@ -6,13 +6,14 @@ sha256 of the file.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from sparsekd.logit_store.checks import check_row
-from sparsekd.logit_store.codecs.codec import Arrays, codec_of
+from sparsekd.logit_store.codecs.codec import Arrays, Codec, codec_of
 from sparsekd.logit_store.codecs.faithful import first_difference
+from sparsekd.logit_store.codecs.frames import PlaneError
 from sparsekd.logit_store.codecs.frequency import mass_of
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import Manifest, manifest_digest
@@ -52,7 +53,7 @@ def write_rows(
         where = row_place(store, split, index, manifest.rows_per_shard)
         check_row(row, manifest, split=split, where=where, short_heads=mass_of(manifest) is not None)
         stored = codec.encode(row, manifest)
-        if difference := first_difference(row, codec.decode_planes(stored, manifest, None, reuse), manifest):
+        if difference := _difference(codec, row, stored, manifest, reuse):
             raise StoreError(
                 f"{where}: the codec {manifest.codec.name} does not give back {difference}; nothing of the "
                 "shard was written: this is a fault of sparsekd, please report it with the store's manifest."
@@ -79,3 +80,13 @@ def write_rows(
         counts=sum_of_counts(counts),
         plane_bytes=plane_bytes,
     )
+
+
+def _difference(
+    codec: Codec, row: Row, stored: Mapping[str, bytes], manifest: Manifest, reuse: Arrays
+) -> str | None:
+    """Returns what of a row its stored planes do not give back, None where they give all."""
+    try:
+        return first_difference(row, codec.decode_planes(stored, manifest, None, reuse), manifest)
+    except PlaneError as error:
+        return f"{error.plane} ({error})"

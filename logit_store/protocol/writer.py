@@ -215,11 +215,12 @@ def _require_same_text(
     """Compares the first row of a committed shard, which is one read, with the one that was to be written."""
     where = f"{path}, split {split}, shard {shard:06d}"
     remedy = "write to a new folder, or give the rows that this store was begun with"
-    record, _ = _read_record(path, manifest_digest(manifest), split, shard)
+    record, _ = read_commit(path, manifest_digest(manifest), split, shard)
     if record.rows != len(rows):
         raise StoreError(
             f"{where} is committed with {record.rows} rows, but {len(rows)} were given for it: {remedy}."
         )
+    check_record(record, manifest, len(rows), commit_file(path, split, shard))
     index = shard * manifest.rows_per_shard
     offset, length = int(record.offsets[0]), int(record.lengths[0])
     place = shard_file(path, split, shard)
@@ -240,12 +241,6 @@ def _require_same_text(
             f"{where} is committed with other text than was given for it: row {index} differs from position "
             f"{position} on; {remedy}."
         )
-
-
-def _read_record(path: StorePath, manifest_sha256: str, split: str, shard: int) -> tuple[CommitRecord, bytes]:
-    """Returns a commit record and its file; see `read_commit`."""
-    with explained(commit_file(path, split, shard)):
-        return read_commit(path, manifest_sha256, split, shard, read=read_file)
 
 
 def _commit(path: StorePath, split: str, record: CommitRecord, produce: Produce, *, is_sealed: bool) -> None:
@@ -291,7 +286,7 @@ def _settle(path: StorePath, record: CommitRecord, text: bytes, produce: Produce
     final = shard_file(path, record.split, record.shard)
     for look in range(SETTLE_TRIES):
         try:
-            found, _ = _read_record(path, record.manifest_sha256, record.split, record.shard)
+            found, _ = read_commit(path, record.manifest_sha256, record.split, record.shard)
             with explained(final):
                 stored = sha256_of(final)
         except StoreError:  # replaced while it was read
@@ -401,7 +396,7 @@ def _seal_split(path: StorePath, manifest: Manifest, split: str, shards: int) ->
     file_bytes = 0
 
     def checked(shard: int) -> tuple[CommitRecord, bytes]:
-        record, data = _read_record(path, digest, split, shard)
+        record, data = read_commit(path, digest, split, shard)
         is_short = record.rows < manifest.rows_per_shard and shard == shards - 1
         if record.rows != manifest.rows_per_shard and not is_short:
             raise StoreError(

@@ -175,7 +175,8 @@ def verify_store(
     # The table first: it says whether there are as many shards as the index claims.
     readable = [split for split in store.manifest.splits if _table_is_sound(store, split, problems)]
     shards = sum(map(store.shards, readable))
-    for split, shard in ((split, shard) for split in readable for shard in range(store.shards(split))):
+    places = ((name, number) for name in readable for number in range(store.shards(name)))
+    for split, shard in places:
         before = len(problems)
         good, size = _verify_shard(store, split, shard, alignment, problems)
         if len(problems) > before:
@@ -185,10 +186,10 @@ def verify_store(
         rows, bytes_read, done = rows + good, bytes_read + size, done + 1
         if progress is not None:
             progress(done, shards)
-    broken = {split for split, _ in damaged}
-    for split in readable:
-        if store.rows(split) and split not in broken:
-            problems += sums[split].contradictions(store, split)
+    broken = {name for name, _ in damaged}
+    for name in readable:
+        if store.rows(name) and name not in broken:
+            problems += sums[name].contradictions(store, name)
     strangers: tuple[str, ...] = ()
     quarantined: tuple[str, ...] = ()
     with _noted(problems):
@@ -247,7 +248,6 @@ def _verify_shard(
             problems.append(f"{place} is missing: {REMEDY}.")
             return 0, 0
         record = store.commit(split, shard)
-        store.compare_entries(split, shard)
         with explained(place):
             size = size_of(place)
             digest = sha256_of(place)
@@ -286,9 +286,15 @@ def _verify_shard(
             alignment.add(row)
     if len(problems) > before:
         return len(sound), size
-    counted = [counts.tokens_counted for counts in sound]
-    if sum_of_counts(sound) != record.counts or counted != record.counted.tolist():
+    if (
+        sum_of_counts(sound) != record.counts
+        or [row.tokens_counted for row in sound] != record.counted.tolist()
+    ):
         problems.append(f"{place} holds other numbers of tokens than its commit record says.")
+    if not store.entries_fit(split, record):
+        problems.append(
+            f"{place}: the index's table has other entries for its rows than its commit record; {REMEDY}."
+        )
     if plane_bytes != record.plane_bytes:
         problems.append(f"{place} holds planes of other lengths than its commit record says.")
     if digest != record.file_sha256 or size != record.file_bytes:

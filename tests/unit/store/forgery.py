@@ -16,7 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparsekd.logit_store.codecs.codec import codec_of
 from sparsekd.logit_store.protocol.arrow_layout import file_footer, file_header, split_message
+from sparsekd.logit_store.protocol.message import row_message
+from sparsekd.logit_store.protocol.reader import open_store
+from sparsekd.logit_store.row import Row
 
 DIGEST = re.compile(rb'"digest": "[0-9a-f]*"')
 
@@ -215,3 +219,11 @@ def row_of(message: bytes) -> int:
     """The row's number in a sound batch, which begins its body."""
     (metadata,) = struct.unpack_from("<I", message, 4)
     return int(struct.unpack_from("<q", message, 8 + metadata)[0])
+
+
+def swap_row(path: Path, target: Path, split: str, index: int, row: Row) -> Path:
+    """Writes a store in which a row of the first shard is another, whatever rules that breaks."""
+    forgery, manifest = Forgery.of(path), open_store(path).manifest
+    shard, stored = forgery.shards[split, 0], codec_of(manifest).encode(row, manifest)
+    shard.messages[index] = row_message(index, [stored[name] for name in shard.planes])
+    return forgery.write(target)

@@ -6,7 +6,7 @@ import numpy as np
 
 from sparsekd.logit_store.codecs.codec import CODECS
 from sparsekd.logit_store.codecs.frequency import compact_parameters
-from sparsekd.logit_store.manifest import CodecSpec, Manifest
+from sparsekd.logit_store.manifest import CodecSpec, FeatureSpec, Manifest
 from sparsekd.logit_store.manifest_checks import OPTIONAL_PLANES
 from sparsekd.logit_store.synthetic import synthetic_manifest
 
@@ -30,6 +30,11 @@ TARGETS_AND_RULES = (
 CLASSES = ("against", "neutral", "for", "unclear", "other")
 VOCABULARY = 300
 
+FEATURES = (
+    FeatureSpec(3, 5, 5, "none", None, 1.0, "int8", "all"),
+    FeatureSpec(7, 4, 4, "none", None, 1.0, "float16", "recorded"),
+)
+
 
 def codec_of_kind(kind: str, vocabulary: int = VOCABULARY) -> CodecSpec:
     """`compact` has a table of ids that are not the lowest."""
@@ -43,7 +48,8 @@ def codec_of_kind(kind: str, vocabulary: int = VOCABULARY) -> CodecSpec:
 def manifest_of_kind(
     kind: str, target: str = "next_token", rule: str = "counted", *, planes: bool = False, **fields: Any
 ) -> Manifest:
-    """A manifest with draws and their log-probabilities where the codec may have them."""
+    """A manifest with draws and their log-probabilities where the codec may have them; `planes` adds all that
+    are optional, hidden states of two layers among them."""
     n = 0 if kind == WITH_MASS else fields.pop("n", 6)
     usual = {
         "codec": codec_of_kind(kind),
@@ -52,6 +58,7 @@ def manifest_of_kind(
         "positions": rule,
         "share": 0.5 if rule == "sampled" else 1.0,
         "planes": OPTIONAL_PLANES if planes else (),
+        "features": FEATURES if planes else (),
         "vocabulary_size": VOCABULARY,
         "k": 3,
         "n": n,

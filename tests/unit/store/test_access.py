@@ -34,7 +34,7 @@ store.read_row("train", 0)
 print("read", flush=True)
 sys.stdin.readline()
 if sys.argv[2] == "mapped":
-    class Stat: st_size = next(len(mapped) for mapped in store._access._maps.values())
+    class Stat: st_size = next(len(m) for place, m in store._access._maps.items() if place.suffix == '.arrow')
     access.os.stat = lambda place: Stat
 try:
     store.read_row("train", 1)

@@ -21,6 +21,7 @@ from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.places import local_files
 from sparsekd.logit_store.places.file_system import STEPS
 from sparsekd.logit_store.places.files import TEMPORARY_PREFIX, publish_bytes
+from sparsekd.logit_store.protocol import writer
 from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal, write_shard
 from sparsekd.logit_store.synthetic import (
     synthetic_manifest,
@@ -270,6 +271,7 @@ def test_failing_step_publishes_nothing(
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
+        patch.setattr(writer, "read_manifest", lambda path: manifest)  # the steps of writing alone fail
         patch.setattr(local_files.os, step, fail)
         with pytest.raises(StoreError, match=r"000000\.arrow"):
             write_shard(path, manifest, "train", 0, rows)

@@ -25,29 +25,38 @@ PLACES = {"position", "segment", "run", "counted", "recorded", "real"}
 DOCUMENTED = (Path(__file__).parents[3] / "docs/format.md").read_text()
 
 
+EVERYTHING = manifest_of_kind("exact", "masked_token", "all", planes=True)
+"""Of a store that has every plane of the table, and hidden states of both kinds."""
+
+
 def test_every_entry_names_what_there_is() -> None:
-    names = [plane.name for plane in TABLE]
-    assert len(set(names)) == len(names)
-    for plane in TABLE:
+    assert planes_of(EVERYTHING)[: len(TABLE)] == TABLE
+    names = [plane.name for plane in planes_of(EVERYTHING)]
+    assert len(set(names)) == len(names) and names[len(TABLE) :] == ["feature_3", "feature_7"]
+    for plane in planes_of(EVERYTHING):
         assert plane.stands in PLACES
         assert plane.rule in checks.RULES
         assert plane.column is None or plane.column in export.COLUMNS
         assert plane.merged in ("kept", "documents")
         assert not (plane.is_text and plane.is_rounded), "the text is exact"
-        assert f"`{plane.name}`" in DOCUMENTED
         for name, codec in CODECS.items():
             assert plane.coding in codec.codings, (plane.name, name)
 
 
+def test_every_plane_is_in_the_format_s_page() -> None:
+    for plane in TABLE:
+        assert f"`{plane.name}`" in DOCUMENTED, plane.name
+
+
 def test_nothing_waits_for_a_plane_that_is_not_there() -> None:
-    assert {plane.rule for plane in TABLE} == set(checks.RULES)
-    assert {plane.column for plane in TABLE} - {None} == set(export.COLUMNS)
+    planes = planes_of(EVERYTHING)
+    assert {plane.rule for plane in planes} == set(checks.RULES)
+    assert {plane.column for plane in planes} - {None} == set(export.COLUMNS)
     for codec in CODECS.values():
-        assert {plane.coding for plane in TABLE} == set(codec.codings)
+        assert {plane.coding for plane in planes} == set(codec.codings)
 
 
 def test_what_a_plane_needs_says_where_it_stands_and_needs_nothing_more() -> None:
-    manifest = manifest_of_kind("exact", "masked_token", "all", planes=True)
     text = {"loss_mask"}
     record = {"loss_mask", "recorded"}
     expected = {
@@ -61,15 +70,16 @@ def test_what_a_plane_needs_says_where_it_stands_and_needs_nothing_more() -> Non
         "labels": text,
         "recorded": text,
         **{plane.name: record for plane in TABLE if plane.stands == "recorded"},
+        "feature_3": {"segment_starts", "segment_documents"},
+        "feature_7": record,
     }
-    assert expected.keys() == {plane.name for plane in TABLE}
+    assert expected.keys() == {plane.name for plane in planes_of(EVERYTHING)}
     for name, others in expected.items():
-        found = needed_for([name], manifest)
+        found = needed_for([name], EVERYTHING)
         assert found == {name} | others
-        assert needed_for(found, manifest) == found, "closed"
-    everything = [plane.name for plane in TABLE]
-    assert needed_for(everything, manifest) == set(everything)
-    assert needed_for([], manifest) == frozenset()
+        assert needed_for(found, EVERYTHING) == found, "closed"
+    assert needed_for(expected, EVERYTHING) == set(expected)
+    assert needed_for([], EVERYTHING) == frozenset()
     # A record stands at counted positions, where nothing else says so.
     counted = synthetic_manifest()
     assert {"loss_mask", "entropy"} <= needed_for(["entropy"], counted)
@@ -127,8 +137,8 @@ def test_planes_that_are_not_asked_for_are_not_decoded(kind: str) -> None:
     whole = codec_of(manifest).decode_planes(stored, manifest)
     for plane in planes_of(manifest):
         needed = needed_for([plane.name], manifest)
-        codings = {other.coding for other in TABLE if other.name in needed}
-        kept = {other.name for other in TABLE if other.coding in codings}
+        codings = {other.coding for other in planes_of(manifest) if other.name in needed}
+        kept = {other.name for other in planes_of(manifest) if other.coding in codings}
         garbled = {name: value if name in kept else b"garbled" for name, value in stored.items()}
         some = codec_of(manifest).decode_planes(garbled, manifest, [plane.name])
         np.testing.assert_array_equal(some[plane.name], whole[plane.name])
@@ -145,7 +155,7 @@ STRANGERS = {
     "weights": np.ones(1, np.float32),
     "token_types": np.zeros(16, np.uint8),
     "labels": np.zeros(3, np.int32),
-    "features": np.zeros((16, 4), np.int8),
+    "feature_3": np.zeros((16, 4), np.float32),
 }
 
 
@@ -166,7 +176,7 @@ def test_values_of_draws_that_the_manifest_does_not_keep_are_refused() -> None:
         check_row(row, manifest, split="train", where="row 0")
 
 
-@pytest.mark.parametrize("name", [*OPTIONAL_PLANES, "weight_starts", "labels"])
+@pytest.mark.parametrize("name", [*OPTIONAL_PLANES, "weight_starts", "labels", "feature_3"])
 def test_planes_that_the_manifest_declares_must_be_there(name: str) -> None:
     manifest = manifest_of_kind("exact", "masked_token", planes=True)
     row = synthetic_rows(manifest, 1, 0)[0]
@@ -175,13 +185,12 @@ def test_planes_that_the_manifest_declares_must_be_there(name: str) -> None:
         check_row(dataclasses.replace(row, optional=optional), manifest, split="train", where="row 0")
 
 
-@pytest.mark.parametrize("name", [plane.name for plane in TABLE])
+@pytest.mark.parametrize("name", [plane.name for plane in planes_of(EVERYTHING)])
 def test_every_plane_has_one_type_and_one_shape(name: str) -> None:
-    manifest = manifest_of_kind("exact", "masked_token", "all", planes=True)
-    rows = synthetic_rows(manifest, 20, 1)
+    rows = synthetic_rows(EVERYTHING, 20, 1)
     row = next(row for row in rows if row.optional["weights"].size > 1 and row.recorded.sum() > 1)
     planes = planes_of_row(row)
     for broken in (planes[name].astype(np.float16), planes[name][..., None], planes[name][:-1]):
         with pytest.raises(InvalidRowError) as caught:
-            checks.check_planes(planes | {name: broken}, manifest, split="train", where="row 0")
+            checks.check_planes(planes | {name: broken}, EVERYTHING, split="train", where="row 0")
         assert str(caught.value).startswith("row 0")

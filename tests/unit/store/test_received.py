@@ -172,7 +172,7 @@ def test_another_tokenizer_than_the_manifests_is_not_handed_out(local: Path) -> 
         _ = open_store(local).tokenizer_path
 
 
-@pytest.mark.parametrize("place", ["tokenizer", "shards", "shards/train", "quarantine"])
+@pytest.mark.parametrize("place", ["tokenizer", "shards", "shards/train", "quarantine", "projections"])
 def test_nothing_is_written_or_removed_through_a_link(place: str, local: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     if (local / place).exists():
