@@ -347,5 +347,6 @@ def _is_shard(store: LogitStore, name: str) -> bool:
     folder, _, rest = name.partition("/")
     split, _, rest = rest.partition("/")
     number = shard_number(rest)
-    is_there = folder == "shards" and split in store.manifest.splits and number is not None
-    return is_there and number < store.shards(split)
+    if folder != "shards" or split not in store.manifest.splits or number is None:
+        return False
+    return number < store.shards(split)
