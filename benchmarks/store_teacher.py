@@ -1,7 +1,7 @@
 """The real teacher of the store benchmark: trained by sparsekd's own verbs, its records captured here.
 
-A byte-level BPE on the standard library, and a small Llama on some of its packages, often enough that it is
-as sure of that text as a large teacher is of any.
+A byte-level BPE on the standard library, and a small Llama on some of its packages, often enough that it
+knows them: at full size its loss there is 2.6 nats.
 
 L positions of a row, V vocabulary, H hidden.
 """
