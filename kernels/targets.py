@@ -3,6 +3,7 @@
 N positions, K stored entries, k head, K = k + d with d columns for the distinct ids of draws.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,10 @@ class SparseTargets(NamedTuple):
     def head_size(self) -> int:
         """k, the number of head columns."""
         return self.head_logprobs.shape[1]
+
+
+NOTHING = {"ids": -1, "head_logprobs": -math.inf, "tail_counts": 0, "log_rest": 0, "entropy": 0}
+"""By name, what fills the targets of a position without a record, whose `kd_weights` is 0."""
 
 
 def drawn_shares(tail_counts: Tensor, dtype: torch.dtype) -> Tensor:

@@ -41,9 +41,10 @@ def assess_kernel(
     sum_t_ptr,  # float32 [C], relative to it
     sum_1_ptr,  # float32 [C]
     total_ptr,  # float32 [C], sum of z outside the support
-    ids_ptr,  # int64 [C, K]
+    ids_ptr,  # int64 [C, K], -1 at padding and where the record does not count
     labels_ptr,  # int64 [C]
-    weights_ptr,  # float32 [C]
+    ce_weights_ptr,  # float32 [C]
+    kd_weights_ptr,  # float32 [C]
     head_logprobs_ptr,  # float32 [C, k]; read where HAS_TEACHER
     tail_counts_ptr,  # float32 [C, draws]; read where SAMPLED
     log_rest_ptr,  # float32 [C]
@@ -81,8 +82,9 @@ def assess_kernel(
     place = row * entries + column
     ids = tl.load(ids_ptr + place, mask=inside, other=-1)
     present = ids >= 0
-    weight = tl.load(weights_ptr + one)
-    kept = weight != 0
+    of_ce, of_kd = tl.load(ce_weights_ptr + one), tl.load(kd_weights_ptr + one)
+    recorded = of_kd != 0
+    kept = recorded | (of_ce != 0)
     label = tl.load(labels_ptr + one)
 
     # A dropped position may hold anything: it reads as zeros, and comes out as zeros.
@@ -105,7 +107,7 @@ def assess_kernel(
     plain = total_1 - tl.where(labelled, tl.load(label_logit_ptr + one), 0.0)
     smoothed = plain + label_smoothing * (total_1 - plain - mean)
     ce = tl.where(labelled, smoothed + z_loss * total_1 * total_1, 0.0)
-    by_ce = tl.where(labelled, weight * ce_weight, 0.0)
+    by_ce = tl.where(labelled, of_ce * ce_weight, 0.0)
     by_total_1 = by_ce * (1.0 + 2.0 * z_loss * total_1)
     uniform = -by_ce * label_smoothing / vocabulary_size
     by_rest_1 = by_total_1 * tl.exp(rest_1 - total_1)
@@ -147,12 +149,13 @@ def assess_kernel(
             value += p_rest * log_ratio
             mass = tl.sum(target, 0) + p_rest
             by_rest = mass * tl.exp(rest_t - total_t) - p_rest
-        kd = tl.where(kept, value, 0.0) * temperature * temperature
-        factor = tl.where(kept, weight * kd_weight, 0.0) * temperature
+        # A record that does not count reads as one of a rest alone: finite, so that its weight of 0 wins.
+        kd = tl.where(recorded, value, 0.0) * temperature * temperature
+        factor = tl.where(recorded, of_kd * kd_weight, 0.0) * temperature
         by_rest_t = factor * tl.where(some, by_rest, 0.0)
         by_support += factor * (mass * tl.exp(scaled - total_t) - target)
 
-    loss = kd_weight * kd * weight + by_ce * ce
+    loss = kd_weight * kd * of_kd + by_ce * ce
     tl.store(loss_ptr + one, tl.where(kept, loss, 0.0))
     tl.store(kd_ptr + one, kd)
     tl.store(ce_ptr + one, tl.where(labelled, plain, 0.0))
@@ -168,7 +171,7 @@ def assess_kernel(
         first = tl.max(tl.where(present & (column == 0), support, float("-inf")), 0)
         best = tl.maximum(tl.max(support, 0), tl.where(some, maximum, float("-inf")))
         # No id is the most likely one where a logit is NaN.
-        agrees = kept & (first >= best) & (total_1 == total_1)
+        agrees = recorded & (first >= best) & (total_1 == total_1)
         agreement = tl.where(agrees, 1.0, 0.0)
     tl.store(agreement_ptr + one, agreement)
 
@@ -217,7 +220,8 @@ def assess_fused(
         *sums,
         positions.ids,
         positions.labels,
-        positions.weights,
+        positions.ce_weights,
+        positions.kd_weights,
         *(value.contiguous() for value in record),
         loss,
         kd,

@@ -1,19 +1,15 @@
 """Damaged rows that may be left out: weight 0, on any ranks, over a resume, in the checkpoint's record."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from distributed_harness import TRAIN_ROWS, VOCABULARY, Workplace
+from distributed_harness import TRAIN_ROWS, Workplace, masked_store
 
 from sparsekd.logit_store.errors import DamagedStoreError
 from sparsekd.logit_store.protocol.reader import open_store
-from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
-from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
 from sparsekd.trainer.errors import CheckpointError, DataError
 from sparsekd.trainer.student.checkpoint import read_commit
 from sparsekd.trainer.student.data_plan import BatchShape, step_rows
@@ -38,14 +34,7 @@ def stores(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Pa
         data = bytearray(place.read_bytes())
         data[entry["offsets"][index] + entry["lengths"][index] // 2] ^= 1
         place.write_bytes(data)
-    manifest = synthetic_manifest(vocabulary_size=VOCABULARY, sequence_length=32, rows_per_shard=8)
-    rows = synthetic_rows(manifest, TRAIN_ROWS, 3)
-    for row in DAMAGED:
-        rows[row] = dataclasses.replace(rows[row], loss_mask=np.zeros_like(rows[row].loss_mask))
-    create_store(root / "masked", manifest, workplace.root / "store-tokenizer")
-    for shard in range(3):
-        write_shard(root / "masked", manifest, "train", shard, rows[shard * 8 : shard * 8 + 8])
-    seal(root / "masked", {"train": 3, "heldout": 0})
+    masked_store(root / "masked", DAMAGED, tokenizer=workplace.root / "store-tokenizer")
     return root
 
 

@@ -119,7 +119,7 @@ def test_a_gap_of_a_hundred_nats(oracle, impl, divergence, towards):
         weight=torch.eye(53), hidden=logits + torch.randn(4, 53, generator=torch.Generator().manual_seed(1))
     )
     found, expected = oracle.measured(case, impl), oracle.dense(case)
-    assert bool((expected.kd[case.weights > 0] > 0.3).all())
+    assert bool((expected.kd[case.kd_weights > 0] > 0.3).all())
     if towards == "rest" and divergence != "forward_kl":
         # These lose interest where the student has no mass: a true gradient of about e^-100, 0 in float32.
         assert expected.hidden.norm() < 1e-12
@@ -151,14 +151,16 @@ def test_a_tiny_tail_keeps_its_precision(oracle, impl):
 def test_nothing_to_do(oracle, impl, empty):
     case = oracle.make_case(seed=26, kd_weight=0.0 if empty == "no labels" else 0.5)
     if empty == "weight 0":
-        case = case.change(weights=torch.zeros_like(case.weights))
+        nothing = torch.zeros_like(case.ce_weights)
+        case = case.change(ce_weights=nothing, kd_weights=nothing)
     elif empty == "no labels":
         case = case.change(labels=torch.full_like(case.labels, -100))
     else:
         case = case.change(
             hidden=case.hidden[:0],
             labels=case.labels[:0],
-            weights=case.weights[:0],
+            ce_weights=case.ce_weights[:0],
+            kd_weights=case.kd_weights[:0],
             targets=SparseTargets(*(value[:0] for value in case.targets)),
         )
     found = oracle.measured(case, impl)
@@ -289,7 +291,8 @@ def test_arguments_with_gaps(oracle, impl, mode):
             bias=leaves["bias"],
             targets=SparseTargets(*(with_gaps(value.to(device)) for value in case.targets)),
             labels=with_gaps(case.labels.to(device)),
-            weights=with_gaps(case.weights.to(device)),
+            ce_weights=with_gaps(case.ce_weights.to(device)),
+            kd_weights=with_gaps(case.kd_weights.to(device)),
             objective=case.objective,
             head=case.head,
             impl=how,

@@ -18,7 +18,8 @@ def logits_as_hidden(oracle, logits, **changes):
         weight=torch.eye(size, dtype=logits.dtype),
         bias=None,
         head=HeadTransform(vocabulary_size=size, scale=1.0, softcap=None),
-        weights=torch.ones(logits.shape[0]),
+        ce_weights=torch.ones(logits.shape[0]),
+        kd_weights=torch.ones(logits.shape[0]),
     )
 
 

@@ -76,7 +76,7 @@ class _State:
     step: int
     rows_consumed: int
     tokens: int
-    sums: Tensor  # float64 (5,), since the last line of metrics, of this rank
+    sums: Tensor  # float64 (7,), since the last line of metrics, of this rank
     first_bad_step: Tensor  # int64 scalar: the first step with a loss or gradient that is no number
     saved: int  # the step of the last checkpoint, written or gone on from
     rows: RowsOrNothing
@@ -121,7 +121,8 @@ def _train(
                     sums = heldout_sums(
                         engine, heldout, read_heldout, micro_rows=train.micro_batch_rows, here=here
                     )
-                    record = {"kind": "heldout", "step": step, "tokens": state.tokens, **plan.means(sums)}
+                    means = plan.means(sums, heldout=True)
+                    record = {"kind": "heldout", "step": step, "tokens": state.tokens, **means}
                     together(here, functools.partial(tracker.log, record))
             if is_last or step % train.checkpoint_every == 0:
                 with _paused(state, plan, here):
@@ -161,9 +162,9 @@ def _step(
             check_values(
                 batch,
                 vocabulary_size=plan.loss.transform.vocabulary_size,
-                temperature=plan.loss.objective.temperature,
+                objective=plan.loss.objective,
             )
-    weight = torch.stack([batch.weights.sum() for batch in batches]).sum()
+    weight = torch.stack([batch.weight_sum for batch in batches]).sum()
     dist.all_reduce(weight)
     weight = torch.where(weight == 0, 1.0, weight)
     norm = None
@@ -199,7 +200,8 @@ def _log_step(
     _stop_on_bad_numbers(state, plan, here)
     _tell_left_out(tracker, state, here)
     sums = all_reduced(state.sums)
-    record = {"kind": "train", "step": state.step, "tokens": state.tokens, **plan.means(sums)}
+    means = plan.means(sums, heldout=False)
+    record = {"kind": "train", "step": state.step, "tokens": state.tokens, **means}
     # A GPU works behind the program's back: only now, after its numbers came, are the steps over.
     now = time.perf_counter()
     seconds = now - state.began - state.paused

@@ -37,7 +37,7 @@ from sparsekd.trainer.student.model import check_student, load_student, student_
 from sparsekd.trainer.student.resume import Start, choose_start, digest_of, settings_of
 from sparsekd.trainer.student.run_folder import package_versions
 from sparsekd.trainer.student.skipping import check_left_out
-from sparsekd.trainer.student.sums import NAMES, means
+from sparsekd.trainer.student.sums import means, no_sums
 from sparsekd.trainer.student.universal import load_for_other_ranks
 
 
@@ -62,9 +62,10 @@ class Plan:
     def step_tokens(self) -> int:
         return self.shape.global_rows * self.store.manifest.sequence_length
 
-    def means(self, sums: Tensor) -> dict[str, float | None]:
+    def means(self, sums: Tensor, *, heldout: bool) -> dict[str, float | None]:
         """Means over counted positions of reduced sums, named as in metrics.jsonl."""
-        return means(sums, has_teacher=self.rest is not None, has_head=self.store.manifest.record.k > 0)
+        has_head = self.store.manifest.record.k > 0
+        return means(sums, has_teacher=self.rest is not None, has_head=has_head, heldout=heldout)
 
 
 def make_plan(config: Config, here: Ranks) -> Plan:
@@ -134,7 +135,7 @@ def _plan(config: Config, store: LogitStore, here: Ranks) -> Plan:
             step=0,
             rows_consumed=0,
             tokens=0,
-            sums=[0.0] * (len(NAMES) + 1),
+            sums=no_sums(torch.device("cpu")).tolist(),
             world_size=here.world_size,
             threads_per_rank=config.launch.threads_per_rank,
             store_digest=store.digest,

@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from sparsekd.kernels.loss import sparse_kd_loss
 from sparsekd.kernels.objective import HeadTransform, Objective
+from sparsekd.kernels.targets import NOTHING
 from sparsekd.logit_store.codecs.frequency import compact_parameters
 from sparsekd.logit_store.manifest import CodecSpec, Manifest
 from sparsekd.logit_store.protocol.reader import open_store
@@ -26,8 +28,10 @@ from sparsekd.trainer.student.batches import (
     ReadAhead,
     check_values,
     counting_rows,
+    head_positions,
     micro_batch,
     rest_formula_of,
+    sparse_targets,
 )
 
 MANIFEST = synthetic_manifest(vocabulary_size=50, sequence_length=12, k=3, n=5)
@@ -55,13 +59,12 @@ def test_labels_are_the_next_tokens_of_the_same_document() -> None:
     for row in rows(30):
         batch = micro_batch([row], rest=None)
         starts = set(row.segment_starts.tolist())
-        for position, label in enumerate(batch.labels.tolist()):
-            if row.loss_mask[position]:
-                assert label == row.token_ids[position + 1]
-                assert position + 1 not in starts
-                assert batch.weights[position] == 1
-            else:
-                assert label == IGNORED_LABEL and batch.weights[position] == 0
+        assert batch.positions.tolist() == np.flatnonzero(row.loss_mask).tolist()
+        for position, label in zip(batch.positions.tolist(), batch.labels.tolist(), strict=True):
+            assert label == row.token_ids[position + 1]
+            assert position + 1 not in starts
+        assert bool((batch.ce_weights == 1).all()) and bool((batch.kd_weights == 0).all())
+        assert batch.weight_sum.item() == row.loss_mask.sum() and batch.weight_sum.dtype == torch.float32
         positions = batch.position_ids[0].tolist()
         assert [index for index, value in enumerate(positions) if value == 0] == sorted(starts)
 
@@ -71,11 +74,16 @@ def test_targets_are_head_then_draws_at_the_chosen_temperature() -> None:
     batch = micro_batch(some, rest=rest_formula_of(objective(temperature=2.0), MANIFEST))
     assert batch.token_ids.shape == (2, 12) and batch.targets is not None
     ids, head_logprobs, counts, log_rest, entropy = batch.targets
-    assert ids.shape == (24, 8) and ids.dtype == torch.int64
+    mask = np.concatenate([row.loss_mask for row in some])
+    assert ids.shape == (mask.sum(), 8) and ids.dtype == torch.int64 and mask[12:].sum() > 4
+    assert batch.positions.tolist() == np.flatnonzero(mask).tolist()
+    assert torch.equal(batch.kd_weights, torch.ones(len(ids)))
     teacher = some[1].teacher
     assert teacher is not None
-    for position in range(12):
-        there = 12 + position
+    for there, place in enumerate(batch.positions.tolist()):
+        position = place - 12
+        if position < 0:
+            continue
         assert ids[there, :3].tolist() == teacher.head_ids[position].tolist()
         assert ids[there, 3:].tolist() == teacher.tail_ids[position].tolist()
         assert counts[there].tolist() == teacher.tail_counts[position].tolist()
@@ -88,12 +96,14 @@ def test_targets_between_the_grid_s_temperatures() -> None:
     """log R of each position is what the formula makes of its stored values and the rest's entropy."""
     some, rest = rows(2), rest_formula_of(objective(temperature=3.0), MANIFEST)
     assert rest is not None and rest.column is None
-    targets = micro_batch(some, rest=rest).targets
-    assert targets is not None
+    batch = micro_batch(some, rest=rest)
     teacher = some[1].teacher
-    assert teacher is not None
-    for position in range(12):
-        stored, found = teacher.log_rest[position], targets.log_rest[12 + position].item()
+    assert teacher is not None and batch.targets is not None
+    for place, found in zip(batch.positions.tolist(), batch.targets.log_rest.tolist(), strict=True):
+        if place < 12:
+            continue
+        position = place - 12
+        stored = teacher.log_rest[position]
         expected = rest.constant + rest.entropy * teacher.rest_entropy[position] + stored @ rest.columns
         assert found == pytest.approx(expected, rel=1e-6)
         # R grows with the temperature.
@@ -106,14 +116,16 @@ def test_no_record_is_read_without_distillation() -> None:
 
 def test_values_are_checked_where_asked() -> None:
     batch = micro_batch(rows(2), rest=rest_formula_of(objective(), MANIFEST))
-    check_values(batch, vocabulary_size=50, temperature=1.0)
+    check_values(batch, vocabulary_size=50, objective=objective())
     with pytest.raises(DataError, match=r"token_ids at row \d, position \d+ is \d+, expected .*store verify"):
-        check_values(batch, vocabulary_size=int(batch.token_ids.max()), temperature=1.0)
+        check_values(batch, vocabulary_size=int(batch.token_ids.max()), objective=objective())
+    with pytest.raises(DataError, match=r"positions at 1 is 24, expected a number from 0 to 23"):
+        wrong = replace(batch, positions=batch.positions.index_fill(0, torch.tensor([1]), 24))
+        check_values(wrong, vocabulary_size=50, objective=objective())
     assert batch.targets is not None
-    counted = int(batch.weights.nonzero()[3])
-    batch.targets.log_rest[counted] = float("nan")
-    with pytest.raises(DataError, match=rf"targets.log_rest at position {counted} is nan.*store verify"):
-        check_values(batch, vocabulary_size=50, temperature=1.0)
+    batch.targets.log_rest[3] = float("nan")
+    with pytest.raises(DataError, match=r"head, targets.log_rest at position 3 is nan.*store verify"):
+        check_values(batch, vocabulary_size=50, objective=objective())
 
 
 def compact_rows(path: Path, mass: float | None) -> tuple[Manifest, list[Row]]:
@@ -146,12 +158,11 @@ def test_short_heads_and_impossible_entries_pass_the_check(tmp_path: Path, mass:
     assert batch.targets is not None
     assert bool(torch.isneginf(batch.targets.head_logprobs).any())
     assert bool((batch.targets.ids < 0).any()) == (mass is not None)
-    check_values(batch, vocabulary_size=50, temperature=1.0)
+    check_values(batch, vocabulary_size=50, objective=objective())
     # Still not everything passes.
-    counted = int(batch.weights.nonzero()[3])
-    batch.targets.head_logprobs[counted, 0] = float("nan")
-    with pytest.raises(DataError, match=rf"targets.head_logprobs at position {counted}, column 0 is nan"):
-        check_values(batch, vocabulary_size=50, temperature=1.0)
+    batch.targets.head_logprobs[3, 0] = float("nan")
+    with pytest.raises(DataError, match=r"targets.head_logprobs at position 3, column 0 is nan"):
+        check_values(batch, vocabulary_size=50, objective=objective())
 
 
 @pytest.mark.parametrize("mass", [None, 0.5, 0.9])
@@ -173,7 +184,7 @@ def test_losses_of_short_heads_are_those_of_the_dense_reference(
     chosen = objective(target_mode=target_mode, divergence=divergence, ce_weight=0.5, temperature=2.0)
     batch = micro_batch(some, rest=rest_formula_of(chosen, manifest))
     generator = torch.Generator().manual_seed(3)
-    values = torch.randn(72, 8, generator=generator, dtype=torch.float64)
+    values = torch.randn(72, 8, generator=generator, dtype=torch.float64)[batch.positions]
     matrix = torch.randn(50, 8, generator=generator, dtype=torch.float64)
     found = {}
     for impl in ("reference", "torch"):
@@ -184,7 +195,8 @@ def test_losses_of_short_heads_are_those_of_the_dense_reference(
             bias=None,
             targets=batch.targets,
             labels=batch.labels,
-            weights=batch.weights,
+            ce_weights=batch.ce_weights,
+            kd_weights=batch.kd_weights,
             objective=chosen,
             head=HeadTransform(vocabulary_size=50, scale=1.0, softcap=None),
             impl=impl,
@@ -200,10 +212,59 @@ def test_losses_of_short_heads_are_those_of_the_dense_reference(
 
 
 def test_rows_that_fill_a_pass_do_not_count() -> None:
-    batch = micro_batch(rows(3), rest=None)
-    only = counting_rows(batch, 1)
-    assert torch.equal(only.weights[:12], batch.weights[:12]) and only.weights[12:].sum() == 0
-    assert batch.weights[12:].sum() > 0
+    some = rows(3)
+    batch = micro_batch(some, rest=rest_formula_of(objective(), MANIFEST))
+    for count in (0, 1, 3):
+        only = counting_rows(batch, count)
+        # As a micro-batch of these rows alone, but for the tokens of the forward pass.
+        kept = int((batch.positions < 12 * count).sum())
+        assert torch.equal(only.token_ids, batch.token_ids) and len(only.positions) == kept
+        assert only.weight_sum == only.ce_weights.sum() == kept and only.weight_sum.dtype == torch.float32
+        expected = micro_batch(some[:count], rest=rest_formula_of(objective(), MANIFEST)) if count else None
+        if expected is not None:
+            assert only.targets is not None and expected.targets is not None
+            for one, other in zip(only.targets, expected.targets, strict=True):
+                assert torch.equal(one, other)
+            for name in ("positions", "labels", "ce_weights", "kd_weights", "weight_sum"):
+                assert torch.equal(getattr(only, name), getattr(expected, name)), name
+    assert len(counting_rows(batch, 0).positions) == 0 < len(batch.positions)
+
+
+def test_which_positions_reach_the_head() -> None:
+    """Those with a weight; each with the place of its record where it has one that counts."""
+    labels = np.array([[5, 6, IGNORED_LABEL, 8], [1, 2, 3, IGNORED_LABEL]])
+    ce_weights = np.array([[1, 0, 2, 0.5], [0, 3, 0, 0]], np.float32)
+    kd_weights = np.array([[4, 0, 0, 0], [0, 0, 12, 7]], np.float32)
+    recorded = np.array([[True, True, False, False], [True, False, True, True]])
+    found = head_positions(labels, ce_weights, kd_weights, recorded)
+    assert found.positions.tolist() == [0, 3, 5, 6, 7]
+    assert found.labels.tolist() == [5, 8, 2, 3, IGNORED_LABEL]
+    # A position without a label has no cross-entropy, whatever its document weighs.
+    assert found.ce_weights.tolist() == [1, 0.5, 3, 0, 0] and found.weight_sum == 4.5
+    assert found.kd_weights.tolist() == [4, 0, 0, 12, 7]
+    # Records stand one after another: two of the first row, then three of the second.
+    assert found.records.tolist() == [0, -1, -1, 3, 4]
+    everywhere = head_positions(labels, ce_weights, kd_weights, None)
+    assert everywhere.records.tolist() == [0, -1, -1, 6, 7]
+    dtypes = [value.dtype for value in found]
+    assert dtypes == [np.int64, np.int64, np.float32, np.float32, np.int64, np.float32]
+    with pytest.raises(ValueError, match=r"kd_weights at row 1, position 1 is 9.0, expected 0, because"):
+        head_positions(labels, ce_weights, kd_weights + np.float32([[0] * 4, [0, 9, 0, 0]]), recorded)
+    nothing = head_positions(labels, 0 * ce_weights, 0 * kd_weights, recorded)
+    assert nothing.positions.size == nothing.records.size == 0 and nothing.weight_sum == 0
+
+
+def test_targets_without_a_record_hold_nothing() -> None:
+    some = rows(2)
+    rest = rest_formula_of(objective(temperature=3.0), MANIFEST)
+    assert rest is not None
+    whole = sparse_targets(some, rest, np.arange(24))
+    found = sparse_targets(some, rest, np.array([3, -1, 17, -1]))
+    for name, value in found._asdict().items():
+        expected = getattr(whole, name)
+        assert torch.equal(value[[0, 2]], expected[[3, 17]]) and value.dtype == expected.dtype, name
+        assert bool((value[[1, 3]] == NOTHING[name]).all()), name
+    assert all(len(value) == 0 for value in sparse_targets(some, rest, np.array([], np.int64)))
 
 
 def test_reading_ahead_keeps_the_order_whatever_the_timing() -> None:
