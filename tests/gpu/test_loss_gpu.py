@@ -181,12 +181,15 @@ def test_repetition_is_bitwise_equal():
 
 
 def test_no_host_wait():
+    """Neither for the loss nor for the gathering of its positions, whose indices come from the CPU."""
     leaves, rest = build(600, 32000, 256, torch.bfloat16, "sampled", 1.0, None)
+    everywhere = leaves["hidden"].repeat_interleave(2, 0)
     run(leaves, rest, "triton")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(leaves, rest, "triton")
+        positions = torch.arange(0, 1200, 2).pin_memory().to("cuda", non_blocking=True)
+        run({**leaves, "hidden": everywhere.index_select(0, positions)}, rest, "triton")
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

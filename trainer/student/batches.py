@@ -171,7 +171,7 @@ def sparse_targets(rows: Sequence[Row], rest: RestFormula, places: NDArray[np.in
 
     def plane(name: str) -> Tensor | None:
         values = np.concatenate([getattr(record, name) for record in records])
-        return torch.from_numpy(values[places[there]]) if len(values) == count else None
+        return None if count and not len(values) else torch.from_numpy(values[places[there]])
 
     lists = {name: plane(name) for name in ("head_ids", "tail_ids", "head_logprobs", "tail_counts")}
     width = {

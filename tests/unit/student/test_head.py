@@ -4,6 +4,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,14 @@ from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
 from sparsekd.trainer.causal_lm import decoder_and_head, hidden_states
 from sparsekd.trainer.errors import ModelError
 from sparsekd.trainer.student import head as head_module
-from sparsekd.trainer.student.batches import MicroBatch, counting_rows, micro_batch, rest_formula_of
+from sparsekd.trainer.student.batches import (
+    MicroBatch,
+    counting_rows,
+    head_positions,
+    micro_batch,
+    rest_formula_of,
+    sparse_targets,
+)
 from sparsekd.trainer.student.head import (
     DistillationHead,
     LossSettings,
@@ -148,6 +156,52 @@ def test_the_head_sees_the_positions_that_count(monkeypatch: pytest.MonkeyPatch,
     objective = chosen.objective
     together = objective.kd_weight * parts[0] + objective.ce_weight * parts[1]
     assert loss.item() == pytest.approx(together.item(), rel=1e-6)
+
+
+def recorded_in(part: int, parts: int) -> MicroBatch:
+    """Rows of which every `parts`-th counted position is recorded, weighed by the inverse of that share."""
+    rows = synthetic_rows(MANIFEST, 2, seed=5)
+    mask = np.stack([row.loss_mask for row in rows])
+    recorded = mask & ((mask.cumsum().reshape(mask.shape) + part) % parts == 0)
+    ids = np.stack([row.token_ids for row in rows]).astype(np.int64)
+    labels = np.where(mask, np.roll(ids, -1, axis=1), -100)
+    found = head_positions(labels, mask.astype(np.float32), recorded * np.float32(parts), recorded)
+    for index, row in enumerate(rows):
+        assert row.teacher is not None
+        planes = {name: value[recorded[index][row.loss_mask]] for name, value in vars(row.teacher).items()}
+        teacher = replace(row.teacher, **planes)
+        rows[index] = replace(row, recorded=recorded[index], teacher=teacher)
+    rest = rest_formula_of(settings().objective, MANIFEST)
+    assert rest is not None
+    return replace(
+        batch(),
+        positions=torch.from_numpy(found.positions),
+        labels=torch.from_numpy(found.labels),
+        ce_weights=torch.from_numpy(found.ce_weights),
+        kd_weights=torch.from_numpy(found.kd_weights),
+        targets=sparse_targets(rows, rest, found.records),
+        weight_sum=torch.tensor(found.weight_sum),
+    )
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 0.5])
+def test_few_recorded_positions_are_together_all_of_them(ce_weight: float) -> None:
+    """Four ways to record a quarter: their mean loss and gradient are those of recording everything."""
+    chosen = replace(settings(), objective=replace(settings().objective, ce_weight=ce_weight))
+    student = Student(llama(), chosen)
+
+    def gradients(some: MicroBatch) -> list[Tensor]:
+        student.zero_grad()
+        loss, _ = student(some)
+        (loss / some.weight_sum).backward()
+        return [loss.detach() / some.weight_sum, *(value.grad.clone() for value in student.parameters())]
+
+    whole = gradients(batch())
+    quarters = [gradients(recorded_in(part, 4)) for part in range(4)]
+    for expected, *parts in zip(whole, *quarters, strict=True):
+        mean = torch.stack(parts).mean(0)
+        assert (mean - expected).norm() < 1e-5 * expected.norm()
+        assert (parts[0] - expected).norm() > 1e-2 * expected.norm()
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
