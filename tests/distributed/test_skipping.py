@@ -29,7 +29,7 @@ def stores(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Pa
     shutil.copytree(workplace.root / "store", root / "damaged")
     for row in DAMAGED:
         shard, index = divmod(row, 8)
-        place = root / "damaged/shards/train" / f"{shard:06d}.arrow"
+        place = root / "damaged/shards/train" / f"{shard // 1000:03d}" / f"{shard:06d}.arrow"
         entry = json.loads(place.with_suffix(".json").read_text())
         data = bytearray(place.read_bytes())
         data[entry["offsets"][index] + entry["lengths"][index] // 2] ^= 1
