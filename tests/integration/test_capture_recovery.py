@@ -149,7 +149,7 @@ def test_a_sealed_store_that_is_damaged_is_left_to_its_repair(
 ) -> None:
     config = config_for(tokens, llama, tmp_path / "store")
     capture(config)
-    place = tmp_path / "store/shards/train" / lost.removesuffix("'s end")
+    place = tmp_path / "store/shards/train/000" / lost.removesuffix("'s end")
     content = place.read_bytes()
     place.unlink()
     if lost.endswith("'s end"):
