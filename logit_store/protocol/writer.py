@@ -25,8 +25,8 @@ from sparsekd.logit_store.manifest import (
     Manifest,
     compare_manifests,
     manifest_digest,
-    manifest_to_json,
     read_manifest,
+    readable_text,
 )
 from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
 from sparsekd.logit_store.places.file_system import Produce
@@ -110,9 +110,11 @@ def create_store(
 
     Raises:
         StoreError: another store is there (naming the fields that differ), the folder holds something else,
-            a folder of the store is a link, or the tokenizer's files are not those of the manifest.
+            a folder of the store is a link, the tokenizer's files are not those of the manifest, or a reader
+            would refuse the manifest.
     """
     codec_of(manifest)
+    text = readable_text(manifest)
     found = tokenizer_digest(tokenizer_files)
     if found != manifest.tokenizer.digest:
         raise StoreError(
@@ -130,7 +132,7 @@ def create_store(
                 f"{path} is no store but holds {', '.join(sorted(strangers)[:3])}: name a new or an empty "
                 "folder."
             )
-        publish_bytes(path / MANIFEST_NAME, manifest_to_json(manifest).encode("ascii"))
+        publish_bytes(path / MANIFEST_NAME, text)
     for name, source in files_of_tokenizer(tokenizer_files):
         target = path / TOKENIZER_NAME / name
         make_folder(target.parent)
