@@ -187,9 +187,11 @@ def small_store(tmp_path: Path) -> tuple[Path, Manifest]:
 
 def test_only_dead_writers_lose_their_files(small_store: tuple[Path, Manifest]) -> None:
     path, manifest = small_store
-    folder = path / "shards/train"
+    folder = path / "shards/train/000"
+    folder.mkdir()
     dead = [
         folder / (TEMPORARY_PREFIX + "1-abc"),
+        folder.parent / (TEMPORARY_PREFIX + "1-abc"),
         path / (TEMPORARY_PREFIX + "2-abc"),
         path / "tokenizer/.tmp-3-a",
     ]
@@ -247,7 +249,7 @@ def test_full_disk_is_one_sentence_and_continues(full_disk: Path, tmp_path: Path
     done = committed_shards(path, "train")
     message = str(caught.value)
     assert 0 < len(done) < 8
-    assert message.startswith(f"No room to write {path}/shards/train/{len(done):06d}.")
+    assert message.startswith(f"No room to write {path}/shards/train/000/{len(done):06d}.")
     assert "bytes are free" in message and "run the same command again" in message
     assert message.count(". ") == 0
     assert _temporaries(path) == []
@@ -265,6 +267,7 @@ def test_failing_step_publishes_nothing(
 ) -> None:
     path, manifest = small_store
     rows = synthetic_rows(manifest, 3, 0)
+    (path / "shards/train/000").mkdir()  # whose making is the next test's
     before = _tree(path)
 
     def fail(*args: object) -> None:
@@ -280,20 +283,23 @@ def test_failing_step_publishes_nothing(
     assert committed_shards(path, "train") == {0}
 
 
+@pytest.mark.parametrize("is_new", [True, False])
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
 def test_failing_folder_sync_is_continued(
-    small_store: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch, code: int
+    small_store: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch, code: int, is_new: bool
 ) -> None:
     path, manifest = small_store
+    if not is_new:
+        (path / "shards/train/000").mkdir()
     rows = synthetic_rows(manifest, 3, 0)
 
     def fail(folder: Path) -> None:
         raise OSError(code, os.strerror(code))
 
-    # The shard has its name, but whether the name is on the disk is not known: no commit record.
+    # The folder or the shard has its name, but whether the name is on the disk is not known: no commit record.
     with monkeypatch.context() as patch:
         patch.setattr(local_files, "sync_folder", fail)
-        with pytest.raises(StoreError, match=r"000000\.arrow"):
+        with pytest.raises(StoreError, match=r"/000\b" if is_new else r"000000\.arrow"):
             write_shard(path, manifest, "train", 0, rows)
     assert committed_shards(path, "train") == set() and _temporaries(path) == []
     write_shard(path, manifest, "train", 0, rows)
