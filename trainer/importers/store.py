@@ -219,10 +219,11 @@ def _manifest(
         ),
         teacher=settings.teacher,
         codec=settings.codec,
+        planes=("weights",) if survey.weighted else (),
     )
     if tokens is None:
         return manifest
-    kept = ("sequence_length", "rows_per_shard", "splits", "tokenizer")
+    kept = ("target", "outcomes", "planes", "sequence_length", "rows_per_shard", "splits", "tokenizer")
     return replace(manifest, **{name: getattr(tokens.manifest, name) for name in kept})
 
 

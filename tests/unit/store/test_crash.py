@@ -296,7 +296,7 @@ def test_failing_folder_sync_is_continued(
     def fail(folder: Path) -> None:
         raise OSError(code, os.strerror(code))
 
-    # The folder or the shard has its name, but whether the name is on the disk is not known: no commit record.
+    # Folder or shard has its name, but whether the name is on the disk is not known: no commit record.
     with monkeypatch.context() as patch:
         patch.setattr(local_files, "sync_folder", fail)
         with pytest.raises(StoreError, match=r"/000\b" if is_new else r"000000\.arrow"):

@@ -11,7 +11,7 @@ import pytest
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import CodecSpec
 from sparsekd.logit_store.protocol.reader import open_store
-from sparsekd.logit_store.row import document_of_position
+from sparsekd.logit_store.row import document_of_position, weights_of_positions
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_tokenizer
 from sparsekd.logit_store.tools.verify import verify_store
 from sparsekd.trainer.importers.document import Document, Format, Options, Source, source_files
@@ -275,15 +275,19 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists()
 
 
-def test_fractional_weights_are_refused_until_a_store_keeps_them(tmp_path: Path) -> None:
+def test_weights_other_than_1_make_a_weighted_store(tmp_path: Path) -> None:
     made, _ = document(10, 4, 0, where="file, row 3")
     weights = np.ones(10, np.float32)
     weights[9] = 0.5  # where nothing counts, a weight says nothing
     run(tmp_path, [dataclasses.replace(made, weights=weights)])
+    assert not open_store(tmp_path / "store").manifest.planes
     weights[4] = 0.5
-    with pytest.raises(StoreError, match=r"row 3, position 4 has the loss weight 0\.5"):
-        run(tmp_path, [dataclasses.replace(made, weights=weights)], name="other")
-    assert not (tmp_path / "other").exists()
+    run(tmp_path, [dataclasses.replace(made, weights=weights)], name="other")
+    store = open_store(tmp_path / "other")
+    assert store.manifest.planes == ("weights",)
+    row = store.read_row("train", 0)
+    counted = np.flatnonzero(row.loss_mask)
+    np.testing.assert_array_equal(weights_of_positions(row)[counted], weights[counted])
 
 
 def test_documents_inside_a_document_stay_apart(tmp_path: Path) -> None:
@@ -295,7 +299,7 @@ def test_documents_inside_a_document_stay_apart(tmp_path: Path) -> None:
     row = open_store(tmp_path / "store").read_row("train", 0)
     assert row.segment_starts.tolist() == [0, 6, 8, 10]
     assert row.segment_documents.tolist() == [7, 4, -1, -1]
-    assert (row.teacher.true_logprob[[5, 7, 9]] == 0).all()
+    assert row.recorded is not None and not row.recorded[[5, 7, 9]].any()
 
 
 def test_the_same_import_again_changes_nothing(tmp_path: Path) -> None:

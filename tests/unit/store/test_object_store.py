@@ -133,13 +133,13 @@ def test_how_many_requests_things_take(s3: S3Server, bucket: RemotePath, local: 
     manifest, tokenizer, index = 1, 1, 2  # the index is looked for, and read back
     assert sealing["GET", "json"] == commit_records + manifest + tokenizer + index
     assert sealing["HEAD", "json"] == 1 and sealing["PUT", "json"] == 1
-    assert sealing["LIST", ""] == 2 + 2, "each split's folder, and twice the tokenizer's"
+    assert sealing["LIST", ""] == 2 + 1, "each split's folder, and the tokenizer's"
 
     store = open_store(path)
     asked()
     for index_of_row in range(9):
         store.read_row("train", index_of_row)
-    assert asked() == {("GET", "arrow"): 9, ("GET", "json"): 3}, "a row is one request, a shard one more"
+    assert asked() == {("GET", "arrow"): 9, ("GET", "bin"): 1}, "a row is one request, the table one more"
 
 
 def test_listings_of_more_than_a_page(s3: S3Server, bucket: RemotePath) -> None:

@@ -95,7 +95,7 @@ def test_durations_are_readable() -> None:
 def test_missing_units_keep_their_order(tmp_path: object) -> None:
     from pathlib import Path
 
-    folder = Path(str(tmp_path)) / "shards" / "train"
+    folder = Path(str(tmp_path)) / "shards" / "train" / "000"
     folder.mkdir(parents=True)
     for name in ("000000.arrow", "000000.json", "000002.arrow"):  # shard 2 has no commit record
         (folder / name).touch()
