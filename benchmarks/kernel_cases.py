@@ -165,7 +165,8 @@ def our_loss(
         bias=None,
         targets=inputs.targets if kd_weight else None,
         labels=inputs.labels,
-        weights=inputs.ones,
+        ce_weights=inputs.ones,
+        kd_weights=inputs.ones,
         objective=Objective(
             kd_weight=kd_weight,
             ce_weight=ce_weight,

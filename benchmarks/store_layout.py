@@ -1,6 +1,6 @@
 """What the contestants of the store benchmark have in common.
 
-L positions of a row, k head entries, n draws, G grid temperatures.
+L positions of a row, M of them recorded, k head entries, n draws, G grid temperatures.
 """
 
 from abc import ABC, abstractmethod
@@ -21,11 +21,11 @@ class Decoded:
     """What a layout gives back of a row.
 
     Attributes:
-        head_ids: int32 [L, k], most likely first; -1 where a head was cut short.
-        head_logprobs: float32 [L, k].
-        log_rest: float32 [L, G], or None where the layout does not keep it.
-        tail_ids: int32 [L, n] ascending, -1 behind; [L, 0] where the layout keeps no draws.
-        tail_counts: int32 [L, n].
+        head_ids: int32 [M, k], most likely first; -1 where a head was cut short.
+        head_logprobs: float32 [M, k].
+        log_rest: float32 [M, G], or None where the layout does not keep it.
+        tail_ids: int32 [M, n] ascending, -1 behind; [M, 0] where the layout keeps no draws.
+        tail_counts: int32 [M, n].
     """
 
     head_ids: NDArray[np.int32]

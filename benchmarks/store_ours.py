@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from store_data import DRAWN, TOP_K, Case
+from store_data import DRAWN, SPLIT, THINNED, TOP_K, Case
 from store_layout import Decoded, Layout, Read
 
 from sparsekd.logit_store.codecs.codec import codec_of
@@ -16,8 +16,12 @@ from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import Row, TeacherRecord
 from sparsekd.logit_store.synthetic import write_synthetic_tokenizer
 
-SPLIT = "train"
 RAGGED_MASS = 0.99
+SAMPLED_PLANES = (
+    "token_ids", "segment_starts", "loss_mask", "head_ids", "head_logprobs", "tail_ids", "tail_counts",
+    "log_rest", "entropy",
+)  # fmt: skip
+"""What training with the target mode `sampled` reads of a row."""
 
 
 class Ours(Layout):
@@ -66,6 +70,20 @@ class Ours(Layout):
         return codec_of(self._manifest).decode(planes, self._manifest)
 
 
+class OursInPart(Ours):
+    """The same, but a reader asks for some planes only."""
+
+    def open(self, folder: Path) -> Read:
+        store = open_store(folder / "store")
+
+        def read(index: int) -> Decoded:
+            planes = store.read_planes(SPLIT, index, SAMPLED_PLANES)
+            names = ("head_ids", "head_logprobs", "log_rest", "tail_ids", "tail_counts")
+            return Decoded(*(planes[name] for name in names))
+
+        return read
+
+
 def _as_decoded(record: TeacherRecord | None) -> Decoded:
     assert record is not None
     return Decoded(
@@ -74,7 +92,8 @@ def _as_decoded(record: TeacherRecord | None) -> Decoded:
 
 
 def ours() -> list[Ours]:
-    """sparsekd's contestants: every codec at k = 64, and the default codec with draws."""
+    """sparsekd's contestants: every codec at k = 64; the default codec with draws, with fewer records than
+    positions, and read in part."""
     named = [
         Ours("tkq8 (default)", "tkq8", TOP_K),
         Ours("plain", "plain", TOP_K),
@@ -86,4 +105,5 @@ def ours() -> list[Ours]:
     for kept in DRAWN:
         for case in (kept, replace(kept, tail_logprobs=True)):
             named.append(Ours(f"tkq8, {case}", "tkq8", case))
-    return named
+    named += [Ours(f"tkq8, {case}", "tkq8", case) for case in THINNED]
+    return [*named, OursInPart(f"tkq8, {DRAWN[0]}, planes of `sampled`", "tkq8", DRAWN[0])]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from store_data import Case
+from store_data import DRAWN, TOP_K, Case
 from store_fidelity import Fidelity
 from store_measure import Measured
 from store_report import Budget
@@ -102,7 +102,7 @@ def _sizes(axis: Any, measured: Measured) -> dict[str, Any]:
             continue
         at = (result.bytes_per_token, max(result.errors.kl.mean(), EXACT_PLACE))
         if result.is_ours:
-            if result.case.tail_logprobs:  # the same errors, some bytes more
+            if result.case not in (TOP_K, *DRAWN):  # the same errors, more bytes or fewer
                 continue
             handles["sparsekd"] = axis.scatter(
                 *at, s=130, marker="*", color=OURS, zorder=4, edgecolors="white", linewidths=0.6

@@ -99,27 +99,23 @@ def assess(
 ) -> Assessment:
     """The objective at C positions by plain torch functions, whatever it is (kernels/divergence.py).
 
-    Positions of weight 0 come out as 0, whatever stands in their record and their logits.
+    What does not count comes out as 0, whatever stands in its record and, where nothing of it counts, its
+    logits.
     """
-    kept = positions.weights != 0
+    kept = positions.kept
     statistics = make_statistics(
         reading, sums, positions, temperature=objective.temperature, vocabulary_size=vocabulary_size
     )
     agreement = top_agreement(statistics, sums.maximum, positions.targets, objective.temperature)
-    statistics = Statistics(
-        *(torch.where(kept if value.ndim == 1 else kept[:, None], value, 0.0) for value in statistics)
-    )
+    statistics = statistics.where(kept)
     loss, kd, ce, gradient = differentiate(
         statistics,
-        positions.ids,
-        positions.targets,
-        positions.labels,
-        positions.weights,
+        positions,
         objective,
         vocabulary_size=vocabulary_size,
         needs_gradient=needs_gradient,
     )
-    kd, ce, agreement = (torch.where(kept, value, 0.0) for value in (kd, ce, agreement))
+    ce, agreement = torch.where(kept, ce, 0.0), torch.where(positions.recorded, agreement, 0.0)
     return Assessment(
         loss, kd, ce, agreement, Rest(statistics.rest_t, statistics.rest_1, sums.maximum), gradient
     )

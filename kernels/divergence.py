@@ -13,25 +13,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sparsekd.kernels.inputs import Positions
 from sparsekd.kernels.objective import MIXTURE_DIVERGENCES, Objective
 from sparsekd.kernels.statistics import LogitGradient, Statistics, logit_gradient
-from sparsekd.kernels.targets import SparseTargets
+from sparsekd.kernels.targets import SparseTargets, drawn_shares
 
 # Reverse KL is infinite where the teacher has probability 0; its log is held at this floor instead, about the
 # log of the smallest normal float32.
 LOG_PROBABILITY_FLOOR = -87.0
-
-
-def support_columns(targets: SparseTargets | None, objective: Objective) -> int:
-    """How many columns of `targets.ids` the objective reads: its support.
-
-    Without distillation the teacher's most likely id remains, for the agreement.
-    """
-    if targets is None:
-        return 0
-    if objective.kd_weight == 0:
-        return min(1, targets.head_size)
-    return targets.ids.shape[1] if objective.target_mode == "sampled" else targets.head_size
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -102,20 +91,27 @@ def divergence_function(objective: Objective) -> Callable[[Tensor, Tensor], Tens
     return function
 
 
+def teacher_head(targets: SparseTargets, temperature: float, dtype: torch.dtype) -> Tensor:
+    """l_i / T of the k head ids, [N, k]; -inf at padding."""
+    present = targets.ids[:, : targets.head_size] >= 0
+    return torch.where(present, targets.head_logprobs.to(dtype) / temperature, -torch.inf)
+
+
 def teacher_outcomes(targets: SparseTargets, temperature: float, dtype: torch.dtype) -> Tensor:
     """log p at T of the k head ids and of the rest as one outcome, [N, k + 1]  (3.1)."""
-    head = torch.where(
-        targets.ids[:, : targets.head_size] >= 0, targets.head_logprobs.to(dtype) / temperature, -torch.inf
-    )
-    unnormalised = torch.cat([head, targets.log_rest.to(dtype)[:, None]], dim=1)
-    return unnormalised - unnormalised.logsumexp(1, keepdim=True)
+    head = teacher_head(targets, temperature, dtype)
+    return normalised(torch.cat([head, targets.log_rest.to(dtype)[:, None]], dim=1))
+
+
+def normalised(logits: Tensor) -> Tensor:
+    """Log-probabilities of outcomes [N, J], not all of them -inf."""
+    return logits - logits.logsumexp(1, keepdim=True)
 
 
 def sampled_cross_entropy(statistics: Statistics, targets: SparseTargets, temperature: float) -> Tensor:
     """-entropy - sum_v w_v log q_v: unbiased for the forward KL at the draw temperature -> [N]  (5.2)."""
     log_p = teacher_outcomes(targets, temperature, statistics.support.dtype)
-    draws = targets.tail_counts.shape[1]
-    drawn = log_p[:, -1:].exp() * targets.tail_counts / draws
+    drawn = log_p[:, -1:].exp() * drawn_shares(targets.tail_counts, log_p.dtype)
     target = torch.cat([log_p[:, :-1].exp(), drawn], dim=1)
     log_total = torch.cat([statistics.support, statistics.rest_t[:, None]], dim=1).logsumexp(1, keepdim=True)
     present = targets.ids >= 0
@@ -127,15 +123,18 @@ def distillation(statistics: Statistics, targets: SparseTargets, objective: Obje
     """The distillation term without its T^2, nats, [N]  (5.1 to 5.4)."""
     if objective.target_mode == "sampled":
         return sampled_cross_entropy(statistics, targets, objective.temperature)
-    log_p = teacher_outcomes(targets, objective.temperature, statistics.support.dtype)
-    log_q = torch.cat([statistics.support, statistics.rest_t[:, None]], dim=1)
+    temperature, dtype = objective.temperature, statistics.support.dtype
+    divergence = divergence_function(objective)
     if objective.target_mode == "renormalized":
-        log_p, log_q = log_p[:, :-1], log_q[:, :-1]
-        log_p = log_p - log_p.logsumexp(1, keepdim=True)
-    log_q = log_q - log_q.logsumexp(1, keepdim=True)
+        # From the head alone: the rest, which a record may not know, is not read.
+        return divergence(
+            normalised(teacher_head(targets, temperature, dtype)), normalised(statistics.support)
+        )
+    log_p = teacher_outcomes(targets, temperature, dtype)
+    log_q = normalised(torch.cat([statistics.support, statistics.rest_t[:, None]], dim=1))
     if objective.target_mode == "truncated":
         log_p, log_q = log_p[:, :-1], log_q[:, :-1]
-    return divergence_function(objective)(log_p, log_q)
+    return divergence(log_p, log_q)
 
 
 def cross_entropy(statistics: Statistics, labels: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
@@ -153,21 +152,24 @@ def cross_entropy(statistics: Statistics, labels: Tensor, objective: Objective) 
 
 
 def position_losses(
-    statistics: Statistics, targets: SparseTargets | None, labels: Tensor, objective: Objective
+    statistics: Statistics, positions: Positions, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(KD with its T^2, CE of the loss, plain CE) of each position, unweighted, [N] each  (1.1)."""
-    trained, plain = cross_entropy(statistics, labels, objective)
-    if targets is None or objective.kd_weight == 0:
+    """(KD with its T^2, CE of the loss, plain CE) of each position, unweighted, [N] each  (1.1).
+
+    KD is 0 where the record does not count: its statistics are masked before the distillation, since a record
+    of nothing has no logarithm.
+    """
+    trained, plain = cross_entropy(statistics, positions.labels, objective)
+    if positions.targets is None or objective.kd_weight == 0:
         return torch.zeros_like(plain), trained, plain
-    return distillation(statistics, targets, objective) * objective.temperature**2, trained, plain
+    recorded = positions.recorded
+    kd = distillation(statistics.where(recorded), positions.targets, objective) * objective.temperature**2
+    return torch.where(recorded, kd, 0.0), trained, plain
 
 
 def differentiate(
     statistics: Statistics,
-    support_ids: Tensor,
-    targets: SparseTargets | None,
-    labels: Tensor,
-    weights: Tensor,
+    positions: Positions,
     objective: Objective,
     *,
     vocabulary_size: int,
@@ -177,10 +179,7 @@ def differentiate(
 
     Args:
         statistics: of N positions, detached.
-        support_ids: int64 [N, K], the ids of statistics.support.
-        targets: the record of these positions, or None.
-        labels: int64 [N]; negative is ignored.
-        weights: [N].
+        positions: these positions.
         objective: resolved.
         vocabulary_size: V, the true one.
         needs_gradient: whether to make the gradient.
@@ -191,11 +190,11 @@ def differentiate(
     # The forward of an autograd Function runs without gradients; these small tensors want them.
     with torch.set_grad_enabled(needs_gradient):
         leaves = Statistics(*(value.detach().requires_grad_(needs_gradient) for value in statistics))
-        kd, trained_ce, ce = position_losses(leaves, targets, labels, objective)
-        per_position = objective.ce_weight * trained_ce
+        kd, trained_ce, ce = position_losses(leaves, positions, objective)
+        per_position = objective.ce_weight * positions.ce_weights * trained_ce
         if objective.kd_weight:
-            per_position = per_position + objective.kd_weight * kd
-        loss = (weights * per_position).sum()
+            per_position = per_position + objective.kd_weight * positions.kd_weights * kd
+        loss = per_position.sum()
     if not needs_gradient:
         return loss, kd, ce, None
     found = torch.autograd.grad(loss, list(leaves), allow_unused=True)
@@ -206,7 +205,7 @@ def differentiate(
         )
     )
     gradient = logit_gradient(
-        gradients, support_ids, temperature=objective.temperature, vocabulary_size=vocabulary_size
+        gradients, positions.ids, temperature=objective.temperature, vocabulary_size=vocabulary_size
     )
     return loss.detach(), kd.detach(), ce.detach(), gradient
 

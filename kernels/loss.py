@@ -27,16 +27,18 @@ IMPLEMENTATIONS: tuple[str, ...] = ("reference", "torch", "triton")
 class LossOutput(NamedTuple):
     """The summed loss and what it is made of.
 
-    loss = sum over positions of weights * (kd_weight * kd + ce_weight * ce), with label smoothing and z-loss
-    inside `loss` alone, so that `ce` compares between runs whatever they were trained with.
+    loss = sum over positions of kd_weight * kd_weights * kd + ce_weight * ce_weights * ce, with label
+    smoothing and z-loss inside `loss` alone, so that `ce` compares between runs whatever they were trained
+    with.
 
     Attributes:
         loss: float32 scalar, the weighted sum; differentiable in hidden, weight and bias.
-        kd: float32 [N], nats times T^2, detached, unweighted; 0 where dropped and where kd_weight is 0.
+        kd: float32 [N], nats times T^2, detached, unweighted; 0 where kd_weights is 0 and where the
+            objective's kd_weight is.
         ce: float32 [N], -log q(label), nats, without label smoothing and z-loss, detached, unweighted; 0
-            where dropped or where the label is ignored.
-        agreement: float32 [N], 1 where the student's most likely id is the teacher's; 0 where dropped and
-            where the record has no head.
+            where ce_weights is 0 or the label is ignored.
+        agreement: float32 [N], 1 where the student's most likely id is the teacher's; 0 where kd_weights is 0
+            and where the record has no head.
     """
 
     loss: Tensor
@@ -52,7 +54,8 @@ def sparse_kd_loss(
     bias: Tensor | None,
     targets: SparseTargets | None,
     labels: Tensor,
-    weights: Tensor,
+    ce_weights: Tensor,
+    kd_weights: Tensor,
     objective: Objective,
     head: HeadTransform,
     impl: str,
@@ -68,9 +71,12 @@ def sparse_kd_loss(
         weight: [V, H], the head's matrix, dtype of `hidden`; rows from head.vocabulary_size on are padding.
             With `shard` the rows of this rank.
         bias: [V], dtype of `hidden`, or None.
-        targets: the teacher's record; None only with kd_weight 0.
-        labels: int64 [N], the true next token; -100 leaves a position out of the cross-entropy.
-        weights: float32 [N], >= 0; 0 drops a position from everything.
+        targets: the teacher's record; None only with kd_weight 0. What stands in it where kd_weights is 0 is
+            not read (`targets.NOTHING` is what to fill it with).
+        labels: int64 [N], the true token; -100 leaves a position out of the cross-entropy.
+        ce_weights: float32 [N], >= 0, of the cross-entropy; 0 leaves a position out of it.
+        kd_weights: float32 [N], >= 0, of the distillation; 0 leaves a position out of it. Where both are 0 a
+            position is dropped from everything.
         objective: resolved (`resolve_objective`).
         head: softcap, scale and true vocabulary size.
         impl: "reference" (dense, for checking), "torch" (any device) or "triton" (CUDA).
@@ -88,16 +94,17 @@ def sparse_kd_loss(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value, named with what was expected.
     """
-    _check_tensors(hidden, weight, bias, targets, labels, weights, head, shard)
+    _check_tensors(hidden, weight, bias, targets, labels, ce_weights, kd_weights, head, shard)
     _check_objective(objective, targets)
     _check_implementation(impl, hidden, chunk_positions, memory_budget, shard)
     if debug:
         check_values(
             targets,
             labels,
-            weights,
+            ce_weights,
+            kd_weights,
             vocabulary_size=head.vocabulary_size,
-            temperature=objective.temperature,
+            objective=objective,
         )
     plan = _plan(impl, hidden, weight, objective, head, shard, chunk_positions, memory_budget)
     inputs = LossInputs(
@@ -106,7 +113,8 @@ def sparse_kd_loss(
         bias=bias,
         targets=targets,
         labels=labels,
-        weights=weights,
+        ce_weights=ce_weights,
+        kd_weights=kd_weights,
         objective=objective,
         head=head,
         shard=shard,
@@ -123,13 +131,14 @@ def sparse_kd_loss(
     from sparsekd.kernels.triton_block import TRITON
 
     # Dropped positions stay where they are, since taking them out would wait for the device: they get value
-    # and gradient 0, but their hidden states must be finite.
+    # and gradient 0, but their hidden states must be finite, and they cost what the others do. The trainer
+    # leaves them out beforehand, by indices made on the CPU.
     return LossOutput(*run_fused(TRITON, inputs))
 
 
 def _of_kept_positions(inputs: LossInputs, implementation: Implementation) -> LossOutput:
-    """The loss of the positions of weight > 0, taken out first: the others cost nothing and cannot harm."""
-    kept = inputs.weights.nonzero()[:, 0]
+    """The loss of the positions that are not dropped, taken out first: the others cost nothing, nor harm."""
+    kept = inputs.kept.nonzero()[:, 0]
     count = inputs.hidden.shape[0]
     if kept.numel() == count:
         return LossOutput(*run_fused(implementation, inputs))
@@ -139,7 +148,8 @@ def _of_kept_positions(inputs: LossInputs, implementation: Implementation) -> Lo
             hidden=inputs.hidden.index_select(0, kept),
             targets=take_rows(inputs.targets, kept),
             labels=inputs.labels[kept],
-            weights=inputs.weights[kept],
+            ce_weights=inputs.ce_weights[kept],
+            kd_weights=inputs.kd_weights[kept],
         ),
     )
     return LossOutput(loss, *(value.new_zeros(count).index_copy_(0, kept, value) for value in values))
@@ -199,7 +209,8 @@ def _check_tensors(
     bias: Tensor | None,
     targets: SparseTargets | None,
     labels: Tensor,
-    weights: Tensor,
+    ce_weights: Tensor,
+    kd_weights: Tensor,
     head: HeadTransform,
     shard: VocabularyShard | None,
 ) -> None:
@@ -231,7 +242,8 @@ def _check_tensors(
     expected: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [
         ("weight", weight, (rows, size), hidden.dtype),
         ("labels", labels, (count,), torch.int64),
-        ("weights", weights, (count,), torch.float32),
+        ("ce_weights", ce_weights, (count,), torch.float32),
+        ("kd_weights", kd_weights, (count,), torch.float32),
     ]
     if bias is not None:
         expected.append(("bias", bias, (rows,), hidden.dtype))

@@ -160,6 +160,38 @@ def check_combination(objective: Objective, *, k: int, n: int) -> None:
         _check_mixture(objective)
 
 
+def needed_planes(objective: Objective, *, k: int, n: int, on_grid: bool) -> frozenset[str]:
+    """Which planes of a store's teacher record the loss reads; a reader may leave the others undecoded.
+
+    Args:
+        objective: resolved.
+        k: entries of the record's exact head.
+        n: draws of the record's sampled tail.
+        on_grid: whether the record's grid holds the objective's temperature; log R at another is interpolated
+            with the rest's entropy.
+
+    Returns:
+        Some of head_ids, head_logprobs, tail_ids, tail_counts, log_rest, rest_entropy, entropy. None of them
+        with kd_weight 0: the CE-only baseline is the same on a store with a teacher and on one without, and
+        reports no agreement with a teacher.
+
+    Raises:
+        ValueError: the record does not allow the objective (`check_combination`).
+    """
+    if objective.kd_weight == 0:
+        return frozenset()
+    check_combination(objective, k=k, n=n)
+    # The head's ids serve the agreement, too.
+    planes = {"head_ids", "head_logprobs"} if k else set()
+    if objective.target_mode == "sampled":
+        # The gradient does without the entropy, the reported value does not.
+        planes |= {"tail_ids", "tail_counts", "entropy"}
+    # Without a head the rest is everything, whatever its sum.
+    if k and objective.target_mode != "renormalized":
+        planes |= {"log_rest"} if on_grid else {"log_rest", "rest_entropy"}
+    return frozenset(planes)
+
+
 def _check_mixture(objective: Objective) -> None:
     """Raise for a mixture at which the objective's divergence does not exist."""
     # At 0 a skewed divergence is the plain one, while Jensen-Shannon is 0 for every student.

@@ -41,9 +41,9 @@ def dense_distillation(logits: Tensor, targets: SparseTargets, objective: Object
     log_p_head, log_p_rest = log_p[:, :k], log_p[:, k:]
 
     if objective.target_mode == "sampled":
-        weights = torch.cat(
-            [log_p_head.exp(), log_p_rest.exp() * targets.tail_counts / (ids.shape[1] - k)], 1
-        )
+        # By division and not by `drawn_shares`: nothing but the divergences is shared.
+        draws = targets.tail_counts.to(logits.dtype).sum(1, keepdim=True).clamp_min(1.0)
+        weights = torch.cat([log_p_head.exp(), log_p_rest.exp() * targets.tail_counts / draws], 1)
         return -targets.entropy - (torch.where(present, weights, 0.0) * log_q.gather(1, ids)).sum(1)
 
     log_q_head = torch.where(head_present, log_q.gather(1, head_ids), -torch.inf)
@@ -51,7 +51,7 @@ def dense_distillation(logits: Tensor, targets: SparseTargets, objective: Object
     if objective.target_mode == "truncated":
         return divergence(log_p_head, log_q_head)
     if objective.target_mode == "renormalized":
-        return divergence(log_p_head.log_softmax(1), log_q_head.log_softmax(1))
+        return divergence(head_logits.log_softmax(1), log_q_head.log_softmax(1))
 
     hits = torch.zeros_like(logits).scatter_add(1, head_ids, head_present.to(logits.dtype))
     in_head = hits > 0
@@ -75,21 +75,26 @@ def dense_cross_entropy(logits: Tensor, labels: Tensor, objective: Objective) ->
 def reference_loss(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, kd, ce, agreement); the loss carries its graph, the rest is detached."""
     count, objective = inputs.hidden.shape[0], inputs.objective
-    kept = inputs.weights.nonzero()[:, 0]
-    targets, labels = take_rows(inputs.targets, kept), inputs.labels[kept]
+    kept = inputs.kept.nonzero()[:, 0]
+    ce_weights, kd_weights = inputs.ce_weights[kept], inputs.kd_weights[kept]
+    recorded = kd_weights.nonzero()[:, 0]
+    targets = take_rows(inputs.targets, kept[recorded])
+    labels = torch.where(ce_weights != 0, inputs.labels[kept], -1)
     with torch.autocast(inputs.hidden.device.type, enabled=False):
         logits = dense_logits(inputs._replace(hidden=inputs.hidden[kept]))
         trained_ce, ce = dense_cross_entropy(logits, labels, objective)
         kd = torch.zeros_like(ce)
         if targets is not None and objective.kd_weight:
-            kd = dense_distillation(logits, targets, objective) * objective.temperature**2
-        weights = inputs.weights[kept].to(logits.dtype)
-        loss = (weights * (objective.kd_weight * kd + objective.ce_weight * trained_ce)).sum()
+            of_record = dense_distillation(logits[recorded], targets, objective) * objective.temperature**2
+            kd = kd.index_copy(0, recorded, of_record.to(kd.dtype))
+        loss = objective.ce_weight * (ce_weights.to(logits.dtype) * trained_ce).sum()
+        loss = loss + objective.kd_weight * (kd_weights.to(logits.dtype) * kd).sum()
 
     agreement = torch.zeros_like(ce)
     if targets is not None and targets.head_size:
-        top = targets.ids[:, :1]
-        agreement = ((top >= 0) & (logits.gather(1, top.clamp_min(0)) >= logits.amax(1, keepdim=True)))[:, 0]
+        top, own = targets.ids[:, :1], logits[recorded]
+        agrees = (top >= 0) & (own.gather(1, top.clamp_min(0)) >= own.amax(1, keepdim=True))
+        agreement = agreement.index_copy(0, recorded, agrees[:, 0].to(ce.dtype))
 
     def spread(value: Tensor) -> Tensor:
         return logits.new_zeros(count).index_copy_(0, kept, value.detach().to(logits.dtype))

@@ -38,6 +38,8 @@ def whole_vocabulary(
         return reading, sums
     columns = reading.support.shape[1]
     highest = torch.cat([reading.support, reading.label[:, None], sums.maximum[:, None]], dim=1)
+    # Whether a MAX over ranks passes over NaN is the backend's affair. No sum with inf ends in a number.
+    highest = torch.where(highest.isnan(), torch.inf, highest)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
     # Contiguous, as the row kernels read them.
     support, label, maximum = (

@@ -30,6 +30,12 @@ class Statistics(NamedTuple):
     label: Tensor
     mean: Tensor
 
+    def where(self, rows: Tensor) -> "Statistics":
+        """These at some rows, bool [N], and 0 at the others, whose values and gradients go nowhere."""
+        return Statistics(
+            *(torch.where(rows if value.ndim == 1 else rows[:, None], value, 0.0) for value in self)
+        )
+
 
 class LogitGradient(NamedTuple):
     """The gradient of one scalar for every logit, as a few numbers per position (docs/losses.md, 8).

@@ -115,7 +115,7 @@ def _rest_mass(
     scaled = rest if temperature == 1.0 else rest / temperature
     powers = scaled.exp()
     total = powers.sum(1)
-    some = total > 0
+    some = total != 0  # NaN is no empty rest
     log_total = torch.where(some, total, 1.0).log()
     log_sum = torch.where(some, log_total + torch.where(some, maximum, 0.0) / temperature, -torch.inf)
     ids, counts = draw_tail(powers, uniforms)

@@ -25,12 +25,12 @@ FUSED_MODES = ("tail_bucket", "sampled")
 
 @triton.jit
 def _log_sum(terms, other):
-    """log(sum(exp(terms)) + exp(other)); 0 where all are -inf, as at a dropped position."""
+    """log(sum(exp(terms)) + exp(other)); 0 where all are -inf, as at a dropped position; NaN where one is."""
+    # These maxima know nothing of NaN, which the sum keeps: so it alone says whether there is anything.
     highest = tl.maximum(tl.max(terms, 0), other)
-    some = highest > float("-inf")
-    shift = tl.where(some, highest, 0.0)
+    shift = tl.where(highest > float("-inf"), highest, 0.0)
     total = tl.sum(tl.exp(terms - shift), 0) + tl.exp(other - shift)
-    return tl.where(some, tl.log(tl.where(some, total, 1.0)) + shift, 0.0)
+    return tl.where(total == 0, 0.0, tl.log(tl.where(total == 0, 1.0, total)) + shift)
 
 
 @triton.jit
@@ -41,11 +41,12 @@ def assess_kernel(
     sum_t_ptr,  # float32 [C], relative to it
     sum_1_ptr,  # float32 [C]
     total_ptr,  # float32 [C], sum of z outside the support
-    ids_ptr,  # int64 [C, K]
+    ids_ptr,  # int64 [C, K], -1 at padding and where the record does not count
     labels_ptr,  # int64 [C]
-    weights_ptr,  # float32 [C]
+    ce_weights_ptr,  # float32 [C]
+    kd_weights_ptr,  # float32 [C]
     head_logprobs_ptr,  # float32 [C, k]; read where HAS_TEACHER
-    tail_counts_ptr,  # float32 [C, n]; read where SAMPLED
+    tail_counts_ptr,  # float32 [C, draws]; read where SAMPLED
     log_rest_ptr,  # float32 [C]
     entropy_ptr,  # float32 [C]
     loss_ptr,  # float32 [C] out, weighted
@@ -61,7 +62,7 @@ def assess_kernel(
     by_label_ptr,  # float32 [C] out
     entries,  # K
     head_size,  # k
-    draws,  # n
+    draws,  # columns of the counts
     vocabulary_size,
     kd_weight,
     ce_weight,
@@ -81,17 +82,20 @@ def assess_kernel(
     place = row * entries + column
     ids = tl.load(ids_ptr + place, mask=inside, other=-1)
     present = ids >= 0
-    weight = tl.load(weights_ptr + one)
-    kept = weight != 0
+    of_ce, of_kd = tl.load(ce_weights_ptr + one), tl.load(kd_weights_ptr + one)
+    recorded = of_kd != 0
+    kept = recorded | (of_ce != 0)
     label = tl.load(labels_ptr + one)
 
     # A dropped position may hold anything: it reads as zeros, and comes out as zeros.
     support = tl.load(support_ptr + place, mask=inside, other=float("-inf"))
     support = tl.where(kept & present, support, float("-inf"))
     maximum = tl.load(maximum_ptr + one)
-    some = kept & (maximum > float("-inf"))
+    sum_1 = tl.load(sum_1_ptr + one)
+    # 0 where nothing is outside, else 1 at least, or NaN, of which the maximum may know nothing.
+    some = kept & (sum_1 != 0)
     shift = tl.where(some, maximum, 0.0)
-    rest_1 = tl.where(some, tl.log(tl.where(some, tl.load(sum_1_ptr + one), 1.0)) + shift, float("-inf"))
+    rest_1 = tl.where(some, tl.log(tl.where(some, sum_1, 1.0)) + shift, float("-inf"))
     log_sum_t = tl.log(tl.where(some, tl.load(sum_t_ptr + one), 1.0))
     rest_t = tl.where(some, log_sum_t + shift / temperature, float("-inf"))
     total = tl.where(kept, tl.load(total_ptr + one), 0.0)
@@ -103,7 +107,7 @@ def assess_kernel(
     plain = total_1 - tl.where(labelled, tl.load(label_logit_ptr + one), 0.0)
     smoothed = plain + label_smoothing * (total_1 - plain - mean)
     ce = tl.where(labelled, smoothed + z_loss * total_1 * total_1, 0.0)
-    by_ce = tl.where(labelled, weight * ce_weight, 0.0)
+    by_ce = tl.where(labelled, of_ce * ce_weight, 0.0)
     by_total_1 = by_ce * (1.0 + 2.0 * z_loss * total_1)
     uniform = -by_ce * label_smoothing / vocabulary_size
     by_rest_1 = by_total_1 * tl.exp(rest_1 - total_1)
@@ -131,7 +135,8 @@ def assess_kernel(
                 mask=inside & (column >= head_size),
                 other=0.0,
             )
-            target = tl.where(drawn, p_rest * counts / draws, target)
+            number = tl.sum(counts, 0)
+            target = tl.where(drawn, p_rest * counts / tl.where(number > 0, number, 1.0), target)
             value = -tl.load(entropy_ptr + one) - tl.sum(target * log_q, 0)
             mass = tl.sum(target, 0)
             by_rest = mass * tl.exp(rest_t - total_t)
@@ -144,12 +149,13 @@ def assess_kernel(
             value += p_rest * log_ratio
             mass = tl.sum(target, 0) + p_rest
             by_rest = mass * tl.exp(rest_t - total_t) - p_rest
-        kd = tl.where(kept, value, 0.0) * temperature * temperature
-        factor = tl.where(kept, weight * kd_weight, 0.0) * temperature
+        # A record that does not count reads as one of a rest alone: finite, so that its weight of 0 wins.
+        kd = tl.where(recorded, value, 0.0) * temperature * temperature
+        factor = tl.where(recorded, of_kd * kd_weight, 0.0) * temperature
         by_rest_t = factor * tl.where(some, by_rest, 0.0)
         by_support += factor * (mass * tl.exp(scaled - total_t) - target)
 
-    loss = kd_weight * kd * weight + by_ce * ce
+    loss = kd_weight * kd * of_kd + by_ce * ce
     tl.store(loss_ptr + one, tl.where(kept, loss, 0.0))
     tl.store(kd_ptr + one, kd)
     tl.store(ce_ptr + one, tl.where(labelled, plain, 0.0))
@@ -164,7 +170,9 @@ def assess_kernel(
     if HAS_HEAD:
         first = tl.max(tl.where(present & (column == 0), support, float("-inf")), 0)
         best = tl.maximum(tl.max(support, 0), tl.where(some, maximum, float("-inf")))
-        agreement = tl.where(first >= tl.where(kept, best, float("inf")), 1.0, 0.0)
+        # No id is the most likely one where a logit is NaN.
+        agrees = recorded & (first >= best) & (total_1 == total_1)
+        agreement = tl.where(agrees, 1.0, 0.0)
     tl.store(agreement_ptr + one, agreement)
 
 
@@ -212,7 +220,8 @@ def assess_fused(
         *sums,
         positions.ids,
         positions.labels,
-        positions.weights,
+        positions.ce_weights,
+        positions.kd_weights,
         *(value.contiguous() for value in record),
         loss,
         kd,

@@ -20,36 +20,12 @@ u = z / T.
 import triton
 import triton.language as tl
 
+from sparsekd.kernels.triton_logits import joined_lanes, squared, streamed_sums, transform_product
+
 
 def warps_of_support(block_k: int) -> int:
     """Warps of a kernel that works on the BLOCK_K support entries of a row: two to a thread, four spilled."""
     return min(max(block_k // 64, 1), 32)
-
-
-@triton.jit
-def transform_product(product, bias, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """(z, dz/dproduct) of raw products; -inf stays -inf with slope 0."""
-    raw = scale * (product + bias)
-    slope = tl.full(raw.shape, 1.0, tl.float32) * scale
-    if HAS_SOFTCAP:
-        # Masked before the operation: tanh(-inf) would bring a punched entry back as -softcap.
-        hole = raw == float("-inf")
-        scaled = tl.where(hole, 0.0, raw / softcap)
-        # exp of a negative number cannot overflow.
-        decay = tl.exp(-2.0 * tl.abs(scaled))
-        size = (1.0 - decay) / (1.0 + decay)
-        tanh = tl.where(scaled < 0, -size, size)
-        raw = tl.where(hole, float("-inf"), softcap * tanh)
-        slope = tl.where(hole, 0.0, slope * (1.0 - tanh * tanh))
-    return raw, slope
-
-
-@triton.jit
-def _squared(power, SQUARINGS: tl.constexpr):
-    """power^(2^SQUARINGS)."""
-    for _ in tl.static_range(SQUARINGS):
-        power = power * power
-    return power
 
 
 @triton.jit
@@ -126,43 +102,26 @@ def stats_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     slab_row = slab_ptr + row * slab_stride
-    lane = tl.arange(0, BLOCK_V)
-    # One running maximum and sum per lane; they meet once, after the loop.
-    maximum = tl.full([BLOCK_V], float("-inf"), tl.float32)
-    sum_t = tl.zeros([BLOCK_V], tl.float32)
-    sum_1 = tl.zeros([BLOCK_V], tl.float32)
-    total = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, columns, BLOCK_V):
-        column = start + lane
-        inside = column < columns
-        # Read to the end of the padded row, which is aligned, so that an odd vocabulary is read as fast.
-        products = tl.load(slab_row + column, mask=column < slab_stride, other=float("-inf"))
-        products = tl.where(inside, products, float("-inf"))
-        bias = tl.zeros([BLOCK_V], tl.float32)
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + column, mask=inside, other=0.0)
-        logits, _ = transform_product(products, bias, scale, softcap, HAS_SOFTCAP)
-        if NEEDS_TOTAL:
-            total += tl.where(logits > float("-inf"), logits, 0.0)
-        # One exponential serves a lane, that of the lower less the higher of old maximum and new logit.
-        # -inf - -inf is NaN: a lane that has seen nothing yet subtracts 0.
-        # NaN goes on into the sums, as everywhere else.
-        higher = tl.maximum(maximum, logits, propagate_nan=tl.PropagateNan.ALL)
-        lower = tl.minimum(maximum, logits, propagate_nan=tl.PropagateNan.ALL)
-        lower -= tl.where(higher > float("-inf"), higher, 0.0)
-        rises = logits > maximum
-        power = tl.exp(lower * inverse_temperature)
-        if SQUARINGS != 0:
-            sum_t = tl.where(rises, sum_t * power + 1.0, sum_t + power)
-        power = _squared(power, SQUARINGS) if SQUARINGS >= 0 else tl.exp(lower)
-        sum_1 = tl.where(rises, sum_1 * power + 1.0, sum_1 + power)
-        maximum = higher
+    maximum, sum_t, sum_1, total = streamed_sums(
+        slab_row,
+        bias_ptr,
+        slab_stride,
+        columns,
+        columns,
+        scale,
+        softcap,
+        inverse_temperature,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+        SQUARINGS,
+        NEEDS_TOTAL,
+        BLOCK_V,
+    )
     highest = tl.max(maximum, 0)
-    shift = tl.where(highest > float("-inf"), highest, 0.0)
-    row_1 = tl.sum(sum_1 * tl.exp(maximum - shift), 0)
+    row_1 = joined_lanes(maximum, sum_1, highest, 1.0)
     row_t = row_1
     if SQUARINGS != 0:
-        row_t = tl.sum(sum_t * tl.exp((maximum - shift) * inverse_temperature), 0)
+        row_t = joined_lanes(maximum, sum_t, highest, inverse_temperature)
     tl.store(maximum_ptr + row, highest)
     tl.store(sum_t_ptr + row, row_t)
     tl.store(sum_1_ptr + row, row_1)
@@ -218,7 +177,7 @@ def grad_kernel(
             power_1 = tl.exp(logits - rest_1)
         else:
             # exp(z - rest_1); the factor is between 1 and V^(T - 1).
-            power_1 = _squared(power, SQUARINGS) * tl.exp(temperature * rest_t - rest_1)
+            power_1 = squared(power, SQUARINGS) * tl.exp(temperature * rest_t - rest_1)
         value += tl.where(by_rest_1 == 0, 0.0, by_rest_1 * power_1)
     gradient = gradient_ptr + row * gradient_stride + column
     # Beyond the true columns the buffer holds what nobody reads.

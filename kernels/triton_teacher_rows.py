@@ -21,7 +21,7 @@ exp((z - reference) / T) for each temperature, then of that times its exponent f
 import triton
 import triton.language as tl
 
-from sparsekd.kernels.triton_rows import transform_product
+from sparsekd.kernels.triton_logits import joined_lanes, streamed_sums, transform_product
 
 
 @triton.jit
@@ -71,29 +71,25 @@ def scan_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     slab_row = slab_ptr + row * slab_stride
-    lane = tl.arange(0, BLOCK_V)
-    # One running maximum and sum per lane; they meet once, after the loop.
-    maximum = tl.full([BLOCK_V], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, vocabulary_size, BLOCK_V):
-        column = start + lane
-        # The padding of a row is read along, which keeps loads wide where the vocabulary is odd.
-        products = tl.load(slab_row + column, mask=column < slab_stride, other=0.0)
-        products = tl.where(column < vocabulary_size, products, float("-inf"))
-        bias = tl.zeros([BLOCK_V], tl.float32)
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + column, mask=column < slab_stride, other=0.0)
-        logits, _ = transform_product(products, bias, scale, softcap, HAS_SOFTCAP)
-        higher = tl.maximum(maximum, logits)
-        # One exponential serves, that of the lower less the higher. -inf - -inf is NaN: 0 is taken off there.
-        lower = tl.minimum(maximum, logits)
-        power = tl.exp(lower - tl.where(higher > float("-inf"), higher, 0.0))
-        total = tl.where(logits > maximum, total * power + 1.0, total + power)
-        maximum = higher
+    # The bias is as long as the stride, which keeps loads wide where the vocabulary is odd.
+    maximum, _, sums, _ = streamed_sums(
+        slab_row,
+        bias_ptr,
+        slab_stride,
+        vocabulary_size,
+        slab_stride,
+        scale,
+        softcap,
+        1.0,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+        0,
+        False,
+        BLOCK_V,
+    )
     highest = tl.max(maximum, 0)
-    # A first entry of -inf after -inf counts nothing; the first finite one counts 1.
     shift = tl.where(highest > float("-inf"), highest, 0.0)
-    normaliser = tl.log(tl.sum(total * tl.exp(maximum - shift), 0)) + shift
+    normaliser = tl.log(joined_lanes(maximum, sums, highest, 1.0)) + shift
 
     # The k-th largest of the lanes' maxima is no larger than the k-th largest entry. The margin is for the
     # rounding of l, which `collect` computes anew.

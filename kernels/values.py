@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from sparsekd.kernels.objective import Objective
 from sparsekd.kernels.targets import SparseTargets
 from sparsekd.kernels.temperature import same_temperature
 
@@ -24,38 +25,41 @@ MASS_TOLERANCE = 1e-2
 def check_values(
     targets: SparseTargets | None,
     labels: Tensor,
-    weights: Tensor,
+    ce_weights: Tensor,
+    kd_weights: Tensor,
     *,
     vocabulary_size: int,
-    temperature: float,
+    objective: Objective,
 ) -> None:
     """Check the values of a record, labels and weights, of shapes and dtypes as `sparse_kd_loss` takes them.
 
-    Positions of weight 0 are not looked at, nor the log-probability of a padded head id: no loss reads them.
-    -inf is a legal log-probability and a legal log of the rest.
+    Only labels that the cross-entropy counts and records that the distillation counts are looked at, and not
+    the log-probability of a padded head id: no loss reads the others. -inf is a legal log-probability and a
+    legal log of the rest.
 
     Args:
         targets: the record, or None.
         labels: int64 [N]; negative is ignored.
-        weights: float32 [N].
+        ce_weights: float32 [N].
+        kd_weights: float32 [N].
         vocabulary_size: V, the true one.
-        temperature: T for which `targets.log_rest` stands.
+        objective: resolved; `targets.log_rest` stands for its temperature.
 
     Raises:
         ValueError: naming the argument, the first position, what is there and what was expected.
     """
-    good_weights = (weights >= 0) & (weights < math.inf)
-    _all_hold(good_weights, "weights", weights, "a finite number >= 0")
-    counted = weights > 0
+    for name, weights in (("ce_weights", ce_weights), ("kd_weights", kd_weights)):
+        _all_hold((weights >= 0) & (weights < math.inf), name, weights, "a finite number >= 0")
     _all_hold(
-        ~counted | (labels < vocabulary_size),
+        (ce_weights == 0) | (labels < vocabulary_size),
         "labels",
         labels,
         f"an id below {vocabulary_size}, the vocabulary size, or a negative number to ignore the position",
     )
     if targets is None:
         return
-    rows = counted[:, None]
+    recorded = kd_weights > 0
+    rows = recorded[:, None]
     ids, head_logprobs, tail_counts, log_rest, entropy = targets
     _all_hold(
         ~rows | ((ids >= -1) & (ids < vocabulary_size)),
@@ -63,7 +67,7 @@ def check_values(
         ids,
         f"an id from 0 to {vocabulary_size - 1}, or -1 for padding",
     )
-    _check_distinct(ids, counted)
+    _check_distinct(ids, recorded)
     unread = ~rows | (ids[:, : targets.head_size] < 0)
     _all_hold(
         # False for NaN, as every comparison with it.
@@ -79,19 +83,42 @@ def check_values(
         "a count >= 0",
     )
     _all_hold(
-        ~counted | (log_rest < math.inf),
+        ~recorded | (log_rest < math.inf),
         "targets.log_rest",
         log_rest,
         "a finite number, or -inf where the rest is empty",
     )
-    _all_hold(~counted | torch.isfinite(entropy), "targets.entropy", entropy, "a finite number")
-    _check_mass(targets, counted, unread, temperature)
+    _all_hold(~recorded | torch.isfinite(entropy), "targets.entropy", entropy, "a finite number")
+    _check_presence(targets, recorded, objective)
+    _check_mass(targets, recorded, unread, objective.temperature)
 
 
-def _check_distinct(ids: Tensor, counted: Tensor) -> None:
+def _check_presence(targets: SparseTargets, recorded: Tensor, objective: Objective) -> None:
+    """Raise for a record that counts and holds nothing of what the objective reads."""
+    if objective.kd_weight == 0:
+        return
+    if objective.target_mode == "sampled":
+        number = targets.tail_counts.sum(1)
+        _all_hold(
+            ~recorded | (number > 0) | (targets.log_rest == -math.inf),
+            "the sum of targets.tail_counts",
+            number,
+            "at least one draw where targets.log_rest is not -inf, or kd_weights 0 there",
+        )
+        return
+    number = (targets.ids[:, : targets.head_size] >= 0).sum(1)
+    _all_hold(
+        ~recorded | (number > 0),
+        "the number of ids in the head of targets.ids",
+        number,
+        "at least 1, or kd_weights 0 there",
+    )
+
+
+def _check_distinct(ids: Tensor, recorded: Tensor) -> None:
     """Raise for an id that stands twice at one position."""
     ordered = ids.sort(dim=1).values
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0) & counted[:, None]
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0) & recorded[:, None]
     if bool(twice.any()):
         position, column = twice.nonzero()[0].tolist()
         raise ValueError(
@@ -100,7 +127,7 @@ def _check_distinct(ids: Tensor, counted: Tensor) -> None:
         )
 
 
-def _check_mass(targets: SparseTargets, counted: Tensor, unread: Tensor, temperature: float) -> None:
+def _check_mass(targets: SparseTargets, recorded: Tensor, unread: Tensor, temperature: float) -> None:
     """Raise where the probabilities of the head, or of head and rest, sum to more than 1."""
     # At other temperatures the rest is not on the scale of the head's log-probabilities.
     with_rest = same_temperature(temperature, 1.0)
@@ -109,7 +136,7 @@ def _check_mass(targets: SparseTargets, counted: Tensor, unread: Tensor, tempera
     if with_rest:
         mass = mass + targets.log_rest.double().exp()
         name += ", and the rest, exp(targets.log_rest)"
-    bad = counted & ~(mass <= 1 + MASS_TOLERANCE)
+    bad = recorded & ~(mass <= 1 + MASS_TOLERANCE)
     if bool(bad.any()):
         position = int(bad.nonzero()[0])
         raise ValueError(

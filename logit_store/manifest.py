@@ -231,6 +231,22 @@ def manifest_from_json(text: str | bytes, where: str) -> Manifest:
         raise StoreError(f"{where}: {error}") from error
 
 
+def readable_text(manifest: Manifest) -> bytes:
+    """Returns the bytes of a manifest's file, of which a reader makes the same manifest.
+
+    Raises:
+        StoreError: it would refuse them: they are too many, or a text or the nesting in them is too long.
+    """
+    text = manifest_to_json(manifest).encode("ascii")
+    if len(text) > MANIFEST_BYTES:
+        raise StoreError(
+            f"The manifest has {len(text):,} bytes, expected at most {MANIFEST_BYTES:,}: describe the data "
+            "in fewer words."
+        )
+    manifest_from_json(text, "The manifest to be written")
+    return text
+
+
 def read_manifest(path: StorePath) -> Manifest:
     """Reads `MANIFEST.json` of the store at `path`, sealed or not.
 

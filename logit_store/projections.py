@@ -17,8 +17,7 @@ from sparsekd.logit_store.errors import DamagedStoreError, StoreError
 from sparsekd.logit_store.manifest import FeatureSpec, Manifest
 from sparsekd.logit_store.places.files import explained, make_folder, publish_bytes, read_range, size_of
 from sparsekd.logit_store.places.paths import StorePath
-
-FOLDER = "projections"
+from sparsekd.logit_store.protocol.layout import PROJECTIONS_FOLDER
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Projection:
 
 def projection_name(spec: FeatureSpec) -> str:
     """Returns the name of a layer's file, relative to the store."""
-    return f"{FOLDER}/{spec.plane}.f32"
+    return f"{PROJECTIONS_FOLDER}/{spec.plane}.f32"
 
 
 def digest_of(content: bytes) -> str:
@@ -74,8 +73,8 @@ def write_projections(path: StorePath, manifest: Manifest, contents: Mapping[str
                 f"The manifest of {path} asks for a projection of {spec.plane} of digest "
                 f"{str(spec.projection_digest)[:12]}, but {found} was given: give that one."
             )
-        make_folder(path / FOLDER)
-        publish_bytes(path / FOLDER / f"{spec.plane}.f32", content)
+        make_folder(path / PROJECTIONS_FOLDER)
+        publish_bytes(path / PROJECTIONS_FOLDER / f"{spec.plane}.f32", content)
 
 
 def read_projection(path: StorePath, spec: FeatureSpec) -> bytes:
@@ -84,7 +83,7 @@ def read_projection(path: StorePath, spec: FeatureSpec) -> bytes:
     Raises:
         DamagedStoreError: it is missing, or not the one in the manifest.
     """
-    place = path / FOLDER / f"{spec.plane}.f32"
+    place = path / PROJECTIONS_FOLDER / f"{spec.plane}.f32"
     size = 4 * spec.source_width * (1 + spec.width)
     with explained(place):
         found = size_of(place)

@@ -55,7 +55,7 @@ class TeacherRecord:
 
     def __post_init__(self) -> None:
         if self.tail_logprobs is None or self.tail_logprobs.shape == (0, 0):
-            object.__setattr__(self, "tail_logprobs", np.zeros((len(self.entropy), 0), np.float32))
+            object.__setattr__(self, "tail_logprobs", np.zeros((len(self.tail_ids), 0), np.float32))
 
 
 @dataclass(frozen=True)
@@ -113,18 +113,19 @@ def planes_of_row(row: Row) -> dict[str, NDArray[Any]]:
 
 
 def row_of_planes(planes: Mapping[str, NDArray[Any]]) -> Row:
-    """Returns the row of its arrays; without those of a record it has no teacher.
+    """Returns the row of its arrays; without any of a record it has no teacher.
 
-    Heads, draws and their values that are not there have no width.
+    Heads, draws and their values that are not there have no width; other planes of a record that are not
+    there, because they were not decoded, have no positions.
     """
     own = {*TEXT_NAMES, "recorded", *RECORD_NAMES}
     teacher = None
-    if "entropy" in planes:
-        empty = np.empty((len(planes["entropy"]), 0))
+    if not planes.keys().isdisjoint(RECORD_NAMES):
+        empty = np.empty((int(np.count_nonzero(planes["recorded"])), 0))
         record = {name: planes.get(name, empty.astype(kind)) for name, kind in _LISTS.items()}
-        teacher = TeacherRecord(
-            **record, **{name: planes[name] for name in RECORD_NAMES if name not in _LISTS}
-        )
+        none = np.empty(0, np.float32)
+        record |= {name: planes.get(name, none) for name in RECORD_NAMES if name not in _LISTS}
+        teacher = TeacherRecord(**record)
     return Row(
         **{name: planes[name] for name in TEXT_NAMES},
         teacher=teacher,
@@ -170,6 +171,14 @@ def weights_of_positions(row: Row) -> NDArray[np.float32]:
     if weights is None or not weights.size:
         return np.ones(len(row.token_ids), np.float32)
     return np.repeat(weights, run_lengths(row.optional["weight_starts"], len(row.token_ids)))
+
+
+def weight_runs(weights: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    """Returns the planes `weight_starts` and `weights` of weights at L positions; empty where all are 1."""
+    if (weights == 1).all():
+        return {"weight_starts": np.empty(0, np.int32), "weights": np.empty(0, np.float32)}
+    starts = np.append(0, np.flatnonzero(weights[1:] != weights[:-1]) + 1).astype(np.int32)
+    return {"weight_starts": starts, "weights": weights[starts].astype(np.float32)}
 
 
 def next_tokens(row: Row) -> NDArray[np.int64]:

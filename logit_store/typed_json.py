@@ -3,11 +3,12 @@
 Bounds come first (bytes, nesting, number of values), so that nothing large is made of a small text. Then each
 value is compared with the annotation of the dataclass field that it is for: `int` (64 bits), `float`, `str`,
 `bool`, `X | None`, `tuple[X, ...]`, `dict[str, X]`, `dict[str, Any]` (anything, nested at most `DEEPEST`),
-an integer `NDArray`, or another dataclass; `Annotated` adds a `Range` or a `Matching`. A field with a default
-may be absent. Refused is also what Python's json takes: keys twice, NaN, infinity, `true` for 1.
+an integer `NDArray`, or another dataclass; `Annotated` adds a `Range` or a `Matching`. No field may be
+absent or unknown. Refused is also what Python's json takes: keys twice, NaN, infinity, `true` for 1.
 """
 
 import dataclasses
+import errno
 import functools
 import json
 import math
@@ -112,13 +113,13 @@ _SHORT.maxlist = _SHORT.maxdict = _SHORT.maxtuple = 4
 _SHORT.maxlevel = 3
 
 
-def read_bounded(place: StorePath, limit: int, read: Callable[[Any], bytes] | None = None) -> bytes:
+def read_bounded(place: StorePath, limit: int, read: Callable[[Any, int], bytes] = read_file) -> bytes:
     """Returns a whole file of at most `limit` bytes.
 
     Args:
         place: of the file.
-        limit: bytes; a larger file on a local disk is not read at all.
-        read: gives the bytes; by default they come from the place itself.
+        limit: bytes; a larger file is not read at all.
+        read: gives the bytes of a place with that limit.
 
     Raises:
         FileNotFoundError: there is none.
@@ -126,17 +127,16 @@ def read_bounded(place: StorePath, limit: int, read: Callable[[Any], bytes] | No
         StoreError: it is no file, or cannot be read.
     """
     try:
-        data = read_file(place, largest=limit) if read is None else read(place)
+        return read(place, limit)
     except FileNotFoundError:
         raise
-    except OSError:
+    except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise DamagedStoreError(f"{place} {error.strerror}: {_RESTORE}.") from None
         with explained(place):
             raise
     except ValueError as error:
         raise StoreError(f"{place} cannot be read ({error}): name a store by a path of letters.") from error
-    if len(data) > limit:
-        raise DamagedStoreError(f"{place} has {len(data):,} bytes, expected at most {limit:,}: {_RESTORE}.")
-    return data
 
 
 def parse_json(data: bytes, where: str) -> Any:
@@ -360,15 +360,10 @@ def _any_object(value: Any) -> dict[str, Any]:
 def _dataclass_reader(kind: Any) -> _Read:
     hints = get_type_hints(kind, include_extras=True)
     readers = {field.name: _reader(hints[field.name]) for field in dataclasses.fields(kind)}
-    needed = {
-        field.name
-        for field in dataclasses.fields(kind)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
 
     def read(value: Any) -> Any:
         keys = _object(value).keys()
-        if missing := sorted(needed - keys):
+        if missing := sorted(readers.keys() - keys):
             raise _Mismatch(f"lacks {', '.join(missing)} in")
         if unknown := sorted(keys - readers.keys()):
             raise _Mismatch(f"has the unknown {', '.join(map(_key, unknown[:5]))} in")

@@ -20,7 +20,11 @@ def loss_memory(
     softcap: bool,
     on_cpu: bool,
 ) -> MemoryPlan:
-    """How the loss of a micro-batch is cut on each rank, and its peak.
+    """How the loss of a micro-batch in which every position counts is cut on each rank, and its peak.
+
+    Where fewer count, it needs less and may be cut otherwise. What is gathered for it of the decoder's hidden
+    states is its argument, as large as they are: with `triton` it comes on top, `torch` makes no copy of its
+    own then.
 
     Args:
         config: objective, micro-batch and dtype.

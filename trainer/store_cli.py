@@ -27,7 +27,6 @@ SECONDS_BETWEEN_LINES = 5.0
 SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 """Words that are key=value settings, and no paths."""
 
-FORMATS = ("distillkit", "megatron", "nemo", "vllm")
 SHORT = ("refuse", "mask")
 
 
@@ -40,12 +39,14 @@ class Action:
         arguments: adds its flags to a parser.
         run: does it, and returns the exit code.
         settings: sections of the configuration that it reads from key=value settings.
+        details: returns what its help says behind the flags.
     """
 
     purpose: str
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace, list[str]], int]
     settings: tuple[str, ...] = ()
+    details: Callable[[], str] | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,6 +74,8 @@ def run_store(words: Sequence[str]) -> int:
     action.arguments(parser)
     if "-h" in rest or "--help" in rest:
         print(parser.format_help(), end="")
+        if action.details is not None:
+            print("", action.details(), sep="\n")
         if action.settings:
             from sparsekd.trainer.settings_help import settings_lines
 
@@ -313,14 +316,19 @@ def _reencode(flags: argparse.Namespace, _: list[str]) -> int:
 
 
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
+    from sparsekd.trainer.importers.formats import FORMATS
+
     defaults = StoreConfig()
     parser.add_argument("source", help="the file or folder that holds it")
     parser.add_argument("target", metavar="new", help="the new store")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="who wrote it")
+    parser.add_argument("--format", choices=FORMATS, help="who wrote it (found by its files)")
     parser.add_argument("--tokenizer", help="folder or hub name of the tokenizer that made the ids")
     parser.add_argument("--tokens", help="megatron: a token store whose rows are its samples, in order")
-    parser.add_argument("--split", default="train", help="megatron: of the token store (train)")
+    parser.add_argument("--split", help="megatron: of the token store (train)")
     parser.add_argument("--compression", help="distillkit: its compression_config.yaml (beside the data)")
+    parser.add_argument(
+        "--alignment", choices=("current", "legacy"), help="axolotl: its kd_prepared_targets_alignment"
+    )
     parser.add_argument("--teacher-name", default="unknown", help="the teacher's name, for the manifest")
     parser.add_argument("--teacher-revision", help="the teacher's revision, for the manifest")
     parser.add_argument("--sequence-length", type=_at_least(2), help="tokens of a row (the longest document)")
@@ -335,6 +343,12 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
         default=defaults.rows_per_shard,
         help=f"of the new store ({defaults.rows_per_shard}); a shard is held in memory",
     )
+
+
+def _import_details() -> str:
+    from sparsekd.trainer.importers.formats import formats_text
+
+    return formats_text()
 
 
 def _import(flags: argparse.Namespace, _: list[str]) -> int:
@@ -396,7 +410,10 @@ ACTIONS = {
         "another codec or a smaller head, without the teacher", _reencode_arguments, _reencode
     ),
     "import": Action(
-        "what DistillKit, Megatron-LM, NeMo-Aligner or vLLM captured", _import_arguments, _import
+        "what DistillKit, Megatron-LM, NeMo-Aligner, vLLM or axolotl captured",
+        _import_arguments,
+        _import,
+        details=_import_details,
     ),
     "export": Action("plain Parquet for pandas, polars and DuckDB", _export_arguments, _export),
 }

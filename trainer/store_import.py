@@ -1,20 +1,22 @@
-"""`store import`: finds the tokenizer and the settings that an importer of `logit_store` needs, and runs
-it."""
+"""`store import`: finds the format, the tokenizer and the settings that an import needs, and runs it."""
 
 import argparse
+import functools
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import CodecSpec, TeacherIdentity, TokenizerIdentity
 from sparsekd.logit_store.places.paths import store_path
+from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.tools.derive import Progress
-from sparsekd.trainer.errors import ConfigError
-from sparsekd.trainer.importers.document import Source
+from sparsekd.trainer.errors import ConfigError, DataError
+from sparsekd.trainer.importers.document import Format, Options, one_line
+from sparsekd.trainer.importers.formats import FORMATS, recognise
 from sparsekd.trainer.importers.store import ImportResult, ImportSettings, import_source
 
-COMPRESSION_NAME = "compression_config.yaml"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def run(flags: argparse.Namespace, progress: Progress) -> ImportResult:
@@ -22,89 +24,75 @@ def run(flags: argparse.Namespace, progress: Progress) -> ImportResult:
 
     Raises:
         ConfigError: a flag is missing, or belongs to another format.
-        StoreError: the source cannot be imported.
+        StoreError: the source cannot be imported; nothing was written then.
     """
-    _check_flags(flags)
-    if flags.format == "megatron":
-        from sparsekd.logit_store.protocol.reader import open_store
-        from sparsekd.trainer.importers.megatron import import_megatron, open_megatron
+    layout = FORMATS[flags.format] if flags.format else recognise(Path(flags.source))
+    _check_flags(flags, layout)
 
-        tokens = open_store(flags.tokens)
-        settings = _settings(flags, tokens.manifest.tokenizer, tokens.tokenizer_path)
-        capture = open_megatron(Path(flags.source))
-        return import_megatron(capture, tokens, flags.split, store_path(flags.target), settings, progress)
-    source = _open(flags)
-    # Only now: transformers takes its time.
-    from sparsekd.trainer.corpus.tokenizer import load_tokenizer, save_tokenizer, tokenizer_identity
+    @functools.cache
+    def tokenizer() -> "PreTrainedTokenizerBase":
+        # Only now: transformers takes its time.
+        from sparsekd.trainer.corpus.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(flags.tokenizer, None)
-    with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(tokenizer, Path(folder))
-        name = Path(flags.tokenizer).name
-        identity = tokenizer_identity(tokenizer, Path(folder), name)
-        return import_source(
-            source, store_path(flags.target), _settings(flags, identity, Path(folder)), progress
-        )
-
-
-def _check_flags(flags: argparse.Namespace) -> None:
-    needed = "tokens" if flags.format == "megatron" else "tokenizer"
-    if getattr(flags, needed) is None:
-        why = (
-            "a token store, because Megatron-LM's tars hold no tokens"
-            if flags.format == "megatron"
-            else "the folder or hub name of the tokenizer that made the ids"
-        )
-        raise ConfigError(f"store import --format {flags.format} needs --{needed}: {why}.")
-    others = {
-        "tokens": flags.format == "megatron",
-        "tokenizer": flags.format != "megatron",
-        "compression": flags.format == "distillkit",
-        "sequence_length": flags.format != "megatron",
-    }
-    for name, belongs in others.items():
-        if getattr(flags, name) is not None and not belongs:
-            flag = name.replace("_", "-")
+        try:
+            return load_tokenizer(flags.tokenizer, None)
+        except DataError as error:  # which speaks of the corpus
+            reason = "it has no end-of-text token" if error.__cause__ is None else one_line(error.__cause__)
             raise ConfigError(
-                f"--{flag} does not belong to store import --format {flags.format}; leave it away."
+                f"--tokenizer {flags.tokenizer} cannot be used ({reason}): give the folder or hub name of "
+                "the tokenizer that made the ids."
+            ) from error
+
+    tokens = open_store(flags.tokens) if flags.tokens else None
+    options = Options(
+        tokenizer=tokenizer,
+        tokens=tokens,
+        split=flags.split or "train",
+        compression=Path(flags.compression) if flags.compression else None,
+        alignment=flags.alignment,
+    )
+    source = layout.read(Path(flags.source), options)
+    if tokens is not None:
+        settings = _settings(flags, layout, tokens.manifest.tokenizer, tokens.tokenizer_path)
+        return import_source(layout, source, store_path(flags.target), settings, progress)
+    from sparsekd.trainer.corpus.tokenizer import save_tokenizer, tokenizer_identity
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(tokenizer(), Path(folder))
+        identity = tokenizer_identity(tokenizer(), Path(folder), Path(flags.tokenizer).name)
+        settings = _settings(flags, layout, identity, Path(folder))
+        return import_source(layout, source, store_path(flags.target), settings, progress)
+
+
+def _check_flags(flags: argparse.Namespace, layout: Format) -> None:
+    of_formats = sorted({flag for item in FORMATS.values() for flag in item.flags})
+    for flag in of_formats:
+        if getattr(flags, flag) is not None and flag not in layout.flags:
+            raise ConfigError(
+                f"--{flag} does not belong to store import --format {layout.name}; leave it away."
             )
+    if flags.tokens is None and flags.tokenizer is None:
+        other = (
+            ", or --tokens: a token store whose rows are the samples (versions 1 and 2)"
+            if "tokens" in layout.flags
+            else ""
+        )
+        raise ConfigError(
+            f"store import --format {layout.name} needs --tokenizer: the folder or hub name of the tokenizer "
+            f"that made the ids{other}."
+        )
+    for flag in ("tokenizer", "sequence_length"):
+        if flags.tokens is not None and getattr(flags, flag) is not None:
+            raise ConfigError(
+                f"--{flag.replace('_', '-')} is the token store's where --tokens is given; leave it away."
+            )
+    if flags.split is not None and flags.tokens is None:
+        raise ConfigError("--split is of the token store that --tokens names; leave it away.")
 
 
-def _open(flags: argparse.Namespace) -> Source:
-    path = Path(flags.source)
-    if flags.format == "nemo":
-        from sparsekd.trainer.importers.nemo import open_nemo
-
-        return open_nemo(path)
-    if flags.format == "vllm":
-        from sparsekd.trainer.importers.vllm import open_vllm
-
-        return open_vllm(path)
-    from sparsekd.trainer.importers.distillkit import open_distillkit, read_compression
-
-    folder = path if path.is_dir() else path.parent
-    place = Path(flags.compression) if flags.compression else folder / COMPRESSION_NAME
-    return open_distillkit(path, read_compression(_read_yaml(place), str(place)))
-
-
-def _read_yaml(place: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(place.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StoreError(
-            f"{place} is not there, and DistillKit's files cannot be read without their settings: name it "
-            "with --compression."
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise StoreError(f"{place} cannot be read as YAML ({error}).") from error
-    if not isinstance(content, dict):
-        raise StoreError(f"{place} holds no settings.")
-    return content
-
-
-def _settings(flags: argparse.Namespace, tokenizer: TokenizerIdentity, files: Path) -> ImportSettings:
+def _settings(
+    flags: argparse.Namespace, layout: Format, tokenizer: TokenizerIdentity, files: Path
+) -> ImportSettings:
     return ImportSettings(
         tokenizer=tokenizer,
         tokenizer_files=files,
@@ -114,7 +102,7 @@ def _settings(flags: argparse.Namespace, tokenizer: TokenizerIdentity, files: Pa
             weights_digest="unknown",
             dtype="unknown",
             logits_dtype="unknown",
-            engine=f"imported from {flags.format}",
+            engine=f"imported from {layout.name}",
             versions={},
         ),
         codec=CodecSpec(flags.codec, {}),

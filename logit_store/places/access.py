@@ -28,8 +28,8 @@ class Access(Protocol):
     def read(self, place: Any, offset: int, length: int) -> bytes | memoryview:
         """Returns up to `length` bytes from `offset`, fewer only where the file ends."""
 
-    def whole(self, place: Any) -> bytes:
-        """Returns a whole file."""
+    def whole(self, place: Any, largest: int) -> bytes:
+        """Returns a whole file. Raises OSError where it has more than `largest` bytes."""
 
     def forget(self, place: Any, offset: int) -> None:
         """Has the next read of a piece that was wrong go to the store itself."""
@@ -41,8 +41,8 @@ class PositionalAccess:
     def read(self, place: StorePath, offset: int, length: int) -> bytes:
         return read_range(place, offset, length)
 
-    def whole(self, place: StorePath) -> bytes:
-        return read_file(place)
+    def whole(self, place: StorePath, largest: int) -> bytes:
+        return read_file(place, largest)
 
     def forget(self, place: StorePath, offset: int) -> None:
         forget(place)
@@ -70,8 +70,8 @@ class MappedAccess:
                 self._maps.popitem(last=False)  # unmapped when the last piece of it is gone
         return memoryview(mapped)[offset : min(offset + length, size)]
 
-    def whole(self, place: Path) -> bytes:
-        return read_file(place)
+    def whole(self, place: Path, largest: int) -> bytes:
+        return read_file(place, largest)
 
     def forget(self, place: Path, offset: int) -> None:
         with self._lock:
@@ -93,11 +93,11 @@ class CachedAccess:
             self._cache.put(name, data)
         return data
 
-    def whole(self, place: RemotePath) -> bytes:
+    def whole(self, place: RemotePath, largest: int) -> bytes:
         name = self._name(place, 0)
         data = self._cache.get(name)
         if data is None:
-            data = read_file(place)
+            data = read_file(place, largest)
             self._cache.put(name, data)
         return data
 

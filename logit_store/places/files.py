@@ -145,7 +145,7 @@ def files_below(folder: StorePath) -> list[str]:
     return list(sizes_below(folder))
 
 
-def read_file(path: StorePath, *, largest: int = LARGEST_FILE) -> bytes:
+def read_file(path: StorePath, largest: int = LARGEST_FILE) -> bytes:
     """Returns a whole file. Raises OSError as it comes, also where it has more than `largest` bytes."""
     return files_of(path).read_file(path, largest)
 

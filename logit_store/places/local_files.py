@@ -67,7 +67,7 @@ class LocalFiles:
     def read_file(self, path: Path, largest: int) -> bytes:
         with opened(path) as (descriptor, size):
             if size > largest:
-                raise OSError(errno.EFBIG, f"it has {size:,} bytes, {largest:,} at most were expected")
+                raise OSError(errno.EFBIG, f"has {size:,} bytes, expected at most {largest:,}")
             return _read(descriptor, 0, size)
 
     def sha256(self, path: Path) -> str:

@@ -96,7 +96,7 @@ class ObjectFiles:
             found = self._store.get(_key(path))
             size = int(found.meta["size"])
             if size > largest:
-                raise OSError(errno.EFBIG, f"it has {size:,} bytes, {largest:,} at most were expected")
+                raise OSError(errno.EFBIG, f"has {size:,} bytes, expected at most {largest:,}")
             return bytes(found.bytes())
 
     def sha256(self, path: RemotePath) -> str:

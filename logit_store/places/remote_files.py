@@ -79,7 +79,7 @@ class RemoteFiles:
     def read_file(self, path: RemotePath, largest: int) -> bytes:
         with self._arrow.open_input_file(path.key) as file:
             if file.size() > largest:
-                raise OSError(errno.EFBIG, f"it has {file.size():,} bytes, {largest:,} at most were expected")
+                raise OSError(errno.EFBIG, f"has {file.size():,} bytes, expected at most {largest:,}")
             return file.read()
 
     def forget(self, path: RemotePath) -> None:

@@ -11,6 +11,7 @@ from sparsekd.logit_store.errors import DamagedStoreError
 from sparsekd.logit_store.json_text import read_signed_json
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
+from sparsekd.logit_store.places.files import read_file
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.planes import names_of, planes_of
 from sparsekd.logit_store.protocol.layout import REMEDY, commit_file
@@ -54,6 +55,7 @@ class CommitRecord:
         offsets: int64 [rows], where each row's batch begins in the file.
         lengths: int64 [rows], bytes of each row's batch.
         crc32: uint32 [rows], of these bytes.
+        counted: int64 [rows], positions of each row that the loss counts.
         counts: over the rows.
         plane_bytes: stored bytes of each plane, over the rows.
     """
@@ -66,6 +68,7 @@ class CommitRecord:
     offsets: NDArray[np.int64]
     lengths: NDArray[np.int64]
     crc32: NDArray[np.uint32]
+    counted: NDArray[np.int64]
     counts: RowCounts
     plane_bytes: dict[str, Count]
 
@@ -104,6 +107,7 @@ def commit_to_content(record: CommitRecord) -> dict[str, Any]:
         "offsets": record.offsets.tolist(),
         "lengths": record.lengths.tolist(),
         "crc32": record.crc32.tolist(),
+        "counted": record.counted.tolist(),
         "counts": asdict(record.counts),
         "plane_bytes": record.plane_bytes,
     }
@@ -115,7 +119,7 @@ def read_commit(
     split: str,
     shard: int,
     *,
-    read: Callable[[Any], bytes] | None = None,
+    read: Callable[[Any, int], bytes] = read_file,
 ) -> tuple[CommitRecord, bytes]:
     """Reads a commit record and the bytes it was read from.
 
@@ -124,7 +128,7 @@ def read_commit(
         manifest_sha256: of its manifest.
         split: name of the row space.
         shard: number of the shard in it.
-        read: gives the bytes of a file; by default from the store itself.
+        read: gives the bytes of a file of a limited size; by default from the store itself.
 
     Raises:
         DamagedStoreError: there is none, it is damaged, or it belongs to another shard or store.
@@ -152,8 +156,10 @@ def read_commit(
 
 def _check_places(record: CommitRecord, place: StorePath) -> None:
     """Raises DamagedStoreError where the batches do not lie one behind the other in the file."""
-    lengths = {len(column) for column in (record.offsets, record.lengths, record.crc32)}
-    require(len(lengths) == 1, place, "offsets, lengths and crc32", "lists of one length", sorted(lengths))
+    columns = (record.offsets, record.lengths, record.crc32, record.counted)
+    lengths = {len(column) for column in columns}
+    names = "offsets, lengths, crc32 and counted"
+    require(len(lengths) == 1, place, names, "lists of one length", sorted(lengths))
     require(record.rows > 0, place, "offsets", "at least one row", 0)
     require(bool((record.lengths > 0).all()), place, "lengths", "above 0", int(record.lengths.min()))
     require(int(record.offsets[0]) > 0, place, "offsets[0]", "behind the header", int(record.offsets[0]))
@@ -186,6 +192,10 @@ def check_record(record: CommitRecord, manifest: Manifest, rows: int, place: Sto
     most, longest = largest_message(manifest), int(record.lengths.max())
     require(longest <= most, place, "lengths", f"at most {most:,} bytes for a row of this store", longest)
     check_sums(record.counts, record.plane_bytes, rows, manifest, str(place))
+    within = bool(((record.counted >= 0) & (record.counted <= manifest.sequence_length)).all())
+    require(within, place, "counted", f"from 0 to {manifest.sequence_length}", record.counted.tolist()[:5])
+    total, counted = int(record.counted.sum()), record.counts.tokens_counted
+    require(total == counted, place, "counts.tokens_counted", f"{total}, as its rows have", counted)
     stored, total = sum(record.plane_bytes.values()), int(record.lengths.sum())
     require(stored < total, place, "plane_bytes", f"below the rows' {total} bytes in all", stored)
 

@@ -1,6 +1,16 @@
-"""The index of a sealed store: which shards it has, and what is counted over them."""
+"""The index of a sealed store: what is counted over its shards, and where each row lies.
 
+`INDEX.json` is small and signed; it names, for each split, a table with an entry for each row and, behind
+them, the digest of each shard's commit record. The table is read by blocks when a row is asked for, so that
+opening a store costs the same however many rows it has, and a row needs no commit record. A table is believed
+as far as the crc32 that it gives fits the bytes that it leads to; `store verify` compares its sha256.
+"""
+
+import hashlib
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +24,32 @@ from sparsekd.logit_store.manifest import (
     manifest_to_json,
 )
 from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
+from sparsekd.logit_store.places.access import Access
 from sparsekd.logit_store.places.paths import StorePath
-from sparsekd.logit_store.protocol.commit import RowCounts, check_sums
-from sparsekd.logit_store.protocol.layout import INDEX_NAME
+from sparsekd.logit_store.protocol.commit import CommitRecord, RowCounts, check_sums
+from sparsekd.logit_store.protocol.layout import INDEX_NAME, table_file
+from sparsekd.logit_store.protocol.message import largest_message
 from sparsekd.logit_store.typed_json import Count, Sha256, read_bounded, require, typed
 
-INDEX_BYTES = 128 << 20
-"""Bytes of an index at most; a shard takes about 120."""
+INDEX_BYTES = 16 << 20
+"""Bytes of an index at most: it has a few hundred for each split."""
+
+MOST_SHARDS = 1 << 32
+
+ROW_ENTRY = np.dtype(
+    [("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4"), ("counted", "<u4")],
+)
+"""An entry of the table, 20 bytes: where the row's batch begins in its shard's file, its length, its crc32,
+and how many of its positions the loss counts."""
+
+DIGEST_BYTES = 32
+"""Of a commit record, behind the entries of all rows."""
+
+BLOCK_BYTES = 20 * 4096
+"""Read at once: entries of 4,096 rows."""
+
+BLOCKS_KEPT = 256
+"""20 MiB at most."""
 
 
 @dataclass(frozen=True)
@@ -29,36 +58,24 @@ class SplitIndex:
 
     Attributes:
         rows: in all shards.
+        shards: how many; all but the last have the manifest's rows.
         counts: over these rows.
         plane_bytes: stored bytes of each plane, over these rows.
         file_bytes: of all Arrow files.
-        record_digests: of each shard's commit record, in order; 64 bytes each.
+        table_sha256: of the file with the entries of rows and the digests of commit records.
     """
 
-    rows: int
-    counts: RowCounts
-    plane_bytes: dict[str, int]
-    file_bytes: int
-    record_digests: NDArray[np.bytes_]  # [shards] S64: objects would be ten times as large
-
-
-@dataclass(frozen=True, slots=True)
-class _Shard:
-    """An entry of a split's list of shards."""
-
-    record_digest: Sha256
     rows: Count
-
-
-@dataclass(frozen=True)
-class _Split:
-    """A split as the file has it; see `SplitIndex`."""
-
-    rows: Count
+    shards: Count
     counts: RowCounts
     plane_bytes: dict[str, Count]
     file_bytes: Count
-    shards: tuple[_Shard, ...]
+    table_sha256: Sha256
+
+    @property
+    def table_bytes(self) -> int:
+        """Returns the length of that file."""
+        return self.rows * ROW_ENTRY.itemsize + self.shards * DIGEST_BYTES
 
 
 @dataclass(frozen=True)
@@ -71,7 +88,7 @@ class _Index:
     """
 
     manifest_sha256: Sha256
-    splits: dict[str, _Split]
+    splits: dict[str, SplitIndex]
 
 
 def read_index(
@@ -109,30 +126,141 @@ def read_index(
         )
     names = sorted(index.splits)
     require(names == sorted(manifest.splits), place, "splits", ", ".join(manifest.splits), names)
-    splits = {name: _split_index(index.splits[name], manifest, f"{place}, {name}") for name in names}
+    splits = {name: _checked(index.splits[name], manifest, f"{place}, {name}") for name in names}
     return {name: splits[name] for name in manifest.splits}, digest
 
 
-def _split_index(split: _Split, manifest: Manifest, where: str) -> SplitIndex:
-    """Returns a split of the file, compared with the manifest and with its own sums."""
-    rows = np.array([shard.rows for shard in split.shards], np.int64)
-    full = manifest.rows_per_shard
-    wrong = rows != full
-    wrong[-1:] = (rows[-1:] < 1) | (rows[-1:] > full)
-    for shard in np.flatnonzero(wrong)[:1].tolist():
-        name, found = f"rows of shard {shard:06d}", int(rows[shard])
-        require(False, where, name, f"{full}, or from 1 in the last shard", found)
-    total = sum(rows.tolist())
-    require(split.rows == total, where, "rows", f"{total}, the sum over its shards", split.rows)
+def _checked(split: SplitIndex, manifest: Manifest, where: str) -> SplitIndex:
+    """Returns what the file says of a split, after a comparison with the manifest and with its own sums."""
+    shards = -(-split.rows // manifest.rows_per_shard)
+    require(split.shards == shards, where, "shards", f"{shards}, of {split.rows} rows", split.shards)
+    require(split.shards <= MOST_SHARDS, where, "shards", f"at most {MOST_SHARDS}", split.shards)
     check_sums(split.counts, split.plane_bytes, split.rows, manifest, where)
     stored = sum(split.plane_bytes.values())
     require(split.file_bytes >= stored, where, "file_bytes", f"at least {stored} of planes", split.file_bytes)
     none = split.rows > 0 or split.file_bytes == 0
     require(none, where, "file_bytes", "0, because it has no shards", split.file_bytes)
-    return SplitIndex(
-        rows=split.rows,
-        counts=split.counts,
-        plane_bytes=split.plane_bytes,
-        file_bytes=split.file_bytes,
-        record_digests=np.array([shard.record_digest for shard in split.shards], "S64"),
-    )
+    return split
+
+
+class RowTable:
+    """The table of a split, read by blocks. All methods may be called from several threads at once."""
+
+    def __init__(
+        self, path: StorePath, manifest: Manifest, split: str, index: SplitIndex, access: Access
+    ) -> None:
+        self._place = table_file(path, split, index.table_sha256)
+        self._index = index
+        self._largest = largest_message(manifest)
+        self._access = access
+        self._blocks: OrderedDict[int, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def entry(self, row: int) -> tuple[int, int, int]:
+        """Returns (offset, length, crc32) of a row.
+
+        Raises:
+            DamagedStoreError: the table is missing or cut off, or the entry is no place in a shard.
+        """
+        data = self._bytes(row * ROW_ENTRY.itemsize, ROW_ENTRY.itemsize)
+        offset, length, crc32, _ = np.frombuffer(data, ROW_ENTRY)[0].tolist()
+        if not (0 < length <= self._largest and offset < 1 << 62):
+            raise self.damaged(f"row {row} is {length:,} bytes at {offset:,}")
+        return offset, length, crc32
+
+    def entries(self, first: int, stop: int) -> NDArray[np.void]:
+        """Returns the entries of rows `first` to `stop`, `ROW_ENTRY` [stop - first]."""
+        begin, size = first * ROW_ENTRY.itemsize, (stop - first) * ROW_ENTRY.itemsize
+        return np.frombuffer(self._bytes(begin, size), ROW_ENTRY)
+
+    def record_digest(self, shard: int) -> str:
+        """Returns the digest (hex) of a shard's commit record."""
+        begin = self._index.rows * ROW_ENTRY.itemsize + shard * DIGEST_BYTES
+        return self._bytes(begin, DIGEST_BYTES).hex()
+
+    def forget(self) -> None:
+        """Has the next question go to the file again."""
+        with self._lock:
+            blocks, self._blocks = list(self._blocks), OrderedDict()
+        for block in blocks:
+            self._access.forget(self._place, block * BLOCK_BYTES)
+
+    def damaged(self, what: str) -> DamagedStoreError:
+        """Returns the error of a table that says something impossible."""
+        return DamagedStoreError(
+            f"{self._place} is damaged: {what}; restore it from a copy, or remove it and {INDEX_NAME} and "
+            "run the command that writes the store again, which seals it."
+        )
+
+    def _bytes(self, begin: int, size: int) -> bytes:
+        first, last = begin // BLOCK_BYTES, (begin + size - 1) // BLOCK_BYTES
+        data = b"".join(self._block(block) for block in range(first, last + 1))
+        start = begin - first * BLOCK_BYTES
+        return data[start : start + size]
+
+    def _block(self, block: int) -> bytes:
+        with self._lock:
+            if block in self._blocks:
+                self._blocks.move_to_end(block)
+                return self._blocks[block]
+        begin = block * BLOCK_BYTES
+        length = min(BLOCK_BYTES, self._index.table_bytes - begin)
+        data, failure = b"", None
+        # Once more: a network or a cable may have failed, not the disk.
+        for _ in range(2):
+            try:
+                data, failure = bytes(self._access.read(self._place, begin, length)), None
+            except FileNotFoundError:
+                raise self.damaged("it is missing") from None
+            except OSError as error:
+                failure = error
+            if len(data) == length:
+                break
+            self._access.forget(self._place, begin)
+        if failure is not None:
+            raise DamagedStoreError(
+                f"{self._place} cannot be read ({failure.strerror or failure}): see to the disk or the "
+                "connection, then run the same command again."
+            ) from failure
+        if len(data) != length:
+            raise self.damaged(f"it ends before byte {begin + length:,}")
+        with self._lock:
+            self._blocks[block] = data
+            while len(self._blocks) > BLOCKS_KEPT:
+                self._blocks.popitem(last=False)
+        return data
+
+
+def entries_of(record: CommitRecord) -> NDArray[np.void]:
+    """Returns the entries of a shard's rows in the table, `ROW_ENTRY` [rows]."""
+    entries = np.empty(record.rows, ROW_ENTRY)
+    columns = (record.offsets, record.lengths, record.crc32, record.counted)
+    for name, column in zip(ROW_ENTRY.names or (), columns, strict=True):
+        entries[name] = column
+    return entries
+
+
+class TableWriter:
+    """Gathers a split's table from its commit records, in order, in a temporary file.
+
+    Args:
+        spool: an open temporary file.
+    """
+
+    def __init__(self, spool: IO[bytes]) -> None:
+        self._spool = spool
+        self._digests = bytearray()
+
+    def add(self, record: CommitRecord, digest: str) -> None:
+        """Adds a shard."""
+        self._spool.write(entries_of(record).tobytes())
+        self._digests += bytes.fromhex(digest)
+
+    def finish(self) -> str:
+        """Completes the file; returns its sha256 (hex)."""
+        self._spool.write(self._digests)
+        total = hashlib.sha256()
+        self._spool.seek(0)
+        while piece := self._spool.read(1 << 20):
+            total.update(piece)
+        return total.hexdigest()

@@ -1,7 +1,7 @@
 """Reading a sealed store: any row by one positional read, checked to the last byte.
 
-Opening reads the manifest and the index alone; commit records are read when a shard is first used, and the
-least recently used are forgotten, so a store of many thousand shards costs little memory.
+Opening reads the manifest and the index alone; the tables of rows are read by blocks, the least recently used
+of which are forgotten, so a store of a million shards costs little memory.
 """
 
 import os
@@ -11,6 +11,9 @@ from collections import OrderedDict
 from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sparsekd.logit_store.codecs.codec import Arrays, codec_of
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
@@ -35,7 +38,7 @@ from sparsekd.logit_store.places.paths import RemotePath, StorePath, store_path
 from sparsekd.logit_store.places.tokenizer_folder import local_tokenizer, require_tokenizer
 from sparsekd.logit_store.planes import names_of, planes_of, text_planes
 from sparsekd.logit_store.protocol.commit import CommitRecord, check_record, read_commit
-from sparsekd.logit_store.protocol.index import SplitIndex, read_index
+from sparsekd.logit_store.protocol.index import RowTable, SplitIndex, entries_of, read_index
 from sparsekd.logit_store.protocol.layout import (
     REMEDY,
     TOKENIZER_NAME,
@@ -82,6 +85,9 @@ class LogitStore:
         self._cache = cache
         self._manifest_sha256 = manifest_digest(manifest)
         self._planes = names_of(planes_of(manifest))
+        self._tables = {
+            split: RowTable(path, manifest, split, entry, access) for split, entry in index.items()
+        }
         self._commits: OrderedDict[tuple[str, int], CommitRecord] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -117,7 +123,7 @@ class LogitStore:
 
     def shards(self, split: str) -> int:
         """Returns the number of shards of a split."""
-        return len(self.index(split).record_digests)
+        return self.index(split).shards
 
     def tokens(self, split: str) -> tuple[int, int]:
         """Returns (positions, positions where the loss mask is True) of a split."""
@@ -157,7 +163,7 @@ class LogitStore:
 
     def is_record(self, split: str, shard_index: int, text: bytes) -> bool:
         """Returns whether a sound commit record, as its file, is the one that was sealed."""
-        return signed_digest(text).encode() == self.index(split).record_digests[shard_index]
+        return signed_digest(text) == self._tables[split].record_digest(shard_index)
 
     def _read_commit(self, split: str, shard_index: int) -> CommitRecord:
         place = commit_file(self.path, split, shard_index)
@@ -183,17 +189,14 @@ class LogitStore:
             raise StoreError(
                 f"{self.path}, split {split} has no row {index}: it has {self.rows(split)} rows."
             )
-        shard, local = divmod(index, self.manifest.rows_per_shard)
-        record = self.commit(split, shard)
-        offset, length, crc32 = (
-            int(column[local]) for column in (record.offsets, record.lengths, record.crc32)
-        )
-        place = shard_file(self.path, split, shard)
+        shard = index // self.manifest.rows_per_shard
+        table, place = self._tables[split], shard_file(self.path, split, shard)
         where = row_place(self.path, split, index, self.manifest.rows_per_shard)
         message: bytes | memoryview = b""
         failure: OSError | None = None
         # Once more: a network or a cable may have failed, not the disk.
         for _ in range(2):
+            offset, length, crc32 = table.entry(index)
             try:
                 message, failure = self._access.read(place, offset, length), None
             except FileNotFoundError:
@@ -203,6 +206,8 @@ class LogitStore:
             if zlib.crc32(message) == crc32 and len(message) == length:
                 return message
             self._access.forget(place, offset)
+            table.forget()
+        self._compare_entry(split, index, (offset, length, crc32))
         if failure is not None:
             reason = failure.strerror or str(failure).strip().partition("\n")[0].rstrip(".")
             raise DamagedStoreError(
@@ -216,6 +221,31 @@ class LogitStore:
             )
         damage = find_damage(message, self._planes, offset, index)
         raise DamagedStoreError(f"{where}: stored bytes differ from their checksum in {damage}; {REMEDY}.")
+
+    def counted(self, split: str, first: int, stop: int) -> NDArray[np.uint32]:
+        """Returns how many positions the loss counts of rows `first` to `stop`, uint32 [stop - first].
+
+        No row is read.
+        """
+        if not 0 <= first <= stop <= self.rows(split):
+            raise StoreError(
+                f"{self.path}, split {split} has no rows {first} to {stop}: it has {self.rows(split)} rows."
+            )
+        return self._tables[split].entries(first, stop)["counted"].astype(np.uint32)
+
+    def entries_fit(self, split: str, record: CommitRecord) -> bool:
+        """Returns whether the table's entries of a shard's rows are those of its commit record."""
+        rows = self.shard_rows(split, record.shard)
+        entries = self._tables[split].entries(rows.start, rows.stop)
+        return entries.tobytes() == entries_of(record).tobytes()
+
+    def _compare_entry(self, split: str, index: int, entry: tuple[int, int, int]) -> None:
+        """Raises DamagedStoreError where a row's entry in the table is not the one in its commit record."""
+        shard, local = divmod(index, self.manifest.rows_per_shard)
+        record = self.commit(split, shard)
+        columns = (record.offsets, record.lengths, record.crc32)
+        if entry != tuple(int(column[local]) for column in columns):
+            raise self._tables[split].damaged(f"the entry of row {index} is not that of its commit record")
 
     def read_row(self, split: str, index: int, reuse: Arrays | None = None) -> Row:
         """Returns a row, after one positional read.
@@ -259,6 +289,20 @@ class LogitStore:
         where = row_place(self.path, split, index, self.manifest.rows_per_shard)
         stored = stored_planes(message, self.manifest, index, where)
         return decode_planes(stored, self.manifest, split, where, wanted=names, reuse=reuse)
+
+    def read_part(self, split: str, index: int, names: Collection[str], reuse: Arrays | None = None) -> Row:
+        """Returns a row of which, besides its text, some planes of the record are decoded.
+
+        What is not decoded is empty (`row.row_of_planes`). Raises as `read_row`.
+
+        Args:
+            split: name of the row space.
+            index: number of the row in it.
+            names: of planes of the record.
+            reuse: as of `read_row`.
+        """
+        wanted = {*text_planes(self.manifest), *names}
+        return row_of_planes(self.read_planes(split, index, wanted, reuse))
 
     def read_text(self, split: str, index: int) -> Row:
         """Returns a row without its teacher's record, whose planes are not decoded; raises as `read_row`."""

@@ -24,7 +24,6 @@ from sparsekd.logit_store.places.files import (
     is_exclusive,
     make_folder,
     move,
-    names_in,
     publish_bytes,
     read_file,
     read_range,
@@ -40,7 +39,16 @@ from sparsekd.logit_store.protocol.commit import (
     count_rows,
     sum_of_counts,
 )
-from sparsekd.logit_store.protocol.layout import QUARANTINE_NAME, REMEDY, commit_file, row_place, shard_file
+from sparsekd.logit_store.protocol.layout import (
+    QUARANTINE_NAME,
+    REMEDY,
+    commit_file,
+    row_place,
+    shard_file,
+    shard_names,
+    shard_number,
+    split_folder,
+)
 from sparsekd.logit_store.protocol.message import (
     decode_row,
     largest_message,
@@ -176,6 +184,7 @@ def record_of_file(
         offsets=np.array(offsets, np.int64),
         lengths=np.array(lengths, np.int64),
         crc32=np.array(crc32s, np.uint32),
+        counted=np.array([part.tokens_counted for part in counts], np.int64),
         counts=sum_of_counts(counts),
         plane_bytes=plane_bytes,
     )
@@ -230,14 +239,14 @@ def adopt_orphans(path: StorePath, manifest: Manifest, text_of: RowsOf | None = 
     """
     adopted = refused = 0
     for split in manifest.splits:
-        names = set(names_in(shard_file(path, split, 0).parent))
-        for name in sorted(names):
-            stem, _, ending = name.partition(".")
-            if ending != "arrow" or not stem.isdecimal() or f"{stem}.json" in names:
+        names = set(files_below(split_folder(path, split)))
+        for shard in sorted({number for name in names if (number := shard_number(name)) is not None}):
+            file, record = shard_names(shard)
+            if file not in names or record in names:
                 continue
             # Asked for outside of the check: what is wrong with the text says nothing about the shard.
-            text = None if text_of is None else text_of(split, int(stem))
-            if adopt_shard(path, manifest, split, int(stem), text):
+            text = None if text_of is None else text_of(split, shard)
+            if adopt_shard(path, manifest, split, shard, text):
                 adopted += 1
             else:
                 refused += 1

@@ -23,7 +23,7 @@ from sparsekd.logit_store.places.files import (
 )
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.protocol.commit import CommitRecord, commit_to_content
-from sparsekd.logit_store.protocol.layout import INDEX_NAME, commit_file, folders_of, shard_file
+from sparsekd.logit_store.protocol.layout import INDEX_NAME, commit_file, folders_of, shard_file, table_file
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.recover import keep_copy, quarantine, record_of_file
 from sparsekd.logit_store.protocol.shard import write_rows
@@ -89,14 +89,22 @@ def repair_store(
         resealed = resealed or not is_sealed
     if resealed:
         moved.append(keep_copy(path, path / INDEX_NAME))
+        before = _tables(store)
         seal(path, {name: store.shards(name) for name in store.manifest.splits}, replace=True)
         store = open_store(path)
+        moved += [quarantine(path, table, "") for table in before if table not in _tables(store)]
     return RepairResult(
         digest=store.digest,
         repaired=tuple(damaged),
         quarantined=tuple(str(place) for place in moved),
         resealed=resealed,
     )
+
+
+def _tables(store: LogitStore) -> list[StorePath]:
+    """Returns the files of the index's tables."""
+    indices = {split: store.index(split) for split in store.manifest.splits if store.rows(split)}
+    return [table_file(store.path, split, index.table_sha256) for split, index in indices.items()]
 
 
 def _sound_record(store: LogitStore, split: str, shard: int) -> CommitRecord | None:

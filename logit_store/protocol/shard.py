@@ -76,6 +76,7 @@ def write_rows(
         offsets=offsets,
         lengths=lengths,
         crc32=np.array(crc32, np.uint32),
+        counted=np.array([part.tokens_counted for part in counts], np.int64),
         counts=sum_of_counts(counts),
         plane_bytes=plane_bytes,
     )

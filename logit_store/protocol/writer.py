@@ -6,12 +6,14 @@ two writers of one shard cannot harm each other and a killed run is continued by
 
 import contextlib
 import random
+import tempfile
 import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -23,12 +25,13 @@ from sparsekd.logit_store.manifest import (
     Manifest,
     compare_manifests,
     manifest_digest,
-    manifest_to_json,
     read_manifest,
+    readable_text,
 )
 from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
 from sparsekd.logit_store.places.file_system import Produce
 from sparsekd.logit_store.places.files import (
+    READ_BYTES,
     TEMPORARY_PREFIX,
     HashingFile,
     exists,
@@ -44,7 +47,7 @@ from sparsekd.logit_store.places.files import (
     remove_stale,
     require_no_links,
     sha256_of,
-    sizes_in,
+    sizes_below,
 )
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.places.tokenizer_folder import (
@@ -61,15 +64,18 @@ from sparsekd.logit_store.protocol.commit import (
     commit_to_content,
     read_commit,
 )
-from sparsekd.logit_store.protocol.index import INDEX_BYTES
+from sparsekd.logit_store.protocol.index import TableWriter
 from sparsekd.logit_store.protocol.layout import (
     INDEX_NAME,
     REMEDY,
-    SHARD_NAME,
     TOKENIZER_NAME,
     commit_file,
     folders_of,
     shard_file,
+    shard_names,
+    shard_number,
+    split_folder,
+    table_file,
 )
 from sparsekd.logit_store.protocol.message import decode_planes, shard_header, stored_planes
 from sparsekd.logit_store.protocol.recover import adopt_shard, quarantine
@@ -104,9 +110,11 @@ def create_store(
 
     Raises:
         StoreError: another store is there (naming the fields that differ), the folder holds something else,
-            a folder of the store is a link, or the tokenizer's files are not those of the manifest.
+            a folder of the store is a link, the tokenizer's files are not those of the manifest, or a reader
+            would refuse the manifest.
     """
     codec_of(manifest)
+    text = readable_text(manifest)
     found = tokenizer_digest(tokenizer_files)
     if found != manifest.tokenizer.digest:
         raise StoreError(
@@ -124,14 +132,14 @@ def create_store(
                 f"{path} is no store but holds {', '.join(sorted(strangers)[:3])}: name a new or an empty "
                 "folder."
             )
-        publish_bytes(path / MANIFEST_NAME, manifest_to_json(manifest).encode("ascii"))
+        publish_bytes(path / MANIFEST_NAME, text)
     for name, source in files_of_tokenizer(tokenizer_files):
         target = path / TOKENIZER_NAME / name
         make_folder(target.parent)
         publish_bytes(target, source.read_bytes())
     write_projections(path, manifest, projections or {})
     for split in manifest.splits:
-        make_folder(shard_file(path, split, 0).parent)
+        make_folder(split_folder(path, split))
     remove_leftovers(path, manifest)
 
 
@@ -180,6 +188,7 @@ def write_shard(
     if is_committed and not is_sealed:
         # Before the shard: were it there with a record of other bytes, nobody would look at the two again.
         _take_away_record(path, commit, split)
+    make_folder(final.parent)
     records: list[CommitRecord] = []
 
     def produce(file: HashingFile) -> None:
@@ -208,11 +217,12 @@ def _require_same_text(
     """Compares the first row of a committed shard, which is one read, with the one that was to be written."""
     where = f"{path}, split {split}, shard {shard:06d}"
     remedy = "write to a new folder, or give the rows that this store was begun with"
-    record, _ = _read_record(path, manifest_digest(manifest), split, shard)
+    record, _ = read_commit(path, manifest_digest(manifest), split, shard)
     if record.rows != len(rows):
         raise StoreError(
             f"{where} is committed with {record.rows} rows, but {len(rows)} were given for it: {remedy}."
         )
+    check_record(record, manifest, len(rows), commit_file(path, split, shard))
     index = shard * manifest.rows_per_shard
     offset, length = int(record.offsets[0]), int(record.lengths[0])
     place = shard_file(path, split, shard)
@@ -233,12 +243,6 @@ def _require_same_text(
             f"{where} is committed with other text than was given for it: row {index} differs from position "
             f"{position} on; {remedy}."
         )
-
-
-def _read_record(path: StorePath, manifest_sha256: str, split: str, shard: int) -> tuple[CommitRecord, bytes]:
-    """Returns a commit record and its file; see `read_commit`."""
-    with explained(commit_file(path, split, shard)):
-        return read_commit(path, manifest_sha256, split, shard, read=read_file)
 
 
 def _commit(path: StorePath, split: str, record: CommitRecord, produce: Produce, *, is_sealed: bool) -> None:
@@ -284,7 +288,7 @@ def _settle(path: StorePath, record: CommitRecord, text: bytes, produce: Produce
     final = shard_file(path, record.split, record.shard)
     for look in range(SETTLE_TRIES):
         try:
-            found, _ = _read_record(path, record.manifest_sha256, record.split, record.shard)
+            found, _ = read_commit(path, record.manifest_sha256, record.split, record.shard)
             with explained(final):
                 stored = sha256_of(final)
         except StoreError:  # replaced while it was read
@@ -308,17 +312,13 @@ def _settle(path: StorePath, record: CommitRecord, text: bytes, produce: Produce
 
 def committed_shards(path: StorePath, split: str) -> set[int]:
     """Returns the numbers of the shards of a split that are there with their commit records."""
-    names = set(names_in(path / "shards" / split))
-    return {number for number in _shard_numbers(names) if _names_of_shard(number) <= names}
+    names = set(files_below(split_folder(path, split)))
+    return {number for number in _shard_numbers(names) if names.issuperset(shard_names(number))}
 
 
 def _shard_numbers(names: Iterable[str]) -> set[int]:
     """Returns the numbers of the shards that have any file among those of a split's folder."""
-    return {int(match[1]) for name in names if (match := SHARD_NAME.fullmatch(name))}
-
-
-def _names_of_shard(number: int) -> set[str]:
-    return {f"{number:06d}.arrow", f"{number:06d}.json"}
+    return {number for name in names if (number := shard_number(name)) is not None}
 
 
 def seal(path: StorePath, shards_per_split: Mapping[str, int], *, replace: bool = False) -> str:
@@ -361,11 +361,6 @@ def seal(path: StorePath, shards_per_split: Mapping[str, int], *, replace: bool 
         },
     }
     data = signed_json(content)
-    if len(data) > INDEX_BYTES:
-        raise StoreError(
-            f"{path} would have an index of {len(data):,} bytes, more than the {INDEX_BYTES:,} that are "
-            "read: write it with more rows in each shard."
-        )
     index = path / INDEX_NAME
     with explained(index):
         is_another = not replace and exists(index) and read_file(index) != data
@@ -380,11 +375,11 @@ def seal(path: StorePath, shards_per_split: Mapping[str, int], *, replace: bool 
 
 
 def _seal_split(path: StorePath, manifest: Manifest, split: str, shards: int) -> dict[str, object]:
-    folder = shard_file(path, split, 0).parent
+    folder = split_folder(path, split)
     # One listing of all names and sizes: on an object store each question about a file costs some 20 ms.
-    sizes = sizes_in(folder)
+    sizes = sizes_below(folder)
     present = _shard_numbers(sizes)
-    if missing := [shard for shard in range(shards) if not _names_of_shard(shard) <= sizes.keys()]:
+    if missing := [shard for shard in range(shards) if not sizes.keys() >= set(shard_names(shard))]:
         some = ", ".join(f"{number:06d}" for number in missing[:5])
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise StoreError(
@@ -397,13 +392,13 @@ def _seal_split(path: StorePath, manifest: Manifest, split: str, shards: int) ->
             "plan; remove it or write to a new folder."
         )
     digest = manifest_digest(manifest)
-    entries = []
+    rows = 0
     counts = dict.fromkeys((field.name for field in fields(RowCounts)), 0)
     plane_bytes = dict.fromkeys(names_of(planes_of(manifest)), 0)
     file_bytes = 0
 
     def checked(shard: int) -> tuple[CommitRecord, bytes]:
-        record, data = _read_record(path, digest, split, shard)
+        record, data = read_commit(path, digest, split, shard)
         is_short = record.rows < manifest.rows_per_shard and shard == shards - 1
         if record.rows != manifest.rows_per_shard and not is_short:
             raise StoreError(
@@ -412,29 +407,45 @@ def _seal_split(path: StorePath, manifest: Manifest, split: str, shards: int) ->
                 "again."
             )
         check_record(record, manifest, record.rows, commit_file(path, split, shard))
-        _check_length(path, record, sizes[shard_file(path, split, shard).name])
+        _check_length(path, record, sizes[shard_names(shard)[0]])
         if isinstance(path, Path):
             _check_header(path, manifest, record)
         return record, data
 
-    with ThreadPoolExecutor(RECORDS_AT_A_TIME) as pool:
+    with tempfile.TemporaryFile() as spool, ThreadPoolExecutor(RECORDS_AT_A_TIME) as pool:
+        table = TableWriter(spool)
         # In turns, so that not all records of a large store wait in memory.
         for first in range(0, shards, RECORDS_IN_MEMORY):
             turn = range(first, min(first + RECORDS_IN_MEMORY, shards))
             for record, data in pool.map(checked, turn):
-                entries.append({"record_digest": signed_digest(data), "rows": record.rows})
+                table.add(record, signed_digest(data))
+                rows += record.rows
                 for name, value in asdict(record.counts).items():
                     counts[name] += value
                 for name, value in record.plane_bytes.items():
                     plane_bytes[name] += value
                 file_bytes += record.file_bytes
+        sha256 = table.finish()
+        if shards:
+            _publish_table(table_file(path, split, sha256), spool)
     return {
-        "rows": sum(int(str(entry["rows"])) for entry in entries),
+        "rows": rows,
+        "shards": shards,
         "counts": counts,
         "plane_bytes": plane_bytes,
         "file_bytes": file_bytes,
-        "shards": entries,
+        "table_sha256": sha256,
     }
+
+
+def _publish_table(final: StorePath, spool: IO[bytes]) -> None:
+    def produce(file: HashingFile) -> None:
+        spool.seek(0)
+        while piece := spool.read(READ_BYTES):
+            file.write(piece)
+
+    make_folder(final.parent)
+    publish(final, produce)
 
 
 def _check_length(path: StorePath, record: CommitRecord, length: int) -> None:
@@ -482,6 +493,8 @@ def remove_leftovers(path: StorePath, manifest: Manifest) -> None:
     """
     folders = folders_of(path, manifest.splits)
     require_no_links(folders)
-    inner = {(path / TOKENIZER_NAME / name).parent for name in files_below(path / TOKENIZER_NAME)}
-    for folder in {path, *folders, *inner}:
-        remove_stale(folder)
+    if isinstance(path, Path):  # elsewhere nothing is known to be stale
+        tops = [path / TOKENIZER_NAME, *(split_folder(path, split) for split in manifest.splits)]
+        inner = {(top / name).parent for top in tops for name in files_below(top)}
+        for folder in {path, *folders, *inner}:
+            remove_stale(folder)

@@ -235,7 +235,7 @@ def _amounts(store: LogitStore) -> str:
     for split in store.manifest.splits:
         index = store.index(split)
         counts = index.counts
-        amounts = [len(index.record_digests), index.rows, counts.tokens, counts.tokens_counted]
+        amounts = [index.shards, index.rows, counts.tokens, counts.tokens_counted]
         amounts += [counts.tokens_recorded, counts.tokens_padding, counts.segments, index.file_bytes]
         lines.append([split, *_amount_cells(amounts)])
         totals += np.array(amounts)

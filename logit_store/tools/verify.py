@@ -1,21 +1,15 @@
-"""Verifying a store: every byte of every file, every row's rules, and whether records fit their tokens.
-
-Shapes: L positions of a row, k head entries, n draws, K = k + n stored ids.
-"""
+"""Verifying a store: every byte of every file, every row's rules, and whether records fit their tokens."""
 
 import contextlib
-import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sparsekd.logit_store.codecs.codec import codec_of
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
-from sparsekd.logit_store.manifest import MANIFEST_NAME, Manifest
+from sparsekd.logit_store.manifest import MANIFEST_NAME
 from sparsekd.logit_store.places.files import (
     TEMPORARY_PREFIX,
     exists,
@@ -32,12 +26,15 @@ from sparsekd.logit_store.positions import recorded_positions, rule_of_split
 from sparsekd.logit_store.projections import projected, projection_name, read_projection
 from sparsekd.logit_store.protocol.commit import CommitRecord, RowCounts, count_rows, sum_of_counts
 from sparsekd.logit_store.protocol.layout import (
+    INDEX_FOLDER,
     INDEX_NAME,
     QUARANTINE_NAME,
     REMEDY,
     TOKENIZER_NAME,
     row_place,
     shard_file,
+    shard_number,
+    table_file,
 )
 from sparsekd.logit_store.protocol.message import (
     decode_row,
@@ -47,84 +44,9 @@ from sparsekd.logit_store.protocol.message import (
 )
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.recover import in_quarantine
-from sparsekd.logit_store.row import (
-    IGNORED_LABEL,
-    NO_ID,
-    PADDING_DOCUMENT,
-    Row,
-    document_of_position,
-    labels_at_records,
-)
+from sparsekd.logit_store.tools.alignment import Alignment, AlignmentCheck
 
 PROBLEMS_SHOWN = 20
-
-MIN_POSITIONS = 100
-"""Fewer say nothing about alignment."""
-
-LOGPROB_TOLERANCE = 0.05
-"""Nats by which a true token's log-probability may differ between its two planes, beyond the errors that the
-codec states; a shift makes it nats."""
-
-INCONSISTENT_SHARE = 0.01
-"""Share of positions beyond that tolerance that raises the alarm."""
-
-STANDARD_ERRORS = 3.0
-"""Distance of two shares that counts as a difference."""
-
-
-@dataclass(frozen=True)
-class AlignmentCheck:
-    """Do the records speak of the tokens that follow them? Compared with the same records moved by one.
-
-    Attributes:
-        positions: compared; those with a record whose two neighbours are in the same document (for targets
-            other than the next token: whose neighbouring records have labels).
-        found: share of positions whose true token is among the stored ids.
-        found_late: that share if the records stood one position too late (they would fit the token itself).
-        found_early: that share if they stood one position too early (they would fit the token after next).
-        mean_logprob: mean log-probability, in nats, of the true tokens that are in the head; NaN if none is.
-        mean_logprob_shifted: the larger of the means that the two shifted copies give for head entries.
-        inconsistent: share of positions where the true token's own plane contradicts the head.
-    """
-
-    positions: int
-    found: float
-    found_late: float
-    found_early: float
-    mean_logprob: float
-    mean_logprob_shifted: float
-    inconsistent: float
-
-    @property
-    def verdict(self) -> str:
-        """Returns `aligned`, `misaligned`, or `undecided` where the numbers do not tell."""
-        if self.positions < MIN_POSITIONS:
-            return "undecided"
-        shifted = max(self.found_late, self.found_early)
-        variance = self.found * (1 - self.found) + shifted * (1 - shifted)
-        margin = STANDARD_ERRORS * math.sqrt(variance / self.positions)
-        if self.inconsistent > INCONSISTENT_SHARE or shifted > self.found + margin:
-            return "misaligned"
-        return "aligned" if self.found > shifted + margin else "undecided"
-
-    def text(self) -> str:
-        """Returns the finding in words."""
-        meaning = {
-            "aligned": "the records describe the tokens that follow them",
-            "misaligned": "the records do NOT describe the tokens that follow them; do not train on them",
-            "undecided": "too few positions, or too weak a teacher, to tell from the ids",
-        }[self.verdict]
-        return "\n".join(
-            [
-                f"{self.verdict}: {meaning} ({self.positions:,} positions)",
-                f"  true token among the stored ids   {self.found:7.2%}",
-                f"  the same, records one late        {self.found_late:7.2%}",
-                f"  the same, records one early       {self.found_early:7.2%}",
-                f"  its mean log-probability          {self.mean_logprob:7.3f} nats in the head "
-                f"({self.mean_logprob_shifted:.3f} shifted)",
-                f"  its own plane contradicts         {self.inconsistent:7.2%}",
-            ]
-        )
 
 
 @dataclass(frozen=True)
@@ -189,67 +111,6 @@ class VerifyResult:
         return "\n".join(lines) + "\n"
 
 
-class _Alignment:
-    """Sums over rows for `AlignmentCheck`."""
-
-    def __init__(self, manifest: Manifest) -> None:
-        self._manifest = manifest
-        self.positions = 0
-        self.inconsistent = 0
-        self.found = np.zeros(3, np.int64)  # aligned, late, early
-        self.in_head = np.zeros(3, np.int64)
-        self.logprob = np.zeros(3)
-
-    def add(self, row: Row) -> None:
-        """Adds a row that has a teacher record."""
-        record = row.teacher
-        assert record is not None
-        here, tokens = _neighbouring_labels(row, self._manifest.target)
-        if not here.size:
-            return
-        self.positions += len(here)
-        head, tail, values = record.head_ids[here], record.tail_ids[here], record.head_logprobs[here]
-        for which, labels in enumerate(tokens):
-            token = labels[:, None]
-            is_head = head == token
-            in_head = is_head.any(axis=1)
-            self.found[which] += int((in_head | (tail == token).any(axis=1)).sum())
-            self.in_head[which] += int(in_head.sum())
-            stored = np.where(is_head, values, 0).sum(axis=1, dtype=np.float64)
-            self.logprob[which] += float(stored[in_head].sum())
-            if which == 0:
-                true = record.true_logprob[here]
-                # A true token outside the head is at most as likely as the head's last entry.
-                last = np.where(head == NO_ID, 0, values).min(axis=1, initial=0)
-                errors = codec_of(self._manifest).errors(record, self._manifest)
-                # A store without a head has no such errors.
-                of_head = errors.get("head_logprobs", record.head_logprobs)[here]
-                # No bound for an entry that was stored as -inf; it must not reach the others of its position.
-                of_true = np.where(is_head, of_head, 0).sum(axis=1)
-                slack = np.where(in_head, of_true, of_head.max(axis=1, initial=0))
-                slack += errors["true_logprob"][here] + LOGPROB_TOLERANCE
-                wrong = np.where(in_head, np.abs(true - stored), true - last) > slack
-                self.inconsistent += int(wrong.sum())
-
-    def result(self) -> AlignmentCheck | None:
-        if not self.positions:
-            return None
-        means = [
-            float(total / count) if count else math.nan
-            for total, count in zip(self.logprob, self.in_head, strict=True)
-        ]
-        found = self.found / self.positions
-        return AlignmentCheck(
-            positions=self.positions,
-            found=float(found[0]),
-            found_late=float(found[1]),
-            found_early=float(found[2]),
-            mean_logprob=means[0],
-            mean_logprob_shifted=max(means[1], means[2]),
-            inconsistent=self.inconsistent / self.positions,
-        )
-
-
 class _Sums:
     """What the commit records of a split's shards say together."""
 
@@ -279,32 +140,6 @@ class _Sums:
         ]
 
 
-def _neighbouring_labels(
-    row: Row, target: str
-) -> tuple[NDArray[np.int64], tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
-    """Returns which records are compared, and the labels that fit them as they stand, one late, one early.
-
-    For `next_token` a record that stands a position late would fit the token itself, one that stands early
-    the token after next; all three are in one document. Other targets have labels at records alone: there it
-    is the labels of the neighbouring records.
-    """
-    assert row.recorded is not None
-    if target == "next_token":
-        documents, length = document_of_position(row), len(row.token_ids)
-        places = np.flatnonzero(row.recorded)
-        ahead = np.minimum(places + 2, length - 1)
-        same = (documents[places] == documents[ahead]) & (documents[places] != PADDING_DOCUMENT)
-        here = np.flatnonzero(same & (places + 2 < length))
-        at = places[here]
-        tokens = row.token_ids.astype(np.int64)
-        return here, (tokens[at + 1], tokens[at], tokens[at + 2])
-    labels = labels_at_records(row, target)
-    inner = np.arange(1, max(len(labels) - 1, 1))
-    known = labels != IGNORED_LABEL
-    here = inner[known[inner - 1] & known[inner] & known[inner + 1]] if len(labels) > 2 else inner[:0]
-    return here, (labels[here], labels[here - 1], labels[here + 1])
-
-
 def verify_store(
     path: str | StorePath, *, progress: Callable[[int, int], None] | None = None
 ) -> VerifyResult:
@@ -329,15 +164,18 @@ def verify_store(
         return VerifyResult(path, None, 0, 0, 0, (str(error),), (), (), (), None)
     problems: list[str] = []
     damaged: list[tuple[str, int]] = []
-    alignment = _Alignment(store.manifest)
+    alignment = Alignment(store.manifest)
     sums = {split: _Sums() for split in store.manifest.splits}
     rows = bytes_read = done = 0
-    places = [(split, shard) for split in store.manifest.splits for shard in range(store.shards(split))]
     with _noted(problems):
         require_tokenizer(path / TOKENIZER_NAME, store.manifest.tokenizer.digest)
     for spec in projected(store.manifest):
         with _noted(problems):
             read_projection(path, spec)
+    # The table first: it says whether there are as many shards as the index claims.
+    readable = [split for split in store.manifest.splits if _table_is_sound(store, split, problems)]
+    shards = sum(map(store.shards, readable))
+    places = ((name, number) for name in readable for number in range(store.shards(name)))
     for split, shard in places:
         before = len(problems)
         good, size = _verify_shard(store, split, shard, alignment, problems)
@@ -347,9 +185,11 @@ def verify_store(
             sums[split].add(store.commit(split, shard))
         rows, bytes_read, done = rows + good, bytes_read + size, done + 1
         if progress is not None:
-            progress(done, len(places))
-    for split in {split for split, _ in places} - {split for split, _ in damaged}:
-        problems += sums[split].contradictions(store, split)
+            progress(done, shards)
+    broken = {name for name, _ in damaged}
+    for name in readable:
+        if store.rows(name) and name not in broken:
+            problems += sums[name].contradictions(store, name)
     strangers: tuple[str, ...] = ()
     quarantined: tuple[str, ...] = ()
     with _noted(problems):
@@ -358,7 +198,7 @@ def verify_store(
         path=path,
         digest=store.digest,
         rows=rows,
-        shards=len(places),
+        shards=shards,
         bytes_read=bytes_read,
         problems=tuple(problems),
         damaged=tuple(damaged),
@@ -377,8 +217,28 @@ def _noted(problems: list[str]) -> Iterator[None]:
         problems.append(str(error))
 
 
+def _table_is_sound(store: LogitStore, split: str, problems: list[str]) -> bool:
+    """Returns whether a split's table of rows is the one that was sealed; notes where it is not."""
+    index = store.index(split)
+    if not index.rows:
+        return True
+    place = table_file(store.path, split, index.table_sha256)
+    try:
+        with explained(place):
+            # The length first: it must not have others believe in rows that are not there.
+            if size_of(place) == index.table_bytes and sha256_of(place) == index.table_sha256:
+                return True
+        problems.append(
+            f"{place} is not the table of rows that was sealed: restore it from a copy, or remove it and "
+            f"{INDEX_NAME} and run the command that writes the store again, which seals it."
+        )
+    except StoreError as error:
+        problems.append(str(error))
+    return False
+
+
 def _verify_shard(
-    store: LogitStore, split: str, shard: int, alignment: _Alignment, problems: list[str]
+    store: LogitStore, split: str, shard: int, alignment: Alignment, problems: list[str]
 ) -> tuple[int, int]:
     """Checks one shard; returns (rows that are sound, bytes of its file)."""
     place = shard_file(store.path, split, shard)
@@ -426,11 +286,18 @@ def _verify_shard(
             alignment.add(row)
     if len(problems) > before:
         return len(sound), size
-    if sum_of_counts(sound) != record.counts:
+    if (
+        sum_of_counts(sound) != record.counts
+        or [row.tokens_counted for row in sound] != record.counted.tolist()
+    ):
         problems.append(f"{place} holds other numbers of tokens than its commit record says.")
+    if not store.entries_fit(split, record):
+        problems.append(
+            f"{place}: the index's table has other entries for its rows than its commit record; {REMEDY}."
+        )
     if plane_bytes != record.plane_bytes:
         problems.append(f"{place} holds planes of other lengths than its commit record says.")
-    if digest != record.file_sha256:
+    if digest != record.file_sha256 or size != record.file_bytes:
         part = f", in its {frame}" if frame else ""
         problems.append(
             f"{place} ({size:,} bytes) is not the file that was written ({record.file_bytes:,} "
@@ -463,14 +330,23 @@ def _strangers(store: LogitStore) -> tuple[str, ...]:
     """Returns the files below the store's folder that it does not know."""
     known = {MANIFEST_NAME, INDEX_NAME, *map(projection_name, projected(store.manifest))}
     for split in store.manifest.splits:
-        for shard in range(store.shards(split)):
-            stem = f"shards/{split}/{shard:06d}"
-            known |= {f"{stem}.arrow", f"{stem}.json"}
+        known.add(f"{INDEX_FOLDER}/{table_file(store.path, split, store.index(split).table_sha256).name}")
     # Files below tokenizer/ are covered by its digest: there, whatever is too much is a problem.
     covered = (f"{TOKENIZER_NAME}/", f"{QUARANTINE_NAME}/")
     found = []
     for name in files_below(store.path):
         is_temporary = name.rpartition("/")[2].startswith(TEMPORARY_PREFIX)
-        if is_temporary or (name not in known and not name.startswith(covered)):
+        is_known = name in known or name.startswith(covered) or _is_shard(store, name)
+        if is_temporary or not is_known:
             found.append(name + " (left by a killed writer)" * is_temporary)
     return tuple(found)
+
+
+def _is_shard(store: LogitStore, name: str) -> bool:
+    """Returns whether a name is one that a shard of the store has."""
+    folder, _, rest = name.partition("/")
+    split, _, rest = rest.partition("/")
+    number = shard_number(rest)
+    if folder != "shards" or split not in store.manifest.splits or number is None:
+        return False
+    return number < store.shards(split)

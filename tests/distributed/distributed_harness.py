@@ -5,6 +5,7 @@ and hide every mistake from the second step on.
 """
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from plain_training import student
 
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
-from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
+from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
+from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_store
+from sparsekd.trainer.student.data_plan import BatchShape, step_rows
 from sparsekd.trainer.student.export import consolidated_weights
 
 Values = dict[str, Any]
@@ -27,7 +31,8 @@ WORKER = Path(__file__).with_name("worker.py")
 VOCABULARY = 97
 TRAIN_ROWS, HELDOUT_ROWS = 22, 5
 STEPS, LONG_STEPS = 4, 12
-LITTLE_MEMORY = 4.8e-5
+# The least, or nearly, for two rows of 32 positions and for one: where enough of them count it makes slices.
+LITTLE_MEMORY, LITTLE_MEMORY_OF_ONE = 4.25e-5, 2.7e-5
 TIMED_FIELDS = ("tokens_per_second", "data_wait_share")
 
 
@@ -146,10 +151,31 @@ def make_workplace(root: Path) -> Workplace:
             vocabulary_size=VOCABULARY, sequence_length=32, rows_per_shard=8, **record
         )
         write_synthetic_store(root / name, manifest, {"train": TRAIN_ROWS, "heldout": HELDOUT_ROWS}, seed=3)
+    masked_store(root / "padding", padding_rows(), tokenizer=root / "store-tokenizer")
     work = Workplace(root)
     config = work.run_values("")["student"]["config"]
     student(config, seed=0, vocabulary=VOCABULARY).float().save_pretrained(root / "pretrained")
     return work
+
+
+def padding_rows() -> list[int]:
+    """Rows of the store `padding` in which nothing counts: all of the first rank's in step 1, and more."""
+    shape = BatchShape(global_rows=8, micro_rows=1, world_size=2)
+    first = step_rows(0, shape, rows=TRAIN_ROWS, seed=0)
+    second = step_rows(8, shape, rows=TRAIN_ROWS, seed=0)
+    return [*first[:4], second[6]]
+
+
+def masked_store(path: Path, masked: list[int], *, tokenizer: Path) -> None:
+    """Writes the rows of the common store again, some of them without a position that counts."""
+    manifest = synthetic_manifest(vocabulary_size=VOCABULARY, sequence_length=32, rows_per_shard=8)
+    rows = synthetic_rows(manifest, TRAIN_ROWS, 3)
+    for row in masked:
+        rows[row] = dataclasses.replace(rows[row], loss_mask=np.zeros_like(rows[row].loss_mask))
+    create_store(path, manifest, tokenizer)
+    for shard in range(3):
+        write_shard(path, manifest, "train", shard, rows[shard * 8 : shard * 8 + 8])
+    seal(path, {"train": 3, "heldout": 0})
 
 
 def all_runs(work: Workplace) -> dict[str, Values]:
@@ -157,6 +183,7 @@ def all_runs(work: Workplace) -> dict[str, Values]:
     config = work.run_values("")["student"]["config"]
     untied = config | {"tie_word_embeddings": False, "vocab_size": 104}
     tokens = {"path": str(work.root / "tokens")}
+    padding = {"store": {"path": str(work.root / "padding")}, "train": {"micro_batch_rows": 1}}
     runs: dict[str, dict[str, Values]] = {
         "tied": {"train": {"evaluate_rows": HELDOUT_ROWS, "evaluate_every": 2, "checkpoint_every": 2}},
         "untied": {"student": {"config": untied}},
@@ -164,9 +191,13 @@ def all_runs(work: Workplace) -> dict[str, Values]:
         "pretrained": {"student": {"path": str(work.root / "pretrained"), "config": {}}},
         "accumulated": {"train": {"micro_batch_rows": 1}},
         "recomputed": {"student": {"activation_checkpointing": True}},
-        # Too little memory for whole rows of logits: slices, and the head's weight is read again in backward.
+        # Where many positions count, too little memory for whole rows of logits: slices, and the weight is
+        # read again in backward, while the other rank may have slabs.
         "slices": {"objective": {"memory_gib": LITTLE_MEMORY}},
         "slices_untied": {"student": {"config": untied}, "objective": {"memory_gib": LITTLE_MEMORY}},
+        # Micro-batches of padding alone, in which one rank's head has nothing to do and the other's has.
+        "padding": padding,
+        "padding_slices": padding | {"objective": {"memory_gib": LITTLE_MEMORY_OF_ONE}},
         "tokens": {"store": tokens, "objective": {"kd_weight": 0.0, "ce_weight": 1.0}},
         "stage_0": {"engine": {"zero_stage": 0}, "train": {"checkpoint_every": 2}},
         "stage_1": {"engine": {"zero_stage": 1}},

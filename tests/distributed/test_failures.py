@@ -95,7 +95,7 @@ def damaged(workplace: Workplace, tmp_path: Path) -> Path:
 
 def flip_a_byte(store: Path, split: str, row: int) -> None:
     shard, index = divmod(row, 8)
-    place = store / "shards" / split / f"{shard:06d}.arrow"
+    place = store / "shards" / split / f"{shard // 1000:03d}" / f"{shard:06d}.arrow"
     entry = json.loads(place.with_suffix(".json").read_text())
     offset, length = entry["offsets"][index], entry["lengths"][index]
     data = bytearray(place.read_bytes())

@@ -1,19 +1,15 @@
 """Damaged rows that may be left out: weight 0, on any ranks, over a resume, in the checkpoint's record."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from distributed_harness import TRAIN_ROWS, VOCABULARY, Workplace
+from distributed_harness import TRAIN_ROWS, Workplace, masked_store
 
 from sparsekd.logit_store.errors import DamagedStoreError
 from sparsekd.logit_store.protocol.reader import open_store
-from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
-from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
 from sparsekd.trainer.errors import CheckpointError, DataError
 from sparsekd.trainer.student.checkpoint import read_commit
 from sparsekd.trainer.student.data_plan import BatchShape, step_rows
@@ -33,19 +29,12 @@ def stores(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Pa
     shutil.copytree(workplace.root / "store", root / "damaged")
     for row in DAMAGED:
         shard, index = divmod(row, 8)
-        place = root / "damaged/shards/train" / f"{shard:06d}.arrow"
+        place = root / "damaged/shards/train" / f"{shard // 1000:03d}" / f"{shard:06d}.arrow"
         entry = json.loads(place.with_suffix(".json").read_text())
         data = bytearray(place.read_bytes())
         data[entry["offsets"][index] + entry["lengths"][index] // 2] ^= 1
         place.write_bytes(data)
-    manifest = synthetic_manifest(vocabulary_size=VOCABULARY, sequence_length=32, rows_per_shard=8)
-    rows = synthetic_rows(manifest, TRAIN_ROWS, 3)
-    for row in DAMAGED:
-        rows[row] = dataclasses.replace(rows[row], loss_mask=np.zeros_like(rows[row].loss_mask))
-    create_store(root / "masked", manifest, workplace.root / "store-tokenizer")
-    for shard in range(3):
-        write_shard(root / "masked", manifest, "train", shard, rows[shard * 8 : shard * 8 + 8])
-    seal(root / "masked", {"train": 3, "heldout": 0})
+    masked_store(root / "masked", DAMAGED, tokenizer=workplace.root / "store-tokenizer")
     return root
 
 
@@ -103,14 +92,16 @@ def test_rows_left_out_have_no_weight_on_any_ranks_and_over_a_resume(
 def test_the_bound_is_kept_by_each_reader(stores: Path) -> None:
     store = open_store(stores / "damaged")
     with pytest.raises(DamagedStoreError, match="row 5"):
-        RowsOrNothing(store, most=0, left_out=[]).read(5, step=1)
-    rows = RowsOrNothing(store, most=1, left_out=[])
+        RowsOrNothing(store, planes=("head_ids",), most=0, left_out=[]).read(5, step=1)
+    rows = RowsOrNothing(store, planes=("head_ids",), most=1, left_out=[])
     assert not rows.read(5, step=1).loss_mask.any() and not rows.read(5, step=2).loss_mask.any()
     assert rows.read(4, step=1).loss_mask.any()
     with pytest.raises(DataError, match=r"More than train\.skip_damaged_rows=1 .* row 11"):
         rows.read(11, step=3)
     # What a run left out stays left out after a repair: the numbers are those of the run without a stop.
-    assert not RowsOrNothing(store, most=2, left_out=[4]).read(4, step=9).loss_mask.any()
+    assert (
+        not RowsOrNothing(store, planes=("head_ids",), most=2, left_out=[4]).read(4, step=9).loss_mask.any()
+    )
     check_left_out([4, 5], most=2, checkpoint=stores)
     with pytest.raises(
         CheckpointError, match=r"left out 2 damaged rows, but train\.skip_damaged_rows=1: allow"

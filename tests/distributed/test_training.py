@@ -5,11 +5,21 @@ import math
 
 import pytest
 import torch
-from distributed_harness import HELDOUT_ROWS, LITTLE_MEMORY, STEPS, VOCABULARY, Workplace, all_runs
+from distributed_harness import (
+    HELDOUT_ROWS,
+    LITTLE_MEMORY,
+    LITTLE_MEMORY_OF_ONE,
+    STEPS,
+    TRAIN_ROWS,
+    VOCABULARY,
+    Workplace,
+    all_runs,
+)
 from plain_training import relative_difference, row_sums, student, train
 
 from sparsekd.kernels.memory import LossShape, plan_memory
 from sparsekd.logit_store.protocol.reader import open_store
+from sparsekd.trainer.student.data_plan import BatchShape, micro_batches
 
 pytestmark = pytest.mark.distributed
 
@@ -35,15 +45,31 @@ def expect_equal(work: Workplace, name: str, like: str, bound: float) -> None:
                 assert line[key] == pytest.approx(value, rel=bound, abs=1e-9), (name, line["step"], key)
 
 
-@pytest.mark.parametrize("name", ["tied", "untied", "slices", "slices_untied", "tokens"])
+@pytest.mark.parametrize(
+    "name", ["tied", "untied", "slices", "slices_untied", "tokens", "padding", "padding_slices"]
+)
 def test_zero_3_equals_plain_training(trained: Workplace, name: str) -> None:
     expect_equal(trained, name, name, FLOAT32)
 
 
-def test_little_memory_does_make_slices() -> None:
-    """Guards the runs `slices` above: two rows of 32 positions a micro-batch."""
-    shape = LossShape(64, VOCABULARY, 32, element_bytes=4, temperature=1.0, softcap=False, on_cpu=True)
-    assert plan_memory("torch", shape, memory_budget=int(LITTLE_MEMORY * 2**30)).slice_columns > 0
+@pytest.mark.parametrize(
+    ("name", "memory", "micro_rows"), [("store", LITTLE_MEMORY, 2), ("padding", LITTLE_MEMORY_OF_ONE, 1)]
+)
+def test_little_memory_makes_slices(trained: Workplace, name: str, memory: float, micro_rows: int) -> None:
+    """Guards the runs `slices` above: either rank has them, also while the other has not."""
+    store = open_store(trained.root / name)
+    shape = BatchShape(global_rows=8, micro_rows=micro_rows, world_size=2)
+
+    def in_slices(rows: list[int]) -> bool:
+        count = sum(int(store.read_row("train", row).loss_mask.sum()) for row in rows)
+        loss = LossShape(count, VOCABULARY, 32, element_bytes=4, temperature=1.0, softcap=False, on_cpu=True)
+        return plan_memory("torch", loss, memory_budget=int(memory * 2**30)).slice_columns > 0
+
+    found = set()
+    for step in range(STEPS):
+        parts = [micro_batches(step * 8, shape, rank=rank, rows=TRAIN_ROWS, seed=0) for rank in range(2)]
+        found |= {tuple(in_slices(rows) for rows in both) for both in zip(*parts, strict=True)}
+    assert found >= {(True, False), (False, True)}
 
 
 @pytest.mark.parametrize("name", ["pretrained", "accumulated", "recomputed", "stage_0", "stage_1", "stage_2"])

@@ -67,8 +67,8 @@ def build(
         entropy=found.entropy,
     )
     labels[1::7] = found.head_ids[1::7, 3].long()
-    weights = torch.rand(count, generator=generator, device="cuda")
-    weights[::5] = 0
+    ce_weights, kd_weights = torch.rand(2, count, generator=generator, device="cuda")
+    ce_weights[::5] = kd_weights[::10] = kd_weights[3::10] = 0
     leaves = {
         "hidden": normal(count, size).to(dtype),
         "weight": (normal(rows, size) * 2 / size**0.5).to(dtype),
@@ -87,7 +87,8 @@ def build(
     return leaves, {
         "targets": targets,
         "labels": labels,
-        "weights": weights,
+        "ce_weights": ce_weights,
+        "kd_weights": kd_weights,
         "objective": objective,
         "head": head,
     }
@@ -180,12 +181,15 @@ def test_repetition_is_bitwise_equal():
 
 
 def test_no_host_wait():
+    """Neither for the loss nor for the gathering of its positions, whose indices come from the CPU."""
     leaves, rest = build(600, 32000, 256, torch.bfloat16, "sampled", 1.0, None)
+    everywhere = leaves["hidden"].repeat_interleave(2, 0)
     run(leaves, rest, "triton")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(leaves, rest, "triton")
+        positions = torch.arange(0, 1200, 2).pin_memory().to("cuda", non_blocking=True)
+        run({**leaves, "hidden": everywhere.index_select(0, positions)}, rest, "triton")
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -247,7 +251,8 @@ def test_offsets_beyond_32_bits():
         **rest,
         "targets": SparseTargets(*(value[last] for value in targets)),
         "labels": rest["labels"][last],
-        "weights": rest["weights"][last],
+        "ce_weights": rest["ce_weights"][last],
+        "kd_weights": rest["kd_weights"][last],
     }
     whole, gradients = run(leaves, rest, "triton", chunk=count)
     part, wanted = run(few, of_last, "torch", chunk=64)

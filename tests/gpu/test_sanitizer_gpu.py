@@ -51,8 +51,8 @@ for mode, divergence in modes:
     for budget in (None, 2_000_000):
         output = sparse_kd_loss(
             hidden, weight, bias=bias, targets=targets, labels=labels,
-            weights=torch.ones(count, device="cuda"), objective=objective, head=head, impl="triton",
-            memory_budget=budget,
+            ce_weights=torch.ones(count, device="cuda"), kd_weights=torch.arange(count, device="cuda") % 3.0,
+            objective=objective, head=head, impl="triton", memory_budget=budget,
         )
         output.loss.backward()
 torch.cuda.synchronize()

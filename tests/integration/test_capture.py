@@ -251,7 +251,7 @@ def test_ranks_and_kills_do_not_change_a_byte(tokens: Path, llama: Path, tmp_pat
 def test_a_problem_of_one_rank_ends_all_with_its_sentence(tokens: Path, llama: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "tokens"
     shutil.copytree(tokens, damaged)
-    shard = damaged / "shards" / "train" / "000001.arrow"  # the second unit is the second rank's
+    shard = damaged / "shards" / "train" / "000" / "000001.arrow"  # the second unit is the second rank's
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
@@ -264,7 +264,7 @@ def test_a_problem_of_one_rank_ends_all_with_its_sentence(tokens: Path, llama: P
     assert printed.count("sparsekd capture: ") == 1  # and no traceback of ours: torchrun adds its own
     assert "trainer/teacher" not in printed
     # Nothing is lost: with the shard restored the same command goes on.
-    shutil.copy(tokens / "shards" / "train" / "000001.arrow", shard)
+    shutil.copy(tokens / "shards" / "train" / "000" / "000001.arrow", shard)
     capture(config)
     assert open_store(tmp_path / "store").rows("train") == open_store(tokens).rows("train")
 

@@ -36,10 +36,10 @@ def test_repair_captures_damaged_shards_again(
     capture(config_for(tokens, llama, tmp_path / "store"))
     whole = files_of(tmp_path / "store")
     digest = open_store(tmp_path / "store").digest
-    bad = bytearray(whole["shards/train/000002.arrow"])
+    bad = bytearray(whole["shards/train/000/000002.arrow"])
     bad[len(bad) // 2] ^= 1
-    (tmp_path / "store/shards/train/000002.arrow").write_bytes(bad)
-    (tmp_path / "store/shards/heldout/000000.arrow").unlink()
+    (tmp_path / "store/shards/train/000/000002.arrow").write_bytes(bad)
+    (tmp_path / "store/shards/heldout/000/000000.arrow").unlink()
     wrong = make_teacher(tmp_path / "wrong", "llama", seed=1)
 
     def repair(*settings: str, path: Path = tmp_path / "store") -> tuple[int, str]:
@@ -67,7 +67,7 @@ def test_repair_captures_damaged_shards_again(
     assert code == 0 and "every byte is as it was written" in printed and "again" not in printed
     damaged = tmp_path / "tokens"
     shutil.copytree(tokens, damaged)
-    (damaged / "shards/train/000001.arrow").unlink()
+    (damaged / "shards/train/000/000001.arrow").unlink()
     code, printed = repair(teacher, text, path=damaged)
     assert code == 2 and "is a token store, and no teacher can make its rows" in printed
 
@@ -119,9 +119,9 @@ def test_whole_shards_of_a_killed_run_are_kept(
 ) -> None:
     capture(config_for(tokens, llama, tmp_path / "store"))
     whole = files_of(tmp_path / "store")
-    for name in ("shards/train/000001.json", "shards/train/000002.json", "INDEX.json"):
+    for name in ("shards/train/000/000001.json", "shards/train/000/000002.json", "INDEX.json"):
         (tmp_path / "store" / name).unlink()
-    (tmp_path / "store/shards/train/000002.arrow").write_bytes(b"half of it")
+    (tmp_path / "store/shards/train/000/000002.arrow").write_bytes(b"half of it")
     capsys.readouterr()
     capture(config_for(tokens, llama, tmp_path / "store"))
     assert "1 units were whole and are kept, 1 were not and are in quarantine/" in capsys.readouterr().out
@@ -149,7 +149,7 @@ def test_a_sealed_store_that_is_damaged_is_left_to_its_repair(
 ) -> None:
     config = config_for(tokens, llama, tmp_path / "store")
     capture(config)
-    place = tmp_path / "store/shards/train" / lost.removesuffix("'s end")
+    place = tmp_path / "store/shards/train/000" / lost.removesuffix("'s end")
     content = place.read_bytes()
     place.unlink()
     if lost.endswith("'s end"):
@@ -171,11 +171,11 @@ def test_capture_keeps_no_shard_of_another_text(
     whole = files_of(tmp_path / "store")
     manifest, store = open_store(tmp_path / "store").manifest, tmp_path / "store"
     rows = [open_store(store).read_row("train", index) for index in range(manifest.rows_per_shard)]
-    for name in ("shards/train/000000.json", "shards/train/000000.arrow", "INDEX.json"):
+    for name in ("shards/train/000/000000.json", "shards/train/000/000000.arrow", "INDEX.json"):
         (store / name).unlink()
     write_shard(store, manifest, "train", 0, rows[::-1])
-    (store / "shards/train/000000.json").unlink()
-    stranger = (store / "shards/train/000000.arrow").read_bytes()
+    (store / "shards/train/000/000000.json").unlink()
+    stranger = (store / "shards/train/000/000000.arrow").read_bytes()
     capsys.readouterr()
     capture(config)
     assert "0 units were whole and are kept, 1 were not and are in quarantine/" in capsys.readouterr().out

@@ -57,7 +57,8 @@ class Case:
     bias: Tensor | None
     targets: SparseTargets | None
     labels: Tensor
-    weights: Tensor
+    ce_weights: Tensor
+    kd_weights: Tensor
     objective: Objective
     head: HeadTransform
 
@@ -115,7 +116,10 @@ def make_case(
     with_bias: bool = True,
     **changes: Any,
 ) -> Case:
-    """A random case: labels in and out of the support, one ignored, one position of weight 0."""
+    """A random case: labels in and out of the support, one ignored, one position dropped.
+
+    Of seven positions or more one counts for the distillation alone, and one for the cross-entropy alone.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -125,19 +129,23 @@ def make_case(
     teacher = normal(count, vocabulary) * spread
     targets = record(teacher, k=k, n=n, temperature=wanted.temperature, generator=generator)
     labels = torch.randint(0, vocabulary, (count,), generator=generator)
-    weights = torch.rand(count, generator=generator) + 0.1
+    ce_weights = torch.rand(count, generator=generator) + 0.1
+    kd_weights = torch.rand(count, generator=torch.Generator().manual_seed(seed + 1000)) + 0.1
     if count >= 4:
         if k:
             labels[0] = targets.ids[0, k - 1]
         labels[2] = -100
-        weights[3] = 0.0
+        ce_weights[3] = kd_weights[3] = 0.0
+    if count >= 7:
+        ce_weights[5] = kd_weights[6] = 0.0
     return Case(
         hidden=normal(count, size).to(dtype),
         weight=(normal(vocabulary + padding, size) * spread / size**0.5).to(dtype),
         bias=(normal(vocabulary + padding) * 0.3).to(dtype) if with_bias else None,
         targets=targets,
         labels=labels,
-        weights=weights,
+        ce_weights=ce_weights,
+        kd_weights=kd_weights,
         objective=wanted,
         head=HeadTransform(vocabulary_size=vocabulary, scale=scale, softcap=softcap),
     )
@@ -201,7 +209,7 @@ def _position_kd(z: Tensor, case: Case, t: int) -> Tensor:
         return (teacher - log_student.exp()).abs().sum() / 2
 
     if wanted.target_mode == "sampled":
-        n = targets.tail_counts.shape[1]
+        n = sum(float(times) for times in targets.tail_counts[t])
         value = -targets.entropy[t].double() - (p * log_q[head]).sum()
         for v, times in zip(targets.ids[t, k:], targets.tail_counts[t], strict=True):
             if v >= 0:
@@ -227,7 +235,8 @@ def dense(case: Case) -> Result:
     kd, ce, agreement = [], [], []
     loss = torch.zeros((), dtype=torch.float64)
     for t in range(hidden.shape[0]):
-        if case.weights[t] == 0:
+        of_ce, of_kd = float(case.ce_weights[t]), float(case.kd_weights[t])
+        if of_ce == of_kd == 0:
             for values in (kd, ce, agreement):
                 values.append(torch.zeros((), dtype=torch.float64))
             continue
@@ -238,16 +247,17 @@ def dense(case: Case) -> Result:
         if head.softcap is not None:
             z = head.softcap * torch.tanh(z / head.softcap)
         here = torch.zeros((), dtype=torch.float64)
-        if wanted.kd_weight and case.targets is not None:
+        if wanted.kd_weight and case.targets is not None and of_kd:
             here = _position_kd(z, case, t)
         there = plain = torch.zeros((), dtype=torch.float64)
-        if case.labels[t] >= 0:
+        if case.labels[t] >= 0 and of_ce:
             truth = torch.full((size,), wanted.label_smoothing / size, dtype=torch.float64)
             truth[case.labels[t]] += 1 - wanted.label_smoothing
             plain = z.logsumexp(0) - z[case.labels[t]]
             there = -(truth * (z - z.logsumexp(0))).sum() + wanted.z_loss * z.logsumexp(0) ** 2
-        loss = loss + float(case.weights[t]) * (wanted.kd_weight * here + wanted.ce_weight * there)
-        top = -2 if case.targets is None or not case.targets.head_size else int(case.targets.ids[t, 0])
+        loss = loss + of_kd * wanted.kd_weight * here + of_ce * wanted.ce_weight * there
+        unread = case.targets is None or not case.targets.head_size or not of_kd
+        top = -2 if unread else int(case.targets.ids[t, 0])
         kd.append(here.detach())
         ce.append(plain.detach())
         agreement.append(torch.tensor(float(int(z.argmax()) == top), dtype=torch.float64))
@@ -294,7 +304,8 @@ def call(
         bias=leaves.get("bias"),
         targets=None if targets is None else SparseTargets(*(value.to(device) for value in targets)),
         labels=case.labels.to(device),
-        weights=case.weights.to(device),
+        ce_weights=case.ce_weights.to(device),
+        kd_weights=case.kd_weights.to(device),
         objective=case.objective,
         head=case.head,
         impl=impl,

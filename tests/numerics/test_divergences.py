@@ -131,7 +131,7 @@ def test_a_gap_of_a_hundred_nats(oracle, impl, divergence, mixture, towards):
     noise = torch.randn(4, 53, generator=torch.Generator().manual_seed(1))
     case = case.change(weight=torch.eye(53), hidden=logits + noise)
     found, expected = oracle.measured(case, impl), oracle.dense(case)
-    kept = case.weights > 0
+    kept = case.kd_weights > 0
     bound = -math.log(mixture)
     if divergence == "jensen_shannon":
         bound = mixture * bound - (1 - mixture) * math.log(1 - mixture)
@@ -171,7 +171,8 @@ def identity_head(oracle, logits, k=5, n=0, **changes):
         weight=torch.eye(size, dtype=logits.dtype),
         bias=None,
         head=HeadTransform(vocabulary_size=size, scale=1.0, softcap=None),
-        weights=torch.ones(count),
+        ce_weights=torch.ones(count),
+        kd_weights=torch.ones(count),
     )
 
 

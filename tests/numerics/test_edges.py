@@ -7,6 +7,7 @@ from sparsekd.kernels.targets import SparseTargets
 
 IMPLEMENTATIONS = ("reference", "torch", "torch/slices", "triton", "triton/slices")
 BOUND = 1e-5
+NAN = torch.nan
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,30 @@ def test_padded_ids(oracle, impl, mode):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_positions_with_different_numbers_of_draws(oracle, impl):
+    """Records of 6, of 2 and of no draws in one batch mean what each means alone."""
+    case = oracle.make_case(seed=19, n=6, target_mode="sampled")
+    few = oracle.make_case(seed=19, n=2, target_mode="sampled").targets
+    assert torch.equal(few.head_logprobs, case.targets.head_logprobs)
+    ids, counts, log_rest = case.targets.ids.clone(), case.targets.tail_counts.clone(), case.targets.log_rest
+    for position in (0, 4, 5):
+        ids[position, 5:], counts[position] = -1, 0.0
+    for position in (0, 4):
+        ids[position, 5:7], counts[position, :2] = few.ids[position, 5:], few.tail_counts[position]
+    log_rest = log_rest.index_fill(0, torch.tensor([5]), -torch.inf)
+    mixed = case.change(
+        targets=case.targets._replace(ids=ids, tail_counts=counts, log_rest=log_rest),
+    )
+    assert sorted(set(counts.sum(1).tolist())) == [0.0, 2.0, 6.0]
+    found = oracle.measured(mixed, impl)
+    oracle.check(found, oracle.dense(mixed), BOUND)
+    alone = oracle.measured(case.change(targets=few), impl)
+    whole = oracle.measured(case, impl)
+    assert oracle.relative(found.kd[[0, 4]], alone.kd[[0, 4]]) < BOUND
+    assert oracle.relative(found.kd[[1, 2, 6]], whole.kd[[1, 2, 6]]) < BOUND
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_padded_vocabulary_gets_exactly_zero(oracle, impl):
     case = oracle.make_case(seed=23, padding=11, label_smoothing=0.1)
     case.weight[53:] = 1e4
@@ -94,7 +119,7 @@ def test_a_gap_of_a_hundred_nats(oracle, impl, divergence, towards):
         weight=torch.eye(53), hidden=logits + torch.randn(4, 53, generator=torch.Generator().manual_seed(1))
     )
     found, expected = oracle.measured(case, impl), oracle.dense(case)
-    assert bool((expected.kd[case.weights > 0] > 0.3).all())
+    assert bool((expected.kd[case.kd_weights > 0] > 0.3).all())
     if towards == "rest" and divergence != "forward_kl":
         # These lose interest where the student has no mass: a true gradient of about e^-100, 0 in float32.
         assert expected.hidden.norm() < 1e-12
@@ -126,14 +151,16 @@ def test_a_tiny_tail_keeps_its_precision(oracle, impl):
 def test_nothing_to_do(oracle, impl, empty):
     case = oracle.make_case(seed=26, kd_weight=0.0 if empty == "no labels" else 0.5)
     if empty == "weight 0":
-        case = case.change(weights=torch.zeros_like(case.weights))
+        nothing = torch.zeros_like(case.ce_weights)
+        case = case.change(ce_weights=nothing, kd_weights=nothing)
     elif empty == "no labels":
         case = case.change(labels=torch.full_like(case.labels, -100))
     else:
         case = case.change(
             hidden=case.hidden[:0],
             labels=case.labels[:0],
-            weights=case.weights[:0],
+            ce_weights=case.ce_weights[:0],
+            kd_weights=case.kd_weights[:0],
             targets=SparseTargets(*(value[:0] for value in case.targets)),
         )
     found = oracle.measured(case, impl)
@@ -163,11 +190,56 @@ def test_what_is_dropped_cannot_harm(oracle, impl, mode):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_logits_that_are_no_numbers_are_not_hidden(oracle, impl):
-    """A head that has diverged in one row, outside every support, shows in the loss."""
-    case = oracle.make_case(seed=28)
-    outside = next(v for v in range(53) if v not in set(case.targets.ids.flatten().tolist()))
-    case.weight[outside] = torch.nan
+@pytest.mark.parametrize(
+    "changes", [{"kd_weight": 0.0}, {"ce_weight": 0.0}, {"target_mode": "sampled"}], ids=str
+)
+@pytest.mark.parametrize("where", ["rest", "support", "bias", "hidden", "inf", "everywhere"])
+def test_logits_that_are_no_numbers_are_not_hidden(oracle, impl, where, changes):
+    """A head that has diverged, wherever it has, shows in the loss, and no such position agrees."""
+    case = oracle.make_case(seed=28, count=4, **changes)
+    support = case.targets.ids[:, : 1 if "kd_weight" in changes else case.targets.head_size]
+    if where == "rest":
+        case.weight[next(v for v in range(53) if v not in set(case.targets.ids.flatten().tolist()))] = NAN
+    elif where == "support":
+        case.weight[support[1]] = NAN
+    elif where == "bias":
+        case.bias[52] = NAN
+    elif where == "hidden":
+        case.hidden[1] = NAN
+    elif where == "inf":
+        case.bias[52] = torch.inf
+    else:
+        case.weight[:] = NAN
+    output, leaves = oracle.call(case, impl)
+    assert torch.isnan(output.loss)
+    output.loss.backward()
+    assert bool(leaves["weight"].grad.isnan().any())
+    assert output.agreement[1] == 0 or where == "inf"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kd_weight", [0.0, 1.0])
+def test_a_rest_of_nothing_but_nan_is_not_an_empty_rest(oracle, impl, kd_weight):
+    """The only id outside the support has diverged; label and record know nothing of it."""
+    if kd_weight:
+        # A teacher without a rest: no draw is there to read the id.
+        changes = {"vocabulary": 9, "k": 8, "n": 1, "ce_weight": 0.0, "target_mode": "sampled"}
+        case = oracle.make_case(seed=29, count=2, **changes)
+        ids = case.targets.ids.clone()
+        ids[:, 8:] = -1
+        empty = torch.full((2,), -torch.inf)
+        targets = case.targets._replace(
+            ids=ids, log_rest=empty, tail_counts=torch.zeros_like(case.targets.tail_counts)
+        )
+        outside = next(v for v in range(9) if v not in set(ids[0].tolist()))
+    else:
+        case = oracle.make_case(seed=29, count=2, vocabulary=2, k=1, n=0, kd_weight=0.0)
+        targets = case.targets
+        outside = 1 - int(targets.ids[0, 0])
+    case = case.change(targets=targets, labels=targets.ids[:, 0].clone())
+    assert torch.isfinite(oracle.measured(case, impl).loss)
+    case.weight[outside] = NAN
     output, _ = oracle.call(case, impl)
     assert torch.isnan(output.loss)
 
@@ -219,7 +291,8 @@ def test_arguments_with_gaps(oracle, impl, mode):
             bias=leaves["bias"],
             targets=SparseTargets(*(with_gaps(value.to(device)) for value in case.targets)),
             labels=with_gaps(case.labels.to(device)),
-            weights=with_gaps(case.weights.to(device)),
+            ce_weights=with_gaps(case.ce_weights.to(device)),
+            kd_weights=with_gaps(case.kd_weights.to(device)),
             objective=case.objective,
             head=case.head,
             impl=how,

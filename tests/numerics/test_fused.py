@@ -5,21 +5,39 @@ import torch
 
 from sparsekd.kernels import triton_assess
 from sparsekd.kernels.blocks import assess
-from sparsekd.kernels.inputs import Positions
+from sparsekd.kernels.inputs import LossInputs, positions_of
+from sparsekd.kernels.memory import DENSE
 from sparsekd.kernels.partial import Reading, RestSums
 
 VOCABULARY = 53
 
 
 def inputs(oracle, **changes):
-    """(reading, sums, positions, objective) of a case, taken from its dense logits."""
+    """(reading, sums, positions, objective) of a case, taken from dense logits."""
     case = oracle.make_case(seed=50, vocabulary=VOCABULARY, **changes)
     generator = torch.Generator().manual_seed(50)
     logits = torch.randn(case.labels.numel(), VOCABULARY, generator=generator) * 3
-    wanted, targets = case.objective, case.targets
-    columns = targets.ids.shape[1] if wanted.target_mode == "sampled" else targets.head_size
-    ids = targets.ids[:, : columns if wanted.kd_weight else min(1, targets.head_size)].contiguous()
-    inside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids.clamp_min(0), ids >= 0)
+    wanted = case.objective
+    positions = positions_of(
+        LossInputs(
+            hidden=logits,
+            weight=logits,
+            bias=None,
+            targets=case.targets,
+            labels=case.labels,
+            ce_weights=case.ce_weights,
+            kd_weights=case.kd_weights,
+            objective=wanted,
+            head=case.head,
+            shard=None,
+            plan=DENSE,
+            hidden_gradient=True,
+            weight_gradient=True,
+            bias_gradient=False,
+        )
+    )
+    ids, labels = positions.ids, positions.labels
+    inside = torch.zeros_like(logits, dtype=torch.int).scatter_add(1, ids.clamp_min(0), (ids >= 0).int()) > 0
     rest = logits.masked_fill(inside, -torch.inf)
     maximum = rest.amax(1)
     sums = RestSums(
@@ -30,12 +48,11 @@ def inputs(oracle, **changes):
     )
     # Rubbish where nothing may be read: a dropped position, and a label that is ignored.
     sums.sum_1[3], sums.total[3] = torch.nan, torch.inf
-    labels = torch.where(case.weights > 0, case.labels, -1)
     reading = Reading(
         support=torch.where(ids >= 0, logits.gather(1, ids.clamp_min(0)), -torch.inf),
         label=torch.where(labels >= 0, logits.gather(1, labels.clamp_min(0)[:, None])[:, 0], -torch.inf),
     )
-    return reading, sums, Positions(ids, targets, labels, case.weights), wanted
+    return reading, sums, positions, wanted
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
@@ -66,7 +83,7 @@ def test_equal_to_the_plain_functions(oracle, changes, temperature):
     for name in expected.gradient._fields:
         one, other = (getattr(side.gradient, name).double() for side in (found, expected))
         assert oracle.relative(one, other) < 1e-5, name
-    kept = positions.weights > 0
+    kept = positions.kept
     assert torch.allclose(found.rest.t[kept], expected.rest.t[kept], rtol=1e-6)
     assert torch.allclose(found.rest.one[kept], expected.rest.one[kept], rtol=1e-6)
     assert assess(reading, sums, positions, objective, **{**how, "needs_gradient": False}).gradient is None

@@ -18,7 +18,8 @@ def logits_as_hidden(oracle, logits, **changes):
         weight=torch.eye(size, dtype=logits.dtype),
         bias=None,
         head=HeadTransform(vocabulary_size=size, scale=1.0, softcap=None),
-        weights=torch.ones(logits.shape[0]),
+        ce_weights=torch.ones(logits.shape[0]),
+        kd_weights=torch.ones(logits.shape[0]),
     )
 
 
@@ -112,8 +113,8 @@ def test_sampled_mode_is_unbiased(oracle, k, temperature):
     # Squared error over its expectation if unbiased: 1 on average over about 20 entries.
     noise = (found.hidden.var(0) / count).sum()
     assert ((found.hidden.mean(0) - dense_gradient).square().sum() / noise) < 2.5
-    # The check has power: counts divided by n + 1 instead of n are caught.
-    fewer = targets._replace(tail_counts=targets.tail_counts * n / (n + 1))
+    # The check has power: draws of the smallest id that are lost are caught.
+    fewer = targets._replace(tail_counts=targets.tail_counts.index_fill(1, torch.tensor([0]), 0.0))
     wrong = oracle.measured(case.change(targets=fewer), "torch", chunk=1000)
     assert ((wrong.hidden.mean(0) - dense_gradient).square().sum() / noise) > 10
 

@@ -96,7 +96,7 @@ def test_no_teacher_is_plain_cross_entropy(oracle, impl):
     oracle.check(found, oracle.dense(case), BOUND[torch.float32])
     logits = torch.nn.functional.linear(case.hidden, case.weight, case.bias)[:, :53].double()
     plain = torch.nn.functional.cross_entropy(logits, case.labels, ignore_index=-100, reduction="none")
-    assert oracle.relative(found.ce, plain * (case.weights > 0)) < 1e-6
+    assert oracle.relative(found.ce, plain * (case.ce_weights > 0)) < 1e-6
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -151,7 +151,7 @@ def eager_gradients(case, rounded):
     log_p = torch.cat([case.targets.head_logprobs, case.targets.log_rest[:, None]], 1).double()
     log_p = log_p.log_softmax(1)
     kd = (log_p.exp() * (log_p - torch.cat([log_q.gather(1, head), log_q_rest], 1))).sum(1)
-    loss = (case.weights.double() * case.objective.kd_weight * kd).sum()
+    loss = (case.kd_weights.double() * case.objective.kd_weight * kd).sum()
     # The gradient of the logits enters the products in bfloat16, and what they give is rounded again.
     gradient = torch.autograd.grad(loss, logits)[0].bfloat16().double()
     return [value.bfloat16().double() for value in (gradient @ weight, gradient.T @ hidden)]
@@ -204,7 +204,8 @@ def test_large_and_odd_vocabularies(oracle, impl, vocabulary, k):
         bias=None,
         targets=targets,
         labels=torch.tensor([vocabulary - 1, int(ids[1, 0])]),
-        weights=torch.ones(2),
+        ce_weights=torch.ones(2),
+        kd_weights=torch.ones(2),
         head=oracle.HeadTransform(vocabulary_size=vocabulary, scale=1.0, softcap=None),
     )
     # Slices of their own width: 16 columns would take 16,384 of them.
@@ -260,8 +261,10 @@ def test_outputs_are_detached_and_float32(oracle, impl):
 def test_loss_is_the_weighted_sum_of_its_parts(oracle, impl):
     case = oracle.make_case(seed=8, temperature=2.0)
     found = oracle.measured(case, impl)
-    total = (case.weights.double() * (0.7 * found.kd + 0.4 * found.ce)).sum()
+    total = (0.7 * case.kd_weights.double() * found.kd + 0.4 * case.ce_weights.double() * found.ce).sum()
     assert oracle.relative(total, found.loss) < 1e-6
+    assert found.kd[5] > 0 and found.ce[5] == 0 and found.ce[6] > 0
+    assert found.kd[6] == found.agreement[6] == 0
     assert found.kd[3] == found.ce[3] == found.agreement[3] == 0
     assert found.ce[2] == 0 and found.kd[2] > 0
 
@@ -292,7 +295,8 @@ def test_tied_weight_and_backward_twice(oracle, impl):
             bias=None,
             targets=targets,
             labels=tied.labels.to(device),
-            weights=tied.weights.to(device),
+            ce_weights=tied.ce_weights.to(device),
+            kd_weights=tied.kd_weights.to(device),
             objective=tied.objective,
             head=tied.head,
             impl=which,

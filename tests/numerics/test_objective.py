@@ -131,7 +131,8 @@ def test_illegal_objectives_name_a_legal_one(given, words):
         ({"bias": torch.zeros(53)}, ["bias's shape", "(53,)", "(57,)"]),
         ({"labels": torch.zeros(6, dtype=torch.int64)}, ["labels's shape", "(6,)", "(7,)"]),
         ({"labels": torch.zeros(7, dtype=torch.int32)}, ["labels's dtype", "int32", "int64"]),
-        ({"weights": torch.zeros(7, dtype=torch.float64)}, ["weights's dtype", "float64", "float32"]),
+        ({"ce_weights": torch.zeros(7, dtype=torch.float64)}, ["ce_weights's dtype", "float64", "float32"]),
+        ({"kd_weights": torch.zeros(6)}, ["kd_weights's shape", "(6,)", "(7,)"]),
         ({"targets": None}, ["targets", "kd_weight"]),
         (
             {"head": HeadTransform(vocabulary_size=58, scale=1.0, softcap=None)},

@@ -41,8 +41,10 @@ def redone(monkeypatch):
     return calls
 
 
-def record(logits, impl, *, k, uniforms=None, bias=None, labels=None, **changed):
+def record(logits, impl, *, k, uniforms=None, weight=None, bias=None, labels=None, **changed):
     count, size = logits.shape
+    if weight is None:
+        weight = torch.eye(size, dtype=logits.dtype)
     if uniforms is None:
         generator = torch.Generator().manual_seed(5)
         uniforms = torch.rand(count, 7, generator=generator, dtype=torch.float64)
@@ -58,7 +60,7 @@ def record(logits, impl, *, k, uniforms=None, bias=None, labels=None, **changed)
     }
     found = teacher_statistics(
         logits.to(device),
-        torch.eye(size, dtype=logits.dtype, device=device),
+        weight.to(device),
         bias=None if bias is None else bias.to(device),
         labels=labels.to(device),
         k=k,
@@ -239,7 +241,7 @@ MUTATIONS = {
     "first block dropped": [
         ("for start in range(0, vocabulary_size, PARTS", "for start in range(32, 301, PARTS")
     ],
-    "last block dropped": [("range(0, vocabulary_size, BLOCK_V)", "range(0, vocabulary_size - 32, BLOCK_V)")],
+    "last block dropped": [("slab_stride,\n        vocabulary_size,", "slab_stride, vocabulary_size - 32,")],
     "draws off by one": [("below * PART + first, -1)", "below * PART + first + 1, -1)")],
     "ties to the larger id": [
         ("(0x7FFFFFFF - column)", "column"),
@@ -289,3 +291,57 @@ def test_sums_of_any_grid():
         (1, 2),
         2,
     )
+
+
+def spoiled(logits, what):
+    """(logits, weight, bias) with one thing in it that is no number, or no logits at all."""
+    weight, bias = torch.eye(SIZE), torch.zeros(SIZE)
+    logits = logits.clone()
+    if what == "NaN in a head row":
+        weight[17, 3] = math.nan
+    elif what == "NaN in the last head row":
+        weight[SIZE - 1, SIZE - 1] = math.nan
+    elif what == "NaN in the bias":
+        bias[200] = math.nan
+    elif what == "NaN in one hidden state":
+        logits[1, 40] = math.nan
+    elif what == "inf in the bias":
+        bias[9] = math.inf
+    elif what == "a bias of -inf":
+        bias.fill_(-math.inf)
+    else:
+        assert what == "NaN among a bias of -inf"
+        bias.fill_(-math.inf)[7] = math.nan
+    return logits, weight, bias
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("k", [0, 6, SIZE])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "NaN in a head row",
+        "NaN in the last head row",
+        "NaN in the bias",
+        "NaN in one hidden state",
+        "inf in the bias",
+        "a bias of -inf",
+        "NaN among a bias of -inf",
+    ],
+)
+def test_what_is_no_number_is_not_hidden(what, k):
+    """A record of such logits says so at every position that has one, and so no store takes it."""
+    logits, weight, bias = spoiled(random_logits(3), what)
+    found = record(logits, "triton", k=k, weight=weight, bias=bias)
+    expected = record(logits, "torch", k=k, weight=weight, bias=bias)
+    bad = torch.tensor([what != "NaN in one hidden state", True, what != "NaN in one hidden state"])
+    for name, one, other in zip(found._fields, found, expected, strict=True):
+        assert torch.equal(one.isnan(), other.isnan()), name
+        if one.is_floating_point():
+            assert torch.allclose(one[~bad], other[~bad], rtol=3e-7, atol=3e-6), name
+        else:
+            assert torch.equal(one[~bad], other[~bad]), name
+    for one in (found, expected):
+        assert one.entropy.isnan().tolist() == bad.tolist()
+        key = one.head_logprobs[:, :1] if k else one.log_rest
+        assert bool(key[bad].isnan().all()) and not bool(key[~bad].isnan().any())

@@ -1,24 +1,35 @@
 """Every value that a loss must not meet is found where asked, and named with what was expected."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from sparsekd.kernels.targets import NOTHING
 from sparsekd.kernels.values import MASS_TOLERANCE, check_values
 
 NAN, INFINITE = math.nan, math.inf
-# Of `make_case`: 5 head ids, 6 draws, 53 ids; position 2 has no label, position 3 weight 0.
-AT = 4
+# Of `make_case`: 5 head ids, 6 draws, 53 ids; position 2 has no label, position 3 no weight, position 5 none
+# for the cross-entropy and position 6 none for the distillation.
+AT, LATER = 1, 4
 
 
-def check(case, temperature=1.0):
-    check_values(case.targets, case.labels, case.weights, vocabulary_size=53, temperature=temperature)
+def check(case, **changes):
+    """Checks a case, for its own objective or one with changes."""
+    check_values(
+        case.targets,
+        case.labels,
+        case.ce_weights,
+        case.kd_weights,
+        vocabulary_size=53,
+        objective=replace(case.objective, **changes),
+    )
 
 
 def spoiled(case, name, place, value):
     """The case with one value replaced."""
-    if name in ("labels", "weights"):
+    if name in ("labels", "ce_weights", "kd_weights"):
         tensor = getattr(case, name).clone()
         tensor[place] = value
         return case.change(**{name: tensor})
@@ -30,7 +41,7 @@ def spoiled(case, name, place, value):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_a_true_record_passes(oracle, temperature):
     case = oracle.make_case(temperature=temperature)
-    check(case, temperature)
+    check(case)
     check(case.change(targets=None))
     for k, n in ((0, 6), (5, 0), (53, 0)):
         check(oracle.make_case(k=k, n=n, target_mode="sampled" if n else "tail_bucket"))
@@ -39,27 +50,30 @@ def test_a_true_record_passes(oracle, temperature):
 @pytest.mark.parametrize(
     ("name", "place", "value", "words"),
     [
-        ("ids", (AT, 1), 53, ["targets.ids at position 4, column 1 is 53", "from 0 to 52, or -1"]),
-        ("ids", (AT, 7), -2, ["targets.ids at position 4, column 7 is -2", "from 0 to 52, or -1"]),
-        ("head_logprobs", (AT, 2), NAN, ["targets.head_logprobs at position 4, column 2 is nan", "<= 0"]),
+        ("ids", (AT, 1), 53, ["targets.ids at position 1, column 1 is 53", "from 0 to 52, or -1"]),
+        ("ids", (AT, 7), -2, ["targets.ids at position 1, column 7 is -2", "from 0 to 52, or -1"]),
+        ("head_logprobs", (AT, 2), NAN, ["targets.head_logprobs at position 1, column 2 is nan", "<= 0"]),
         (
             "head_logprobs",
             (AT, 2),
             INFINITE,
-            ["targets.head_logprobs at position 4, column 2 is inf", "<= 0"],
+            ["targets.head_logprobs at position 1, column 2 is inf", "<= 0"],
         ),
-        ("head_logprobs", (AT, 0), 0.5, ["targets.head_logprobs at position 4, column 0 is 0.5", "<= 0"]),
-        ("log_rest", AT, NAN, ["targets.log_rest at position 4 is nan", "finite", "-inf where the rest"]),
-        ("log_rest", AT, INFINITE, ["targets.log_rest at position 4 is inf", "finite"]),
-        ("tail_counts", (AT, 3), -1.0, ["targets.tail_counts at position 4, column 3 is -1.0", ">= 0"]),
-        ("tail_counts", (AT, 3), NAN, ["targets.tail_counts at position 4, column 3 is nan", ">= 0"]),
-        ("tail_counts", (AT, 3), INFINITE, ["targets.tail_counts at position 4, column 3 is inf", ">= 0"]),
-        ("entropy", AT, NAN, ["targets.entropy at position 4 is nan", "finite"]),
-        ("entropy", AT, -INFINITE, ["targets.entropy at position 4 is -inf", "finite"]),
-        ("labels", AT, 53, ["labels at position 4 is 53", "below 53", "negative number to ignore"]),
-        ("weights", AT, -0.5, ["weights at position 4 is -0.5", ">= 0"]),
-        ("weights", AT, NAN, ["weights at position 4 is nan", ">= 0"]),
-        ("weights", AT, INFINITE, ["weights at position 4 is inf", ">= 0"]),
+        ("head_logprobs", (AT, 0), 0.5, ["targets.head_logprobs at position 1, column 0 is 0.5", "<= 0"]),
+        ("log_rest", AT, NAN, ["targets.log_rest at position 1 is nan", "finite", "-inf where the rest"]),
+        ("log_rest", AT, INFINITE, ["targets.log_rest at position 1 is inf", "finite"]),
+        ("tail_counts", (AT, 3), -1.0, ["targets.tail_counts at position 1, column 3 is -1.0", ">= 0"]),
+        ("tail_counts", (AT, 3), NAN, ["targets.tail_counts at position 1, column 3 is nan", ">= 0"]),
+        ("tail_counts", (AT, 3), INFINITE, ["targets.tail_counts at position 1, column 3 is inf", ">= 0"]),
+        ("entropy", AT, NAN, ["targets.entropy at position 1 is nan", "finite"]),
+        ("entropy", AT, -INFINITE, ["targets.entropy at position 1 is -inf", "finite"]),
+        ("labels", AT, 53, ["labels at position 1 is 53", "below 53", "negative number to ignore"]),
+        ("ce_weights", AT, -0.5, ["ce_weights at position 1 is -0.5", ">= 0"]),
+        ("kd_weights", AT, -0.5, ["kd_weights at position 1 is -0.5", ">= 0"]),
+        ("ce_weights", AT, NAN, ["ce_weights at position 1 is nan", ">= 0"]),
+        ("kd_weights", AT, NAN, ["kd_weights at position 1 is nan", ">= 0"]),
+        ("ce_weights", AT, INFINITE, ["ce_weights at position 1 is inf", ">= 0"]),
+        ("kd_weights", AT, INFINITE, ["kd_weights at position 1 is inf", ">= 0"]),
     ],
     ids=str,
 )
@@ -69,7 +83,7 @@ def test_each_wrong_value_is_named(oracle, name, place, value, words):
         check(spoiled(case, name, place, value))
     assert all(word in str(caught.value) for word in words), str(caught.value)
     # The first position that is wrong is the one that is named.
-    later = (6, *place[1:]) if isinstance(place, tuple) else 6
+    later = (LATER, *place[1:]) if isinstance(place, tuple) else LATER
     with pytest.raises(ValueError) as caught:
         check(spoiled(spoiled(case, name, place, value), name, later, value))
     assert words[0] in str(caught.value)
@@ -81,7 +95,7 @@ def test_an_id_that_stands_twice_is_named(oracle, first, second):
     identity = int(case.targets.ids[AT, first])
     case = spoiled(case, "ids", (AT, second), identity)
     with pytest.raises(
-        ValueError, match=rf"targets.ids at position 4 holds id {identity} twice, expected distinct"
+        ValueError, match=rf"targets.ids at position 1 holds id {identity} twice, expected distinct"
     ):
         check(case)
 
@@ -126,16 +140,33 @@ def test_what_a_coarse_codec_rounds_up_is_not_too_much(oracle):
         check(case.change(targets=case.targets._replace(head_logprobs=rounded + 0.02)))
 
 
-def test_dropped_positions_are_not_looked_at(oracle):
+@pytest.mark.parametrize("position", [3, 6])
+def test_what_does_not_count_is_not_looked_at(oracle, position):
     case = oracle.make_case()
     for name, place, value in (
-        ("ids", (3, 0), 99),
-        ("ids", (3, 1), int(case.targets.ids[3, 0])),
-        ("head_logprobs", (3, 2), NAN),
-        ("log_rest", 3, NAN),
-        ("tail_counts", (3, 0), -1.0),
-        ("entropy", 3, NAN),
-        ("labels", 3, 99),
+        ("ids", (position, 0), 99),
+        ("ids", (position, 1), int(case.targets.ids[position, 0])),
+        ("head_logprobs", (position, 2), NAN),
+        ("log_rest", position, NAN),
+        ("tail_counts", (position, 0), -1.0),
+        ("entropy", position, NAN),
     ):
         case = spoiled(case, name, place, value)
+    case = spoiled(spoiled(case, "labels", 3, 99), "labels", 5, 99)
     check(case)
+
+
+@pytest.mark.parametrize("mode", ["tail_bucket", "sampled", "renormalized", "truncated"])
+def test_nothing_with_a_weight_is_named(oracle, mode):
+    """The fill of a position without a record is legal, unless it is to count as a record."""
+    case = oracle.make_case(target_mode=mode)
+    for name, value in NOTHING.items():
+        for position in (AT, 6):
+            case = spoiled(case, name, position, value)
+    words = "sum of targets.tail_counts" if mode == "sampled" else "number of ids in the head"
+    with pytest.raises(
+        ValueError, match=rf"the {words}.* at position 1 is 0.*, expected at least .* kd_weights 0"
+    ):
+        check(case)
+    check(spoiled(case, "kd_weights", AT, 0.0))
+    check(case, kd_weight=0.0)

@@ -93,6 +93,15 @@ def main() -> None:
         line = {"impl": impl, "changes": str(changes), "rank": rank, "errors": errors, "sent": sent}
         line["loss"] = float(found.loss)
         print(json.dumps(line), flush=True)
+    for diverged in range(0, 53, 4):
+        # Every id is in the support, where reverse KL takes the -inf of other ranks for a student of 0.
+        case = oracle.make_case(seed=40, count=4, k=53, n=0, divergence="reverse_kl", ce_weight=0.0)
+        case.weight[diverged] = torch.nan
+        held = bounds_of(rank, world_size, case.weight.shape[0])
+        mine = case.change(weight=case.weight[held].clone(), bias=case.bias[held].clone())
+        shard = VocabularyShard(group=dist.group.WORLD, start=held.start)
+        output, _ = oracle.call(mine, "triton", shard=shard)
+        print(json.dumps({"diverged": diverged, "loss": float(output.loss)}), flush=True)
     dist.destroy_process_group()
 
 

@@ -59,6 +59,13 @@ def test_rooms_do_not_import_one_another() -> None:
             assert not crossing, f"{path} imports {crossing}"
 
 
+def test_importers_know_no_room() -> None:
+    rooms = tuple(f"sparsekd.trainer.{room}" for room in ROOMS)
+    for path in sorted((ROOT / "trainer/importers").glob("*.py")):
+        crossing = {module for module in imported_modules(path) if module.startswith(rooms)}
+        assert not crossing, f"{path} imports {crossing}"
+
+
 def test_shared_modules_do_not_import_rooms_at_their_top() -> None:
     rooms = tuple(f"sparsekd.trainer.{room}" for room in ROOMS)
     for path in sorted((ROOT / "trainer").glob("*.py")):
@@ -81,7 +88,7 @@ def test_shared_modules_do_not_import_rooms_at_their_top() -> None:
         "from sparsekd.trainer.cli import main; main(['store', 'stats', '/nowhere'])",
         "import sparsekd.logit_store.tools.compare, sparsekd.logit_store.tools.stats_plot",
         "import sparsekd.logit_store.tools.export",
-        "import sparsekd.logit_store.tools.combine, sparsekd.trainer.importers.megatron",
+        "import sparsekd.logit_store.tools.combine, sparsekd.trainer.importers.formats",
     ],
 )
 def test_light_commands_do_not_import_torch(statement: str) -> None:

@@ -62,7 +62,8 @@ def test_its_gradients_are_those_of_the_loss(k, n, mode):
         bias=torch.from_numpy(teacher.bias).double(),
         targets=targets,
         labels=torch.zeros(16, dtype=torch.int64),
-        weights=torch.ones(16),
+        ce_weights=torch.ones(16),
+        kd_weights=torch.ones(16),
         objective=Objective(
             kd_weight=1.0,
             ce_weight=0.0,

@@ -8,12 +8,12 @@ Shapes: M tokens of a stream, L positions of a row, S segments of a row.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsekd.logit_store.row import PADDING_DOCUMENT, Row
+from sparsekd.logit_store.row import PADDING_DOCUMENT, Row, weight_runs
 
 
 class Stream(NamedTuple):
@@ -112,11 +112,3 @@ def row_of(stream: Stream, *, weighted: bool = False) -> Row:
         segment_documents=documents[starts].astype(np.int64, copy=False),
         optional=weight_runs(stream.weights) if weighted else {},
     )
-
-
-def weight_runs(weights: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-    """The planes `weight_starts` and `weights` of the weights at L positions; empty where all are 1."""
-    if (weights == 1).all():
-        return {"weight_starts": np.empty(0, np.int32), "weights": np.empty(0, np.float32)}
-    starts = np.append(0, np.flatnonzero(weights[1:] != weights[:-1]) + 1).astype(np.int32)
-    return {"weight_starts": starts, "weights": weights[starts].astype(np.float32)}

@@ -3,7 +3,12 @@
 Layout, as of arcee-ai/DistillKit commit a61c2e7 (distillkit/sample_common.py, distillkit/compression/). A
 Parquet row is one text with three columns: `input_ids`, list of uint64 [T]; `compressed_logprobs` and
 `bytepacked_indices`, lists of lists of uint8, one inner list per position. vLLM gives nothing for a first
-token, and the writer leaves that position out: inner list j describes token j + 1, so there are T - 1.
+token, and the writer leaves that position out: inner list j describes token j + 1, so there are T - 1. Where
+there are T, as in sets that were packed afterwards, the last describes what follows the end and is left away.
+
+So that the last token of a text is described, too, the sampler appends a padding token (the tokenizer's; its
+end-of-text token where it has none) to texts shorter than its limit. Padding tokens at the end are left away
+unless they are the end-of-text token, which ends our texts as well: nobody should learn to write padding.
 
 `bytepacked_indices`: k ids of ceil(log2 d) bits each, in one stream of bits, most significant first, filled
 with 0 to a byte. `compressed_logprobs`, one part after the other, little-endian:
@@ -19,29 +24,41 @@ Values behind `exact_k` are polynomial + residual (0 behind the last bin). With 
 are differences to the one before and are summed up. The settings stand in `compression_config.yaml` beside
 the data.
 
+The coefficients were fitted for a decoder that computes the polynomial in `term_dtype` and takes the sum to
+`exact_dtype`: with 16 bits another precision gives another curve, far from the values (`decode_values`).
+
 Ranks that vLLM did not give have the value -inf (and any id): such an entry is not listed. Fitted values may
 break the order and sum to more than 1; see `records`. The older layout with `packed_indices` and `coeffs`,
-whose values are logits around their mean, is refused, and so are rows of `token_ids` and `top_values`.
+whose values are logits around their mean, is refused.
 
-Shapes: T tokens of a text, k entries, N = T - 1 positions with a record.
+Shapes: T tokens of a text, k entries, N positions, P polynomial terms.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.trainer.importers.document import NOT_LISTED, Document, Source, source_files
+from sparsekd.trainer.importers.columns import (
+    TableRow,
+    column_names,
+    lists_of,
+    read_rows,
+    table_files,
+    vector,
+)
+from sparsekd.trainer.importers.document import NOT_LISTED, Document, Format, Options, Source, one_line
+
+if TYPE_CHECKING:
+    import torch
 
 COLUMNS = ("input_ids", "compressed_logprobs", "bytepacked_indices")
-TEXTS_AT_ONCE = 16
+COMPRESSION_NAME = "compression_config.yaml"
 SETTINGS = (
     "d",
     "k",
@@ -58,6 +75,13 @@ SETTINGS = (
 
 BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64}
 MOST_BITS_OF_A_CODE = 32
+MOST_ENTRIES = 1 << 20
+"""Of a position: more than any vocabulary has."""
+
+MOST_TERMS = 64
+
+POSITIONS_AT_ONCE = 1024
+"""That are decoded together, which bounds the products [N, k, P]."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +154,8 @@ def read_compression(settings: Mapping[str, Any], where: str) -> Compression:
             f"{where} describes DistillKit's older layout (polynomial_degree), whose values are no "
             "log-probabilities; capture these texts again, or sample them with a current DistillKit."
         )
-    if unknown := sorted(settings.keys() - set(SETTINGS)):
-        raise StoreError(
-            f"{where} has the unknown {', '.join(map(str, unknown))}, expected {', '.join(SETTINGS)}."
-        )
+    if unknown := sorted(map(str, settings.keys() - set(SETTINGS))):
+        raise StoreError(f"{where} has the unknown {', '.join(unknown)}, expected {', '.join(SETTINGS)}.")
     try:
         compression = Compression(
             d=int(settings["d"]),
@@ -153,8 +175,10 @@ def read_compression(settings: Mapping[str, Any], where: str) -> Compression:
         raise StoreError(
             f"{where} lacks {error.args[0]}: give DistillKit's compression_config.yaml."
         ) from error
-    except (TypeError, ValueError) as error:
-        raise StoreError(f"{where} cannot be read as DistillKit's compression settings ({error}).") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise StoreError(
+            f"{where} cannot be read as DistillKit's compression settings ({one_line(error)})."
+        ) from error
     binned = sum(item.num_elements for item in compression.residual_bins)
     dtypes = [
         compression.exact_dtype,
@@ -166,7 +190,18 @@ def read_compression(settings: Mapping[str, Any], where: str) -> Compression:
             0 <= compression.exact_k <= compression.k and compression.k >= 1,
             "exact_k is from 0 to k, k at least 1",
         ),
-        (compression.d >= 1, "d is at least 1"),
+        (
+            1 <= compression.d <= 1 << 31 and compression.k <= MOST_ENTRIES,
+            f"d is from 1 to 2^31, k at most {MOST_ENTRIES}",
+        ),
+        (
+            len(compression.polynomial_terms) <= MOST_TERMS
+            and all(
+                isinstance(term, str) or abs(term) <= MOST_TERMS for term in compression.polynomial_terms
+            ),
+            f"there are at most {MOST_TERMS} polynomial_terms, with exponents up to {MOST_TERMS}",
+        ),
+        (all(item.num_elements >= 1 for item in compression.residual_bins), "num_elements is at least 1"),
         (binned <= compression.k - compression.exact_k, "residual_bins have at most k - exact_k elements"),
         (all(name in BITS for name in dtypes), f"every dtype is one of {', '.join(BITS)}"),
         (
@@ -182,36 +217,32 @@ def read_compression(settings: Mapping[str, Any], where: str) -> Compression:
     return compression
 
 
-def open_distillkit(path: Path, compression: Compression) -> Source:
+def read_distillkit(path: Path, options: Options) -> Source:
     """Opens a folder of DistillKit's Parquet files.
 
     Raises:
-        StoreError: there is none, or it has other columns.
+        StoreError: there is none, it has other columns, or its settings are missing.
     """
-    files = source_files(path, (".parquet",), "DistillKit's Parquet files")
+    files = table_files(path, "DistillKit's Parquet files")
     for file in files:
-        names = set(_open(file).schema_arrow.names)
+        names = column_names(file)
         if not set(COLUMNS) <= names:
             older = " (the older layout, which is not read)" if "packed_indices" in names else ""
             raise StoreError(
                 f"{file} has the columns {', '.join(sorted(names))}, expected {', '.join(COLUMNS)}{older}."
             )
+    folder = path if path.is_dir() else path.parent
+    compression = read_compression_file(options.compression or folder / COMPRESSION_NAME)
 
     def documents() -> Iterator[Document]:
-        for file in files:
-            yield from _documents(file, compression)
+        tokenizer = options.tokenizer()
+        padding = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
+        for row in read_rows(files, COLUMNS):
+            yield _document(row, compression, padding)
 
     return Source(
-        format="distillkit",
         files=files,
         rest="derived",
-        cannot_give=(
-            "log R (1 - the sum of what is listed, at temperature 1 only)",
-            "the entropies (lower bounds: what is not listed counts as one outcome)",
-            "log-probabilities of true tokens that are not listed (upper bounds)",
-            "exact values behind the first exact_k ranks (a fit)",
-            "a loss mask (every token that has a record counts) and document boundaries inside a text",
-        ),
         documents=documents,
         details={
             "compression": {
@@ -226,6 +257,42 @@ def open_distillkit(path: Path, compression: Compression) -> Source:
     )
 
 
+FORMAT = Format(
+    name="distillkit",
+    reads="DistillKit's captures: Parquet and compression_config.yaml",
+    suffixes=(".parquet",),
+    fields=(frozenset(COLUMNS), frozenset({"input_ids", "packed_indices", "coeffs"})),
+    read=read_distillkit,
+    cannot_give=(
+        "exact values behind the first exact_k ranks (a fit)",
+        "a loss mask (every token that has a record counts) and document boundaries inside a text",
+    ),
+    flags=("compression",),
+)
+
+
+def read_compression_file(place: Path) -> Compression:
+    """Reads DistillKit's settings, see `read_compression`.
+
+    Raises:
+        StoreError: the file is missing, or no such settings.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(place.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StoreError(
+            f"{place} is not there, and DistillKit's files cannot be read without their settings: name it "
+            "with --compression."
+        ) from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise StoreError(f"{place} cannot be read as YAML ({one_line(error)}).") from error
+    if not isinstance(content, dict):
+        raise StoreError(f"{place} holds no settings.")
+    return read_compression(content, str(place))
+
+
 def unpack_bits(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int64]:
     """Returns the integers [N, count] of `bits` bits each, most significant first, from bytes [N, B]."""
     stream = np.unpackbits(packed, axis=1)[:, : bits * count].reshape(len(packed), count, bits)
@@ -236,116 +303,107 @@ def unpack_bits(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.
 
 
 def decode_values(stored: NDArray[np.uint8], compression: Compression) -> NDArray[np.float64]:
-    """Returns log-probabilities [N, k] from a position's bytes each, [N, value_bytes]."""
+    """Returns log-probabilities [N, k] from a position's bytes each, [N, value_bytes].
+
+    In DistillKit's own precision: polynomial terms and their products in `term_dtype`, residuals in float32,
+    everything rounded to `exact_dtype` where it does so, differences summed up in float32.
+    """
+    import torch
+
+    out = np.empty((len(stored), compression.k))
+    for start in range(0, len(stored), POSITIONS_AT_ONCE):
+        block = torch.from_numpy(stored[start : start + POSITIONS_AT_ONCE].copy())
+        out[start : start + POSITIONS_AT_ONCE] = _decode_block(block, compression).double().numpy()
+    return out
+
+
+def _decode_block(stored: "torch.Tensor", compression: Compression) -> "torch.Tensor":
+    """Returns [N, k] in DistillKit's dtype from uint8 [N, value_bytes]."""
+    import torch
+
     offset = 0
 
-    def take(size: int) -> NDArray[np.uint8]:
+    def take(count: int, dtype: str) -> "torch.Tensor":
+        """Returns the next numbers of each position, [N, count]."""
         nonlocal offset
-        part = np.ascontiguousarray(stored[:, offset : offset + size])
+        size = count * BITS[dtype] // 8
+        part = stored[:, offset : offset + size].contiguous()
         offset += size
-        return part
+        return part.view(getattr(torch, dtype)).reshape(len(stored), count)
 
-    exact = _floats(take(compression.exact_k * BITS[compression.exact_dtype] // 8), compression.exact_dtype)
+    out_dtype, term_dtype = getattr(torch, compression.exact_dtype), getattr(torch, compression.term_dtype)
     others = compression.k - compression.exact_k
-    values = np.zeros((len(stored), others))
+    exact = take(compression.exact_k, compression.exact_dtype)
+    fit = None
     if compression.polynomial_terms:
-        size = len(compression.polynomial_terms) * BITS[compression.term_dtype] // 8
-        coefficients = _floats(take(size), compression.term_dtype)
-        ranks = np.linspace(0, 1, others) if compression.normalize_t else np.arange(others, dtype=np.float64)
-        terms = np.stack([_term_of(term, ranks) for term in compression.polynomial_terms], axis=1)
-        with np.errstate(invalid="ignore", over="ignore"):
-            values = coefficients @ terms.T
+        coefficients = take(len(compression.polynomial_terms), compression.term_dtype)
+        ranks = (
+            torch.linspace(0, 1, others, dtype=term_dtype)
+            if compression.normalize_t
+            else torch.arange(others, dtype=term_dtype)
+        )
+        terms = torch.stack([_term_of(term, ranks) for term in compression.polynomial_terms], dim=1)
+        # Only where products are rounded to 16 bits is their sum another than the matrix product.
+        short = BITS[compression.term_dtype] == 16
+        fit = (terms * coefficients[:, None]).sum(dim=2) if short else coefficients @ terms.T
+    double = any(item.scale_dtype == "float64" for item in compression.residual_bins)
+    residual = torch.zeros(len(stored), others, dtype=torch.float64 if double else torch.float32)
     start = 0
     for item in compression.residual_bins:
-        scale = _floats(take(BITS[item.scale_dtype] // 8), item.scale_dtype)
-        packed = take(-(-item.element_bits * item.num_elements // 8))
-        codes = unpack_bits(packed, item.element_bits, item.num_elements)
+        scale = take(1, item.scale_dtype)
+        size = -(-item.element_bits * item.num_elements // 8)
+        packed = stored[:, offset : offset + size].numpy()
+        offset += size
+        codes = torch.from_numpy(unpack_bits(packed, item.element_bits, item.num_elements))
         steps = 2 * codes - 1 if item.element_bits == 1 else codes - (1 << (item.element_bits - 1))
-        values[:, start : start + item.num_elements] += steps * scale
+        residual[:, start : start + item.num_elements] = steps.float() * scale
         start += item.num_elements
-    together = np.concatenate([exact, values], axis=1)
-    return np.cumsum(together, axis=1) if compression.delta_encoding else together
+    rest = residual.to(out_dtype) if fit is None else fit + residual.to(out_dtype)
+    together = torch.cat([exact, rest], dim=1)
+    return together.float().cumsum(dim=1).to(out_dtype) if compression.delta_encoding else together
 
 
-def _documents(file: Path, compression: Compression) -> Iterator[Document]:
-    number = 0
-    try:
-        for batch in _open(file).iter_batches(TEXTS_AT_ONCE, columns=list(COLUMNS)):
-            columns = [batch.column(name) for name in COLUMNS]
-            for index in range(batch.num_rows):
-                where = f"{file}, row {number}"
-                ids, values, indices = (column[index] for column in columns)
-                yield _document(where, ids, values, indices, compression)
-                number += 1
-    except (pa.ArrowException, OSError) as error:
-        raise StoreError(f"{file} is damaged behind row {number} ({error}): fetch it again.") from error
-
-
-def _document(where: str, ids: Any, values: Any, indices: Any, compression: Compression) -> Document:
-    tokens = _integers(ids, where)
-    stored = _bytes_of(values, compression.value_bytes, f"{where}, compressed_logprobs")
-    packed = _bytes_of(indices, compression.id_bytes, f"{where}, bytepacked_indices")
+def _document(row: TableRow, compression: Compression, padding: int | None) -> Document:
+    where, _ = row
+    tokens = vector(row, "input_ids", integer=True)
+    stored = _bytes_of(row, "compressed_logprobs", compression.value_bytes)
+    packed = _bytes_of(row, "bytepacked_indices", compression.id_bytes)
     length, positions = len(tokens), len(stored)
-    if len(packed) != positions or positions != max(length - 1, 0):
+    if len(packed) != positions or positions not in (length, max(length - 1, 0)):
         raise StoreError(
             f"{where} has {length} input_ids, {positions} compressed_logprobs and {len(packed)} "
-            "bytepacked_indices; expected one position fewer than tokens: this text was captured in another "
-            "way."
+            "bytepacked_indices; expected one position fewer than tokens, or as many: this text was captured "
+            "in another way."
         )
-    logprobs = decode_values(stored, compression)
-    entries = unpack_bits(packed, compression.id_bits, compression.k)
-    listed = logprobs > -np.inf
+    if padding is not None:
+        length = int(np.flatnonzero(tokens != padding).max(initial=-1)) + 1
+    positions = max(min(positions, length - 1), 0)
+    logprobs = decode_values(stored[:positions], compression)
+    entries = unpack_bits(packed[:positions], compression.id_bits, compression.k)
     head_ids = np.full((length, compression.k), NOT_LISTED, np.int64)
     head_logprobs = np.full((length, compression.k), -np.inf)
-    head_ids[:positions] = np.where(listed, entries, NOT_LISTED)
     # A fitted value may be NaN where an infinite one was fitted; `put_in_order` refuses it by name.
-    head_ids[:positions] = np.where(np.isnan(logprobs), entries, head_ids[:positions])
+    head_ids[:positions] = np.where(logprobs == -np.inf, NOT_LISTED, entries)
     head_logprobs[:positions] = logprobs
     mask = np.ones(length, np.bool_)
     mask[-1:] = False
-    return Document(where, tokens, mask, head_ids, head_logprobs, np.full(length, np.nan))
+    return Document(where, tokens[:length], mask, head_ids, head_logprobs)
 
 
-def _bytes_of(cell: Any, width: int, where: str) -> NDArray[np.uint8]:
+def _bytes_of(row: TableRow, name: str, width: int) -> NDArray[np.uint8]:
     """Returns a list of lists of bytes as [N, width]."""
-    if not cell.is_valid:
-        raise StoreError(f"{where} is null: the file is damaged.")
-    inner = cell.values
-    lengths = inner.value_lengths().to_numpy(zero_copy_only=False)
-    bad = np.flatnonzero(lengths != width)
+    where, _ = row
+    found = lists_of(row, name, integer=True)
+    bad = np.flatnonzero(found.lengths != width)
     if bad.size:
         raise StoreError(
-            f"{where}, position {bad[0]} has {lengths[bad[0]]} bytes, expected {width} by the compression "
-            "settings: they are not those of this file (its compression_config.yaml says what was used)."
+            f"{where}, {name}, position {bad[0]} has {found.lengths[bad[0]]} bytes, expected {width} by the "
+            "compression settings: they are not those of this file (its compression_config.yaml says what "
+            "was used)."
         )
-    flat = inner.flatten()
-    if flat.null_count:
-        raise StoreError(f"{where} holds nulls: the file is damaged.")
-    return flat.to_numpy(zero_copy_only=False).astype(np.uint8).reshape(len(lengths), width)
-
-
-def _integers(cell: Any, where: str) -> NDArray[np.int64]:
-    if not cell.is_valid or cell.values.null_count:
-        raise StoreError(f"{where}: input_ids hold nulls: the file is damaged.")
-    values = cell.values.to_numpy(zero_copy_only=False)
-    # Out of range for int64 is out of any vocabulary; it is refused there by name.
-    return np.minimum(values, np.iinfo(np.int32).max).astype(np.int64)
-
-
-def _open(file: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
-        raise StoreError(f"{file} cannot be read as Parquet ({error}): fetch it again.") from error
-
-
-def _floats(stored: NDArray[np.uint8], dtype: str) -> NDArray[np.float64]:
-    """Returns bytes [N, B] as numbers [N, count]."""
-    if stored.shape[1] == 0:
-        return np.zeros((len(stored), 0))
-    if dtype == "bfloat16":  # the upper half of a float32
-        return (stored.view("<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return stored.view({"float16": "<f2", "float32": "<f4", "float64": "<f8"}[dtype]).astype(np.float64)
+    if found.flat.size and not 0 <= found.flat.min() <= found.flat.max() <= 255:
+        raise StoreError(f"{where}: {name} holds numbers that are no bytes: the file is damaged.")
+    return found.flat.astype(np.uint8).reshape(len(found.lengths), width)
 
 
 def _term(term: Any) -> int | str:
@@ -354,8 +412,5 @@ def _term(term: Any) -> int | str:
     return term
 
 
-def _term_of(term: int | str, ranks: NDArray[np.float64]) -> NDArray[np.float64]:
-    if isinstance(term, str):
-        return np.sqrt(ranks) if term == "sqrt" else np.exp(ranks)
-    with np.errstate(divide="ignore"):
-        return ranks**term
+def _term_of(term: int | str, ranks: "torch.Tensor") -> "torch.Tensor":
+    return getattr(ranks, term)() if isinstance(term, str) else ranks**term

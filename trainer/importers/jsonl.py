@@ -3,43 +3,49 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.errors import StoreError
+from sparsekd.trainer.importers.document import one_line
 
 
 def read_objects(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Returns (place, object) for each line; a file that is one JSON array gives its elements.
 
     Raises:
-        StoreError: a line is no JSON object, such as one that was cut off.
+        StoreError: the file cannot be read, or a line is no JSON object, such as one that was cut off.
     """
-    with file.open(encoding="utf-8") as lines:
-        first = ""
-        while not first.strip():
-            line = lines.readline()
-            if not line:
-                return
-            first = line
-        if first.lstrip().startswith("["):  # an array has to be read as a whole
-            text = first + lines.read()
-            parsed = _parse(text, str(file))
-            if not isinstance(parsed, list):
-                raise StoreError(f"{file} holds a {type(parsed).__name__}, expected an array of objects.")
-            for number, item in enumerate(parsed):
-                yield _an_object(item, f"{file}, element {number}")
+    try:
+        with file.open(encoding="utf-8") as lines:
+            yield from _objects(lines, file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"{file} cannot be read as text ({one_line(error)}): fetch it again.") from error
+
+
+def _objects(lines: IO[str], file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    first = ""
+    while not first.strip():
+        first = lines.readline()
+        if not first:
             return
-        if _is_whole(first):
-            yield _an_object(json.loads(first), f"{file}, line 1")
-            for number, line in enumerate(lines, start=2):
-                if line.strip():
-                    yield _an_object(_parse(line, f"{file}, line {number}"), f"{file}, line {number}")
-            return
-        # One object over several lines.
-        yield _an_object(_parse(first + lines.read(), str(file)), str(file))
+    if first.lstrip().startswith("["):  # an array has to be read as a whole
+        parsed = _parse(first + lines.read(), str(file))
+        if not isinstance(parsed, list):
+            raise StoreError(f"{file} holds a {type(parsed).__name__}, expected an array of objects.")
+        for number, item in enumerate(parsed):
+            yield _an_object(item, f"{file}, element {number}")
+        return
+    if _is_whole(first):
+        yield _an_object(json.loads(first), f"{file}, line 1")
+        for number, line in enumerate(lines, start=2):
+            if line.strip():
+                yield _an_object(_parse(line, f"{file}, line {number}"), f"{file}, line {number}")
+        return
+    # One object over several lines.
+    yield _an_object(_parse(first + lines.read(), str(file)), str(file))
 
 
 def array_of(value: Any, dtype: type, dimensions: int, name: str, where: str) -> NDArray[Any]:
@@ -68,7 +74,7 @@ def _an_object(item: Any, where: str) -> tuple[str, Mapping[str, Any]]:
 def _is_whole(line: str) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -76,8 +82,8 @@ def _is_whole(line: str) -> bool:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(
-            f"{where} is no JSON ({error}): a write was cut off there; remove the rest of it, or capture "
-            "again."
+            f"{where} is no JSON ({one_line(error)}): a write was cut off there; remove the rest of it, or "
+            "capture again."
         ) from error

@@ -13,50 +13,48 @@ bit_17 * 65536 + indices_low. Under top-p, entries behind a position's nucleus h
 Sample s of micro-batch m of data-parallel rank d is sample (m * ranks + d) * micro-batch size + s of its
 iteration; version 2 names ranks and micro-batch size in `saver`.
 
-The tars hold no tokens. They belong to a run of Megatron's data pipeline, so a token store has to bring them:
-its row number g is Megatron's sample g, sample 0 the first one of the first iteration. Nothing in the files
-proves that; `store verify` compares records and tokens afterwards. What a context-parallel rank above 0 wrote
-is a slice of a sequence and is refused, and so is version 3.
+These tars hold no tokens. They belong to a run of Megatron's data pipeline, so a token store has to bring
+them: its row number g is Megatron's sample g, sample 0 the first one of the first iteration. Nothing in the
+files proves that; `store verify` compares records and tokens afterwards. What a context-parallel rank above 0
+wrote is a slice of a sequence and is refused. Version 3 holds its tokens: see `megatron_paired`.
 
 Shapes: L positions of a row, K most entries of a position.
 """
 
-import json
 import re
 import tarfile
+import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.manifest import Manifest, RecordSpec
-from sparsekd.logit_store.places.paths import StorePath
-from sparsekd.logit_store.protocol.reader import LogitStore
-from sparsekd.logit_store.row import Row, narrowed, take_records
-from sparsekd.logit_store.tools.derive import Progress, no_progress, write_stream
-from sparsekd.trainer.importers.document import NOT_LISTED, Document, Source, source_files
-from sparsekd.trainer.importers.records import put_in_order, record_of
-from sparsekd.trainer.importers.store import (
-    ImportResult,
-    ImportSettings,
-    Survey,
-    Tally,
-    file_identities,
+from sparsekd.logit_store.row import Row
+from sparsekd.trainer.importers.document import Document, Format, Options, Source, one_line, source_files
+from sparsekd.trainer.importers.megatron_paired import CACHE_NAME, read_paired
+from sparsekd.trainer.importers.megatron_tars import (
+    TAR_NAME,
+    check_end,
+    listed,
+    read_json,
+    read_member,
+    tensor_of,
+    unpack_tensors,
 )
-from sparsekd.trainer.importers.torch_archive import load_torch_archive
+from sparsekd.trainer.importers.torch_file import numbers_of
 
-TAR_NAME = re.compile(r"(?:cp(?P<cp>\d+)_)?dp(?P<dp>\d+)__(?P<first>\d+)(?:-(?P<last>\d+))?\.tar")
-MEMBER_NAME = re.compile(r"(?P<first>\d+)(?:-(?P<last>\d+))?\.pt\.zst")
+if TYPE_CHECKING:
+    import torch
+
+MEMBER_NAME = re.compile(r"(?P<first>\d{1,15})(?:-(?P<last>\d{1,15}))?\.pt\.zst")
 DETAILS: tuple[str, ...] = ("hash", "identifiers", "saver")
 """What the manifest keeps of `_meta.json`."""
 
-NOT_KEPT = -999.0
-"""Values at or below this mark entries outside of the nucleus: -1e3 and -1e4 are written."""
+NAMES = ("values", "indices_low", "bit_17")
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,7 @@ class Capture:
     details: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Listed:
+class Listed(NamedTuple):
     """What is listed for one sample.
 
     Attributes:
@@ -93,8 +90,74 @@ class Listed:
     values: NDArray[np.float64]
 
 
+class Member(NamedTuple):
+    """One iteration of one rank.
+
+    Attributes:
+        where: its place, for messages.
+        span: first number of its name, and one past the last.
+        data: its bytes.
+    """
+
+    where: str
+    span: tuple[int, int]
+    data: bytes
+
+
+def read_megatron(path: Path, options: Options) -> Source:
+    """Opens a folder of tars of any version.
+
+    Raises:
+        StoreError: a rank is missing, a file has another name, the layout is not one that is read, or the
+            token store is missing (versions 1 and 2) or not wanted (version 3).
+    """
+    files = source_files(path, (".tar",), "Megatron-LM's tars")
+    if (files[0].parent / CACHE_NAME).exists() or _version(_meta_of(files[0])) == 3:
+        return read_paired(path, options)
+    capture = open_megatron(path)
+    tokens = options.tokens
+    if tokens is None:
+        raise StoreError(
+            f"{files[0]} holds no tokens (version {capture.version} of Megatron-LM's tars): give --tokens, a "
+            "token store whose row number g is the run's sample g."
+        )
+
+    def documents() -> Iterator[Document]:
+        rows = tokens.rows(options.split)
+        for number, sample in enumerate(listed_samples(capture)):
+            if number >= rows:
+                raise StoreError(
+                    f"{path} has more samples than split {options.split} of {tokens.path} has rows ({rows}): "
+                    "this is not the text that was captured."
+                )
+            yield _document(sample, tokens.read_row(options.split, number))
+
+    return Source(
+        files=tuple(file for rank in capture.files for file in rank),
+        rest="derived",
+        documents=documents,
+        details={"megatron": capture.details},
+        tokens=tokens,
+        split=options.split,
+    )
+
+
+FORMAT = Format(
+    name="megatron",
+    reads="Megatron-LM's tars: version 3, or 1 and 2 with --tokens",
+    suffixes=(".tar",),
+    fields=(),
+    read=read_megatron,
+    cannot_give=(
+        "tokens and loss masks, in versions 1 and 2 (the token store's are taken, row by row)",
+        "whether attention was cut at document borders, in versions 1 and 2",
+    ),
+    flags=("tokens", "split"),
+)
+
+
 def open_megatron(path: Path) -> Capture:
-    """Opens a folder of tars and checks that their names fit together.
+    """Opens a folder of tars of version 1 or 2 and checks that their names fit together.
 
     Raises:
         StoreError: a rank is missing, a file has another name, or the layout is not one that is read.
@@ -113,17 +176,17 @@ def open_megatron(path: Path) -> Capture:
                 "have no cp)."
             )
         by_rank.setdefault(int(match["dp"]), []).append((int(match["first"]), file))
-    if sorted(by_rank) != list(range(len(by_rank))):
-        missing = min(set(range(max(by_rank) + 1)) - by_rank.keys())
+    missing = next(rank for rank in range(len(by_rank) + 1) if rank not in by_rank)
+    if missing < len(by_rank):
         raise StoreError(f"{path} has no tar of data-parallel rank {missing}: fetch all ranks' tars.")
     files = tuple(tuple(file for _, file in sorted(by_rank[rank])) for rank in range(len(by_rank)))
     meta = _meta_of(files[0][0])
     saver = meta.get("saver")
     saver = saver if isinstance(saver, dict) else {}
-    version = saver.get("format_version", 1)
+    version = _version(meta)
     if version not in (1, 2):
         raise StoreError(
-            f"{files[0][0]} has format version {version} of Megatron-LM's tars; 1 and 2 are read."
+            f"{files[0][0]} has format version {version} of Megatron-LM's tars; 1, 2 and 3 are read."
         )
     if saver.get("dp_size_save", len(files)) != len(files):
         raise StoreError(
@@ -140,209 +203,97 @@ def open_megatron(path: Path) -> Capture:
 
 
 def listed_samples(capture: Capture) -> Iterator[Listed]:
-    """Returns what is listed for each sample, in the order of the run; one iteration of all ranks is in
-    memory.
+    """Returns what is listed for each sample, in the order of the run; one sample is in memory, and one
+    iteration of all ranks unpacked on disk.
 
     Raises:
         StoreError: an iteration is missing or damaged, or ranks differ in their shapes.
     """
     streams = [_members(files) for files in capture.files]
     expected: int | None = None
-    for number, members in enumerate(_in_step(streams, capture)):
-        first, end = members[0][1]
+    for members in _in_step(streams, capture):
+        first, end = members[0].span
         if expected is not None and first != expected:
             raise StoreError(
-                f"{members[0][0]} comes behind iteration {expected}, which is missing: fetch all tars of "
+                f"{members[0].where} comes behind iteration {expected}, which is missing: fetch all tars of "
                 "the run."
             )
         expected = end
-        blocks = [_micro_batches(where, data, capture) for where, _, data in members]
-        counts = [len(rank) for rank in blocks]
-        if len(set(counts)) != 1:
-            raise StoreError(
-                f"{capture.path}, iteration {number}: ranks have {counts} micro-batches, expected equal "
-                "numbers."
-            )
-        for micro_batch in range(counts[0]):
-            for rank, (where, _, _) in enumerate(members):
-                ids, values = blocks[rank][micro_batch]
-                for sample in range(ids.shape[1]):
-                    yield Listed(
-                        f"{where}, micro-batch {micro_batch}, sample {sample}",
-                        ids[:, sample],
-                        values[:, sample],
-                    )
+        with tempfile.TemporaryDirectory(prefix="sparsekd-import-") as folder:
+            ranks = [_micro_batches(member, Path(folder), capture) for member in members]
+            counts = [len(rank) for rank in ranks]
+            if len(set(counts)) != 1:
+                raise StoreError(
+                    f"{members[0].where}: ranks have {counts} micro-batches in this iteration, expected "
+                    "equal numbers."
+                )
+            for micro_batch in range(counts[0]):
+                for member, rank in zip(members, ranks, strict=True):
+                    values, low, high = rank[micro_batch]
+                    for sample in range(values.shape[1]):
+                        ids, logprobs = listed(
+                            values[:, sample], low[:, sample], numbers_of(high[:, sample].contiguous())
+                        )
+                        yield Listed(
+                            f"{member.where}, micro-batch {micro_batch}, sample {sample}", ids, logprobs
+                        )
 
 
-def import_megatron(
-    capture: Capture,
-    tokens: LogitStore,
-    split: str,
-    target: StorePath,
-    settings: ImportSettings,
-    progress: Progress = no_progress,
-) -> ImportResult:
-    """Joins Megatron-LM's log-probabilities with the rows of a token store, in order, into a new store.
-
-    Args:
-        capture: what `open_megatron` opened.
-        tokens: the token store whose row g is sample g.
-        split: of the token store.
-        target: the new store, its other splits empty.
-        settings: how; the tokenizer is the token store's, and `sequence_length` and `rows_per_shard` are not
-            looked at.
-        progress: told of samples, files and shards.
-
-    Raises:
-        StoreError: there are more samples than rows, their length differs, or an entry is damaged.
-    """
-    source = _source(capture)
-    survey = _survey(capture, tokens, split, source, settings, progress)
-    files = [file for rank in capture.files for file in rank]
-    manifest = replace(
-        tokens.manifest,
-        dataset={
-            **tokens.manifest.dataset,
-            "token_store": tokens.digest,
-            "imported": {
-                "format": source.format,
-                "files": file_identities(files, progress),
-                "samples": survey.documents + survey.skipped,
-                "masked_positions": survey.masked,
-                "not_given": list(source.cannot_give),
-                **source.details,
-            },
-        },
-        record=RecordSpec(
-            k=survey.k, n=0, temperatures=(1.0,), draw_temperature=1.0, seed=0, rest=source.rest
-        ),
-        teacher=settings.teacher,
-        codec=settings.codec,
-    )
-    content: dict[str, Iterator[Row]] = {name: iter(()) for name in manifest.splits}
-    content[split] = _rows(capture, tokens, split, manifest)
-    digest = write_stream(target, manifest, tokens.tokenizer_path, content, progress)
-    return ImportResult(digest, survey, source)
-
-
-def _source(capture: Capture) -> Source:
-    return Source(
-        format="megatron-lm",
-        files=tuple(file for rank in capture.files for file in rank),
-        rest="derived",
-        cannot_give=(
-            "tokens and loss masks (the token store's are taken, row by row)",
-            "log R (1 - the sum of what is listed, at temperature 1 only)",
-            "the entropies (lower bounds: what is not listed counts as one outcome)",
-            "log-probabilities of true tokens that are not listed (upper bounds)",
-            "whether attention was cut at document borders",
-        ),
-        documents=lambda: iter(()),
-        details={"megatron": capture.details},
-    )
-
-
-def _survey(
-    capture: Capture,
-    tokens: LogitStore,
-    split: str,
-    source: Source,
-    settings: ImportSettings,
-    progress: Progress,
-) -> Survey:
-    size, rows = tokens.manifest.tokenizer.vocabulary_size, tokens.rows(split)
-    tally = Tally()
-    for number, listed in enumerate(listed_samples(capture)):
-        if number >= rows:
-            raise StoreError(
-                f"{capture.path} has more samples than split {split} of {tokens.path} has rows ({rows}): "
-                "this is not the text that was captured."
-            )
-        tally.add(_document(listed, tokens.read_row(split, number)), source.rest, size)
-        progress("samples read", number + 1, 0)
-    if not tally.documents:
-        raise StoreError(
-            f"{capture.path} has no sample with a token that counts: there is nothing to import."
-        )
-    return tally.survey(settings, tokens.manifest.sequence_length, 0)
-
-
-def _rows(capture: Capture, tokens: LogitStore, split: str, manifest: Manifest) -> Iterator[Row]:
-    size, spec = manifest.tokenizer.vocabulary_size, manifest.record
-    for number, listed in enumerate(listed_samples(capture)):
-        row = tokens.read_row(split, number)
-        document = _document(listed, row)
-        checked = put_in_order(document, spec.rest, size)
-        record = record_of(document, checked, spec.rest, spec.k, size)
-        row = narrowed(row, checked.listed >= spec.k)
-        yield replace(row, teacher=take_records(record, row.loss_mask))
-
-
-def _document(listed: Listed, row: Row) -> Document:
+def _document(sample: Listed, row: Row) -> Document:
     length = len(row.token_ids)
-    if len(listed.ids) != length:
+    if len(sample.ids) != length:
         raise StoreError(
-            f"{listed.where} has {len(listed.ids)} positions, but the token store's rows have {length}: "
+            f"{sample.where} has {len(sample.ids)} positions, but the token store's rows have {length}: "
             "prepare the tokens with the sequence length of the captured run."
         )
     return Document(
-        where=listed.where,
+        where=sample.where,
         token_ids=row.token_ids.astype(np.int64),
         loss_mask=row.loss_mask,
-        head_ids=listed.ids,
-        head_logprobs=listed.values,
-        true_logprob=np.full(length, np.nan),
+        head_ids=sample.ids,
+        head_logprobs=sample.values,
+        segment_starts=row.segment_starts.astype(np.int64),
+        segment_documents=row.segment_documents,
     )
 
 
 def _micro_batches(
-    where: str, data: bytes, capture: Capture
-) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
-    """Returns (ids, values), each [sequence, samples, K], of every micro-batch of a member."""
-    try:
-        plain = zstandard.ZstdDecompressor().stream_reader(data).read()
-    except zstandard.ZstdError as error:
-        raise StoreError(f"{where} cannot be decompressed ({error}): fetch it again.") from error
-    payload = load_torch_archive(plain, where)
-    names = ("values", "indices_low", "bit_17")
-    if not isinstance(payload, dict) or not all(name in payload for name in names):
-        raise StoreError(f"{where} lacks {', '.join(names)}: it is no member of Megatron-LM's tars.")
-    parts = [payload[name] for name in names]
+    member: Member, folder: Path, capture: Capture
+) -> list[tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]]:
+    """Returns values, lower bits and 17th bits, each [sequence, samples, K], of every micro-batch of a
+    member."""
+    where = member.where
+    payload = unpack_tensors(member.data, folder, where)
     if capture.version == 2:
-        assert capture.micro_batch is not None
-        size = capture.micro_batch
-        if not all(isinstance(part, np.ndarray) and part.ndim == 3 for part in parts):
-            raise StoreError(f"{where} does not hold three tensors of three dimensions, as version 2 does.")
-        samples = parts[0].shape[1]
+        values = tensor_of(payload, "values", "fractions", where)
+        size = capture.micro_batch or 1
+        samples = values.shape[1] if values.ndim == 3 else 0
         if samples % size:
             raise StoreError(f"{where} has {samples} samples, which are no micro-batches of {size}.")
-        parts = [[part[:, start : start + size] for start in range(0, samples, size)] for part in parts]
-    found = []
-    if not all(isinstance(part, list) for part in parts) or len({len(part) for part in parts}) != 1:
+        whole = _checked(payload, where)
+        return [
+            tuple(part[:, start : start + size] for part in whole)  # type: ignore[misc]
+            for start in range(0, samples, size)
+        ]
+    lists = [payload.get(name) for name in NAMES]
+    if not all(isinstance(part, list) for part in lists) or len({len(part or ()) for part in lists}) != 1:
         raise StoreError(f"{where} does not hold three lists of equal length, as version 1 does.")
-    for values, low, high in zip(*parts, strict=True):
-        arrays = (values, low, high)
-        if not all(isinstance(item, np.ndarray) and item.ndim == 3 for item in arrays):
-            raise StoreError(f"{where} does not hold tensors of three dimensions.")
-        if not values.shape == low.shape == high.shape:
-            raise StoreError(
-                f"{where}: values, indices_low and bit_17 have shapes {[item.shape for item in arrays]}."
-            )
-        kept = values > NOT_KEPT
-        ids = low.astype(np.int64) + (high.astype(np.int64) << 16)
-        logprobs = values.astype(np.float64)
-        bad = ~kept & ~(values <= NOT_KEPT)  # NaN
-        if bad.any():
-            raise StoreError(
-                f"{where}, position {np.argwhere(bad)[0][0]}: a value is no number: capture it again."
-            )
-        found.append((np.where(kept, ids, NOT_LISTED), np.where(kept, logprobs, -np.inf)))
-    return found
+    return [_checked(dict(zip(NAMES, parts, strict=True)), where) for parts in zip(*lists, strict=True)]
 
 
-def _in_step(
-    streams: list[Iterator[tuple[str, tuple[int, int], bytes]]], capture: Capture
-) -> Iterator[list[tuple[str, tuple[int, int], bytes]]]:
+def _checked(payload: dict[str, Any], where: str) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
+    values = tensor_of(payload, "values", "fractions", where)
+    low, high = (tensor_of(payload, name, "integers", where) for name in NAMES[1:])
+    if values.ndim != 3 or not values.shape == low.shape == high.shape:
+        shapes = [list(part.shape) for part in (values, low, high)]
+        raise StoreError(
+            f"{where}: {', '.join(NAMES)} have shapes {shapes}, expected three equal ones of [sequence, "
+            "samples, K]."
+        )
+    return values, low, high
+
+
+def _in_step(streams: list[Iterator[Member]], capture: Capture) -> Iterator[list[Member]]:
     """Returns the members of one iteration of all ranks at a time."""
     while True:
         members = [next(stream, None) for stream in streams]
@@ -352,54 +303,49 @@ def _in_step(
         if len(present) != len(members):
             rank = members.index(None)
             raise StoreError(
-                f"{capture.path}: data-parallel rank {rank} ends before {present[0][0]}: fetch all tars of "
-                "the run."
+                f"{capture.path}: data-parallel rank {rank} ends before {present[0].where}: fetch all tars "
+                "of the run."
             )
-        if len({span for _, span, _ in present}) != 1:
+        other = next((member for member in present if member.span != present[0].span), None)
+        if other is not None:
             raise StoreError(
-                f"{capture.path}: {present[0][0]} and "
-                f"{next(m for m in present if m[1] != present[0][1])[0]} are not of one iteration: a rank "
+                f"{capture.path}: {present[0].where} and {other.where} are not of one iteration: a rank "
                 "lacks one; fetch all tars of the run."
             )
         yield present
 
 
-def _members(files: tuple[Path, ...]) -> Iterator[tuple[str, tuple[int, int], bytes]]:
-    """Returns (place, (first, one past the last), data) of each iteration of one rank, in order."""
+def _members(files: tuple[Path, ...]) -> Iterator[Member]:
+    """Returns each iteration of one rank, in order."""
     for file in files:
-        _check_end(file)
         try:
+            check_end(file)
             with tarfile.open(file, "r:") as tar:
                 for member in tar:
                     match = MEMBER_NAME.fullmatch(member.name)
-                    if match is None or not member.isreg():
+                    if match is None:
                         continue
-                    content = tar.extractfile(member)
-                    assert content is not None
-                    first = int(match["first"])
+                    where, first = f"{file}, {member.name}", int(match["first"])
                     last = int(match["last"]) if match["last"] else first + 1
-                    yield f"{file}, {member.name}", (first, last), content.read()
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise StoreError(f"{file} is damaged ({error}): fetch it again.") from error
-
-
-def _check_end(file: Path) -> None:
-    """Refuses a tar without its end, two blocks of zeros: tarfile takes one that was cut off for a shorter
-    one."""
-    with file.open("rb") as stream:
-        stream.seek(max(file.stat().st_size - 2 * tarfile.BLOCKSIZE, 0))
-        if stream.read() != bytes(2 * tarfile.BLOCKSIZE):
-            raise StoreError(f"{file} is cut off: fetch it again.")
+                    yield Member(where, (first, last), read_member(tar, member, where))
+        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
+            raise StoreError(f"{file} is damaged ({one_line(error)}): fetch it again.") from error
 
 
 def _meta_of(file: Path) -> dict[str, Any]:
+    """Returns what `_meta.json`, the first member, says."""
     try:
         with tarfile.open(file, "r:") as tar:
-            content = tar.extractfile("_meta.json")
-            assert content is not None
-            meta = json.loads(content.read())
-    except (tarfile.TarError, OSError, EOFError, ValueError, KeyError, AssertionError) as error:
-        raise StoreError(f"{file} has no readable _meta.json ({error}): fetch it again.") from error
-    if not isinstance(meta, dict):
-        raise StoreError(f"{file}: _meta.json holds no object.")
-    return meta
+            member = tar.next()
+            if member is None or member.name != "_meta.json":
+                raise StoreError(f"{file} does not begin with _meta.json: it is no tar of Megatron-LM's.")
+            return read_json(read_member(tar, member, f"{file}, _meta.json"), f"{file}, _meta.json")
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
+        raise StoreError(f"{file} has no readable _meta.json ({one_line(error)}): fetch it again.") from error
+
+
+def _version(meta: dict[str, Any]) -> Any:
+    """Returns the version, which stands at the top since version 3 and in `saver` before."""
+    saver = meta.get("saver")
+    before = saver.get("format_version", 1) if isinstance(saver, dict) else 1
+    return meta.get("format_version", before)

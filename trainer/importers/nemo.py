@@ -21,14 +21,21 @@ from typing import Any
 import numpy as np
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.trainer.importers.document import NOT_LISTED, Document, Source, source_files
+from sparsekd.trainer.importers.document import (
+    Document,
+    Format,
+    Options,
+    Source,
+    labelled_document,
+    source_files,
+)
 from sparsekd.trainer.importers.jsonl import array_of, read_objects
 
 KEYS = ("tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids")
 NORMALISER = "log_sum_exp_logits"
 
 
-def open_nemo(path: Path) -> Source:
+def read_nemo(path: Path, options: Options) -> Source:
     """Opens a file, or a folder of files, of NeMo-Aligner's lines.
 
     Raises:
@@ -47,29 +54,20 @@ def open_nemo(path: Path) -> Source:
                 _check_keys(where, line)
                 yield _document(where, line, normalised)
 
-    rest = (
-        (
-            "log R (1 - the sum of what is listed, at temperature 1 only)",
-            "the entropies (lower bounds: what is not listed counts as one outcome)",
-            "log-probabilities of true tokens that are not listed (upper bounds)",
-        )
-        if normalised
-        else (
-            "a normaliser: probabilities are relative to what is listed, for target_mode=renormalized only",
-        )
-    )
-    return Source(
-        format="nemo-aligner",
-        files=files,
-        rest="derived" if normalised else "unknown",
-        cannot_give=(
-            *rest,
-            "the precision of the logits, which is the model's",
-            "document boundaries inside a sample",
-        ),
-        documents=documents,
-        details={},
-    )
+    return Source(files=files, rest="derived" if normalised else "unknown", documents=documents)
+
+
+FORMAT = Format(
+    name="nemo",
+    reads="NeMo-Aligner's lines of JSON (compute_topk_logits.py)",
+    suffixes=(".jsonl", ".json"),
+    fields=(frozenset(KEYS),),
+    read=read_nemo,
+    cannot_give=(
+        "the precision of the logits, which is the model's",
+        "document boundaries inside a sample",
+    ),
+)
 
 
 def _check_keys(where: str, line: Mapping[str, Any]) -> None:
@@ -100,24 +98,6 @@ def _document(where: str, line: Mapping[str, Any], normalised: bool) -> Document
         normaliser = array_of(line[NORMALISER], np.float64, 1, NORMALISER, where)
         if len(normaliser) != length:
             raise StoreError(f"{where}: {NORMALISER} has {len(normaliser)} positions, expected {length}.")
-        logits = logits - normaliser[:, None]
-    counted = np.flatnonzero(mask)
-    end = int(counted[-1]) + 1 if counted.size else 0  # positions whose records matter
-    whole = np.append(tokens[:end], labels[end - 1 : end])
-    shifted = np.flatnonzero(whole[1:] != labels[:end])
-    if shifted.size:
-        place = shifted[0]
-        raise StoreError(
-            f"{where}, position {place}: the label is {labels[place]}, but the next token is "
-            f"{whole[place + 1]}: labels must be the tokens moved by one."
-        )
-    width = ids.shape[1]
-    none = [np.full((1, width), NOT_LISTED, np.int64), np.full((1, width), -np.inf)]
-    return Document(
-        where=where,
-        token_ids=whole,
-        loss_mask=np.append(mask[:end] == 1, [False] * bool(end)).astype(np.bool_),
-        head_ids=np.concatenate([ids[:end], none[0][: bool(end)]]),
-        head_logprobs=np.concatenate([logits[:end], none[1][: bool(end)]]),
-        true_logprob=np.full(len(whole), np.nan),
-    )
+        with np.errstate(invalid="ignore"):  # infinite ones are refused by name, with the others
+            logits = logits - normaliser[:, None]
+    return labelled_document(where, tokens, labels, mask == 1, ids, logits)

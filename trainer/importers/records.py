@@ -18,6 +18,9 @@ from sparsekd.logit_store.row import TeacherRecord
 from sparsekd.logit_store.tools.reencode import log_sum_exp
 from sparsekd.trainer.importers.document import NOT_LISTED, Document
 
+MOST_NATS = 1e30
+"""Of a value, either way: beyond are no logits, and soon no float32, as which values are stored."""
+
 LARGEST_MASS = 2.0
 """A listed sum above this is no rounding: the values are not log-probabilities."""
 
@@ -55,11 +58,9 @@ def put_in_order(document: Document, rest: str, vocabulary_size: int) -> Checked
             f"{document.where}, position {bad[0]}: token id {tokens[bad[0]]} is not in the tokenizer, whose "
             f"ids are 0 to {vocabulary_size - 1}: name the tokenizer that made these ids."
         )
-    used = (document.head_ids != NOT_LISTED) & (document.head_logprobs > -np.inf)
-    broken = np.isnan(document.head_logprobs) | (document.head_logprobs == np.inf)
-    _refuse(
-        broken & (document.head_ids != NOT_LISTED), document, document.head_logprobs, "is no finite value"
-    )
+    used = (document.head_ids != NOT_LISTED) & (document.head_logprobs != -np.inf)
+    broken = used & ~(np.abs(document.head_logprobs) <= MOST_NATS)
+    _refuse(broken, document, document.head_logprobs, "is no finite value")
     outside = used & ((document.head_ids < 0) | (document.head_ids >= vocabulary_size))
     _refuse(
         outside,
@@ -77,7 +78,8 @@ def put_in_order(document: Document, rest: str, vocabulary_size: int) -> Checked
             f"{document.where}, position {position}: id {together[position, column]} is listed twice: the "
             "file is damaged, or its description does not fit it."
         )
-    true = document.true_logprob
+    true = np.full(len(ids), np.nan) if document.true_logprob is None else document.true_logprob
+    true = np.where(true < -MOST_NATS, -np.inf, true)
     excess = np.zeros(len(ids))
     if rest == "derived":
         mass = np.exp(log_sum_exp(values))
@@ -144,7 +146,7 @@ def record_of(document: Document, checked: Checked, rest: str, k: int, vocabular
     # Outside of the head nothing is as likely as its last entry, and nothing more likely than the whole rest.
     bound = values[:, -1] if rest == "unknown" else np.minimum(values[:, -1], log_rest)
     true = np.where(in_head.any(axis=1), listed, np.where(np.isnan(true), bound, np.minimum(true, 0)))
-    true[-1] = 0
+    true[lasts(document)] = 0
     probabilities, mass = np.exp(values), np.exp(log_rest)
     entropy = -(probabilities * values).sum(axis=1) - mass * np.where(mass > 0, log_rest, 0)
     return TeacherRecord(
@@ -157,6 +159,12 @@ def record_of(document: Document, checked: Checked, rest: str, k: int, vocabular
         true_logprob=true.astype(np.float32),
         entropy=np.maximum(entropy, 0).astype(np.float32),
     )
+
+
+def lasts(document: Document) -> NDArray[np.int64]:
+    """Returns the last position of each document inside a document, int64 [S]: no token follows there."""
+    starts = np.zeros(1, np.int64) if document.segment_starts is None else document.segment_starts
+    return np.append(starts[1:], len(document.token_ids)) - 1
 
 
 def _by_value(

@@ -2,6 +2,9 @@
 
 Documents stay whole, for the teacher saw each from its beginning: they are packed into rows, several to a row
 where they fit, and what remains of a row is padding. A document that is longer than a row is cut at its end.
+What is a row of a token store stays a row.
+
+All importers write here alone; they know documents, not rows.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,9 +18,17 @@ from sparsekd.logit_store.manifest import CodecSpec, Manifest, RecordSpec, Teach
 from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
 from sparsekd.logit_store.places.files import sha256_of
 from sparsekd.logit_store.places.paths import StorePath
-from sparsekd.logit_store.row import PADDING_DOCUMENT, RECORD_NAMES, Row, TeacherRecord, take_records
+from sparsekd.logit_store.row import (
+    PADDING_DOCUMENT,
+    RECORD_NAMES,
+    Row,
+    TeacherRecord,
+    take_records,
+    weight_runs,
+    weights_of_positions,
+)
 from sparsekd.logit_store.tools.derive import Progress, no_progress, write_stream
-from sparsekd.trainer.importers.document import Document, Source
+from sparsekd.trainer.importers.document import NOT_LISTED, Document, Format, Source
 from sparsekd.trainer.importers.records import put_in_order, record_of
 
 OPEN_ROWS = 8
@@ -25,6 +36,19 @@ OPEN_ROWS = 8
 
 SPLITS = ("train", "heldout")
 """Training asks for both; an import fills the first."""
+
+NOT_GIVEN = {
+    "derived": (
+        "log R (1 - the sum of what is listed, at temperature 1 only)",
+        "the entropies (lower bounds: what is not listed counts as one outcome)",
+    ),
+    "unknown": (
+        "a normaliser: probabilities are relative to what is listed, for target_mode=renormalized only",
+    ),
+}
+"""What a source lacks by its `rest`."""
+
+TRUE_NOT_GIVEN = "log-probabilities of true tokens that are not listed (upper bounds)"
 
 
 @dataclass(frozen=True)
@@ -40,6 +64,9 @@ class ImportSettings:
         k: head entries; None for as many as every counted position lists.
         mask_short: leave positions that list fewer than k ids out of the loss, instead of refusing them.
         rows_per_shard: of the new store.
+
+    Where the source's tokens are those of a token store, tokenizer, sequence length and rows per shard are
+    that store's, and not looked at here.
     """
 
     tokenizer: TokenizerIdentity
@@ -65,6 +92,7 @@ class Survey:
         masked: positions left out because they list fewer than k ids.
         above_one: share of counted positions whose listed probabilities summed to more than 1.
         largest_excess: by how much at most.
+        weighted: whether any document has other weights than 1.
     """
 
     documents: int
@@ -75,6 +103,7 @@ class Survey:
     masked: int
     above_one: float
     largest_excess: float
+    weighted: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,18 +113,20 @@ class ImportResult:
     Attributes:
         digest: of the new store.
         survey: what was found.
+        layout: of the source.
         source: what it was made from.
     """
 
     digest: str
     survey: Survey
+    layout: Format
     source: Source
 
     def text(self) -> str:
         """Returns the report for people."""
         survey = self.survey
         lines = [
-            f"read       {survey.documents:,} documents of {self.source.format} in "
+            f"read       {survey.documents:,} documents of {self.layout.name} in "
             f"{len(self.source.files):,} files",
             f"rows       {survey.sequence_length:,} tokens each, k = {survey.k}, the rest is "
             f"{self.source.rest}",
@@ -112,16 +143,27 @@ class ImportResult:
                 f"scaled     {survey.above_one:.2%} of the positions list probabilities that sum to more "
                 f"than 1, by up to {survey.largest_excess:.2g}: rounding of the source"
             )
-        lines += [f"not given  {phrase}" for phrase in self.source.cannot_give]
+        lines += [f"not given  {phrase}" for phrase in not_given(self.layout, self.source)]
         return "\n".join(lines)
 
 
+def not_given(layout: Format, source: Source) -> tuple[str, ...]:
+    """Returns what a store holds and this source does not, one phrase each."""
+    true = () if source.gives_true or source.rest == "unknown" else (TRUE_NOT_GIVEN,)
+    return (*NOT_GIVEN[source.rest], *true, *layout.cannot_give)
+
+
 def import_source(
-    source: Source, target: StorePath, settings: ImportSettings, progress: Progress = no_progress
+    layout: Format,
+    source: Source,
+    target: StorePath,
+    settings: ImportSettings,
+    progress: Progress = no_progress,
 ) -> ImportResult:
     """Writes a source's documents to a new store; the same call continues one that was cut off.
 
     Args:
+        layout: of the source.
         source: what an importer opened.
         target: the new store.
         settings: how.
@@ -132,6 +174,26 @@ def import_source(
             ids; the message names the place. Nothing was written then.
     """
     survey = _survey(source, settings, progress)
+    manifest = _manifest(layout, source, settings, survey, file_identities(source.files, progress))
+    files = settings.tokenizer_files if source.tokens is None else source.tokens.tokenizer_path
+    content: dict[str, Iterable[Row]] = {split: () for split in manifest.splits}
+    content[source.split] = pack(_pieces(source, manifest), manifest)
+    digest = write_stream(target, manifest, files, content, progress)
+    return ImportResult(digest, survey, layout, source)
+
+
+def _manifest(
+    layout: Format,
+    source: Source,
+    settings: ImportSettings,
+    survey: Survey,
+    files: list[dict[str, object]],
+) -> Manifest:
+    tokens = source.tokens
+    packing = "whole documents, several to a row where they fit, then padding; longer ones are cut"
+    corpus = (
+        {"packing": packing} if tokens is None else {**tokens.manifest.dataset, "token_store": tokens.digest}
+    )
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         target="next_token",
@@ -139,17 +201,17 @@ def import_source(
         rows_per_shard=settings.rows_per_shard,
         splits=SPLITS,
         dataset={
+            **corpus,
             "imported": {
-                "format": source.format,
-                "files": file_identities(source.files, progress),
+                "format": layout.name,
+                "files": files,
                 "documents": survey.documents,
                 "skipped_documents": survey.skipped,
                 "cut_tokens": survey.cut_tokens,
                 "masked_positions": survey.masked,
-                "not_given": list(source.cannot_give),
+                "not_given": list(not_given(layout, source)),
                 **source.details,
             },
-            "packing": "whole documents, several to a row where they fit, then padding; longer ones are cut",
         },
         tokenizer=settings.tokenizer,
         record=RecordSpec(
@@ -158,11 +220,10 @@ def import_source(
         teacher=settings.teacher,
         codec=settings.codec,
     )
-    rows = pack(_pieces(source, manifest), manifest)
-    digest = write_stream(
-        target, manifest, settings.tokenizer_files, {"train": rows, "heldout": ()}, progress
-    )
-    return ImportResult(digest, survey, source)
+    if tokens is None:
+        return manifest
+    kept = ("sequence_length", "rows_per_shard", "splits", "tokenizer")
+    return replace(manifest, **{name: getattr(tokens.manifest, name) for name in kept})
 
 
 def file_identities(files: Iterable[Path], progress: Progress) -> list[dict[str, object]]:
@@ -209,17 +270,21 @@ def join(parts: list[Row], manifest: Manifest) -> Row:
     missing = manifest.sequence_length - sum(len(part.token_ids) for part in parts)
     if missing:
         parts = [*parts, _padding(missing, manifest)]
-    starts = np.cumsum([0] + [len(part.token_ids) for part in parts[:-1]])
+    before = np.cumsum([0] + [len(part.token_ids) for part in parts[:-1]])
+    starts = [part.segment_starts + start for part, start in zip(parts, before, strict=True)]
     records = [part.teacher for part in parts]
     mask = np.concatenate([part.loss_mask for part in parts])
     every = {name: np.concatenate([getattr(record, name) for record in records]) for name in RECORD_NAMES}
     return Row(
         token_ids=np.concatenate([part.token_ids for part in parts]),
         loss_mask=mask,
-        segment_starts=starts.astype(np.int32),
+        segment_starts=np.concatenate(starts).astype(np.int32),
         segment_documents=np.concatenate([part.segment_documents for part in parts]),
         # An importer gives a record for every position; kept are those that the loss counts.
         teacher=take_records(TeacherRecord(**every), mask),
+        optional=weight_runs(np.concatenate([weights_of_positions(part) for part in parts]))
+        if "weights" in manifest.planes
+        else {},
     )
 
 
@@ -236,12 +301,19 @@ def _pieces(source: Source, manifest: Manifest) -> Iterator[Row]:
 def _piece(document: Document, number: int, manifest: Manifest) -> Row:
     size, record = manifest.tokenizer.vocabulary_size, manifest.record
     checked = put_in_order(document, record.rest, size)
+    starts, documents = document.segment_starts, document.segment_documents
+    counts = document.loss_mask & (checked.listed >= record.k)
+    optional = {}
+    if document.weights is not None and "weights" in manifest.planes:
+        counts &= document.weights > 0
+        optional = weight_runs(document.weights)
     return Row(
         token_ids=document.token_ids.astype(np.int32),
-        loss_mask=document.loss_mask & (checked.listed >= record.k),
-        segment_starts=np.zeros(1, np.int32),
-        segment_documents=np.array([number], np.int64),
+        loss_mask=counts,
+        segment_starts=np.zeros(1, np.int32) if starts is None else starts.astype(np.int32),
+        segment_documents=np.array([number], np.int64) if documents is None else documents,
         teacher=record_of(document, checked, record.rest, record.k, size),
+        optional=optional,
     )
 
 
@@ -251,9 +323,8 @@ def _padding(length: int, manifest: Manifest) -> Row:
         where="padding",
         token_ids=np.full(length, manifest.tokenizer.eos_token_id or 0, np.int64),
         loss_mask=np.zeros(length, np.bool_),
-        head_ids=np.full((length, 1), -1, np.int64),
+        head_ids=np.full((length, 1), NOT_LISTED, np.int64),
         head_logprobs=np.full((length, 1), -np.inf),
-        true_logprob=np.full(length, np.nan),
     )
     return _piece(blank, PADDING_DOCUMENT, manifest)
 
@@ -327,20 +398,43 @@ class Tally:
 
 
 def _survey(source: Source, settings: ImportSettings, progress: Progress) -> Survey:
+    tokens = source.tokens
+    tokenizer = settings.tokenizer if tokens is None else tokens.manifest.tokenizer
+    length = settings.sequence_length if tokens is None else tokens.manifest.sequence_length
     tally = Tally()
     longest = cut_tokens = 0
+    weighted = False
     for done, document in enumerate(source.documents(), start=1):
+        weighted = weighted or _is_weighted(document)
         longest = max(longest, len(document.token_ids))
-        if settings.sequence_length is not None:
-            cut_tokens += max(0, len(document.token_ids) - settings.sequence_length)
-            document = _cut(document, settings.sequence_length)
-        tally.add(document, source.rest, settings.tokenizer.vocabulary_size)
+        if length is not None:
+            cut_tokens += max(0, len(document.token_ids) - length)
+            document = _cut(document, length)
+        tally.add(document, source.rest, tokenizer.vocabulary_size)
         progress("documents read", done, 0)
     if not tally.documents:
         raise StoreError(
             f"No document of {source.files[0].parent} has a token that counts: there is nothing to import."
         )
-    return tally.survey(settings, settings.sequence_length or longest, cut_tokens)
+    return replace(tally.survey(settings, length or longest, cut_tokens), weighted=weighted)
+
+
+def _is_weighted(document: Document) -> bool:
+    """Returns whether a document has other weights than 1 where it counts.
+
+    Raises:
+        StoreError: a weight is negative or no finite number.
+    """
+    if document.weights is None:
+        return False
+    weights = document.weights[document.loss_mask]
+    bad = np.flatnonzero(document.loss_mask & ~((document.weights >= 0) & np.isfinite(document.weights)))
+    if bad.size:
+        raise StoreError(
+            f"{document.where}, position {bad[0]} has the loss weight {document.weights[bad[0]]:g}, expected "
+            "a finite number, 0 or more: the capture is damaged, or its description does not fit it."
+        )
+    return bool((weights != 1).any())
 
 
 def _cut(document: Document, length: int) -> Document:
@@ -349,11 +443,13 @@ def _cut(document: Document, length: int) -> Document:
         return document
     mask = document.loss_mask[:length].copy()
     mask[-1] = False
+    true, weights = document.true_logprob, document.weights
     return replace(
         document,
         token_ids=document.token_ids[:length],
         loss_mask=mask,
         head_ids=document.head_ids[:length],
         head_logprobs=document.head_logprobs[:length],
-        true_logprob=document.true_logprob[:length],
+        true_logprob=None if true is None else true[:length],
+        weights=None if weights is None else weights[:length],
     )

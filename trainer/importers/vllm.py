@@ -23,7 +23,15 @@ from typing import Any
 import numpy as np
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.trainer.importers.document import NOT_LISTED, Document, Source, source_files
+from sparsekd.trainer.importers.document import (
+    NOT_LISTED,
+    Document,
+    Format,
+    Options,
+    Source,
+    padded_lists,
+    source_files,
+)
 from sparsekd.trainer.importers.jsonl import read_objects
 
 CLAMPED = -9999.0
@@ -33,7 +41,7 @@ ID_LIMIT = 1 << 63
 """Ids are below it, in any vocabulary: what int64 cannot hold is damage."""
 
 
-def open_vllm(path: Path) -> Source:
+def read_vllm(path: Path, options: Options) -> Source:
     """Opens a file, or a folder of files, of answers.
 
     Raises:
@@ -46,19 +54,20 @@ def open_vllm(path: Path) -> Source:
             for where, answer in read_objects(file):
                 yield from _documents(where, answer)
 
-    return Source(
-        format="vllm",
-        files=files,
-        rest="derived",
-        cannot_give=(
-            "log R (1 - the sum of what is listed, at temperature 1 only)",
-            "the entropies (lower bounds: what is not listed counts as one outcome)",
-            "the mode of the log-probabilities (raw is assumed, the server's default)",
-            "a loss mask (every token of a prompt counts) and document boundaries inside a prompt",
-        ),
-        documents=documents,
-        details={},
-    )
+    return Source(files=files, rest="derived", documents=documents, gives_true=True)
+
+
+FORMAT = Format(
+    name="vllm",
+    reads='answers of vLLM\'s server to "prompt_logprobs": k, "return_token_ids": true',
+    suffixes=(".jsonl", ".json"),
+    fields=(frozenset({"choices"}), frozenset({"prompt_logprobs"})),
+    read=read_vllm,
+    cannot_give=(
+        "the mode of the log-probabilities (raw is assumed, the server's default)",
+        "a loss mask (every token of a prompt counts) and document boundaries inside a prompt",
+    ),
+)
 
 
 def _documents(where: str, answer: Mapping[str, Any]) -> Iterator[Document]:
@@ -96,16 +105,20 @@ def _document(where: str, holder: Mapping[str, Any]) -> Document:
         )
     length = len(tokens)
     entries = [_entries(where, place, positions[place], tokens[place]) for place in range(1, length)]
-    width = max((len(ids) for ids, _, _ in entries), default=1)
-    head_ids = np.full((length, width), NOT_LISTED, np.int64)
-    head_logprobs = np.full((length, width), -np.inf)
-    true = np.full(length, np.nan)
-    for place, (ids, values, own) in enumerate(entries):
-        head_ids[place, : len(ids)], head_logprobs[place, : len(values)] = ids, values
-        true[place] = own
+    # The last token has no record: nothing is listed there.
+    lengths = np.array([*(len(ids) for ids, _, _ in entries), *[0] * min(length, 1)], np.int64)
+    ids = np.array([number for listed, _, _ in entries for number in listed], np.int64)
+    values = np.array([value for _, listed, _ in entries for value in listed], np.float64)
     mask = np.ones(length, np.bool_)
     mask[-1:] = False
-    return Document(where, np.asarray(tokens, np.int64), mask, head_ids, head_logprobs, true)
+    return Document(
+        where=where,
+        token_ids=np.asarray(tokens, np.int64),
+        loss_mask=mask,
+        head_ids=padded_lists(ids, lengths, NOT_LISTED, where),
+        head_logprobs=padded_lists(values, lengths, -np.inf, where),
+        true_logprob=np.array([*(own for _, _, own in entries), *[np.nan] * min(length, 1)], np.float64),
+    )
 
 
 def _entries(where: str, place: int, listed: Any, token: int) -> tuple[list[int], list[float], float]:

@@ -73,7 +73,8 @@ def backward(
     Args:
         engine: The engine whose forward made the loss.
         loss_sum: Weighted sum of the micro-batch, float32 scalar.
-        global_weight: Sum of the weights of all micro-batches of all ranks in this step, float32 scalar.
+        global_weight: Sum of the counted positions' weights over all micro-batches of all ranks in this step,
+            float32 scalar.
         world_size: Number of ranks.
     """
     engine.backward(loss_sum / global_weight * world_size, scale_wrt_gas=False)

@@ -19,7 +19,7 @@ def heldout_sums(
     micro_rows: int,
     here: Ranks,
 ) -> Tensor:
-    """Sums over held-out rows and all ranks (see `sums`), float64 (5,), on every rank.
+    """Sums over held-out rows and all ranks (see `sums`), float64 (7,), on every rank.
 
     Every rank runs as many forward passes as the others, since under ZeRO-3 each is a collective; the last
     ones may hold rows that count for nothing.

@@ -41,10 +41,10 @@ class Probe:
 
 
 class WeightedLoss(NamedTuple):
-    """The loss of a micro-batch and what it is made of, all weighted sums over positions."""
+    """The loss of a micro-batch and what it is made of, all weighted sums over its positions."""
 
     loss: Tensor  # float32 scalar, differentiable
-    parts: Tensor  # float64 (3,): kd, ce, agreement; detached
+    parts: Tensor  # float64 (3,): kd by kd_weights, ce by ce_weights, agreement by kd_weights; detached
 
 
 class DistillationHead(nn.Linear):
@@ -65,21 +65,24 @@ class DistillationHead(nn.Linear):
             return super().forward(input)
         if isinstance(request, Probe):
             return dense_logits(input, self, self.settings.transform)
+        # Also where no position is left: under ZeRO-3 every rank's head must take part in both passes.
         output = sparse_kd_loss(
-            input.reshape(-1, input.shape[-1]),
+            input.flatten(0, -2).index_select(0, request.positions),
             self.weight,
             bias=self.bias,
             targets=request.targets,
             labels=request.labels,
-            weights=request.weights,
+            ce_weights=request.ce_weights,
+            kd_weights=request.kd_weights,
             objective=self.settings.objective,
             head=self.settings.transform,
             impl=self.settings.impl,
             chunk_positions=self.settings.chunk_positions,
             memory_budget=self.settings.memory_budget,
         )
-        parts = torch.stack([output.kd, output.ce, output.agreement]).double() @ request.weights.double()
-        return WeightedLoss(loss=output.loss, parts=parts)
+        of_kd, of_ce = request.kd_weights.double(), request.ce_weights.double()
+        parts = [output.kd.double() @ of_kd, output.ce.double() @ of_ce, output.agreement.double() @ of_kd]
+        return WeightedLoss(loss=output.loss, parts=torch.stack(parts))
 
 
 def make_distillation_head(head: nn.Linear, settings: LossSettings) -> DistillationHead:

@@ -76,7 +76,7 @@ class _State:
     step: int
     rows_consumed: int
     tokens: int
-    sums: Tensor  # float64 (5,), since the last line of metrics, of this rank
+    sums: Tensor  # float64 (7,), since the last line of metrics, of this rank
     first_bad_step: Tensor  # int64 scalar: the first step with a loss or gradient that is no number
     saved: int  # the step of the last checkpoint, written or gone on from
     rows: RowsOrNothing
@@ -98,9 +98,12 @@ def _train(
         sums=torch.tensor(begin.sums, dtype=torch.float64, device=here.device) * here.is_first,
         first_bad_step=torch.tensor(_NEVER, device=here.device),
         saved=begin.step,
-        rows=RowsOrNothing(plan.store, most=train.skip_damaged_rows, left_out=begin.skipped_rows),
+        rows=RowsOrNothing(
+            plan.store, planes=plan.planes, most=train.skip_damaged_rows, left_out=begin.skipped_rows
+        ),
     )
-    read_heldout = functools.partial(_batch_of, functools.partial(plan.store.read_row, "heldout"), plan, here)
+    heldout_row = functools.partial(plan.store.read_part, "heldout", names=plan.planes)
+    read_heldout = functools.partial(_batch_of, heldout_row, plan, here, heldout=True)
     heldout = heldout_rows(wanted=train.evaluate_rows, rows=plan.store.rows("heldout"))
     with (
         together(here, lambda: tracker_of(folder, config, begin.step, here)) as tracker,
@@ -121,7 +124,8 @@ def _train(
                     sums = heldout_sums(
                         engine, heldout, read_heldout, micro_rows=train.micro_batch_rows, here=here
                     )
-                    record = {"kind": "heldout", "step": step, "tokens": state.tokens, **plan.means(sums)}
+                    means = plan.means(sums, heldout=True)
+                    record = {"kind": "heldout", "step": step, "tokens": state.tokens, **means}
                     together(here, functools.partial(tracker.log, record))
             if is_last or step % train.checkpoint_every == 0:
                 with _paused(state, plan, here):
@@ -161,9 +165,9 @@ def _step(
             check_values(
                 batch,
                 vocabulary_size=plan.loss.transform.vocabulary_size,
-                temperature=plan.loss.objective.temperature,
+                objective=plan.loss.objective,
             )
-    weight = torch.stack([batch.weights.sum() for batch in batches]).sum()
+    weight = torch.stack([batch.weight_sum for batch in batches]).sum()
     dist.all_reduce(weight)
     weight = torch.where(weight == 0, 1.0, weight)
     norm = None
@@ -199,7 +203,8 @@ def _log_step(
     _stop_on_bad_numbers(state, plan, here)
     _tell_left_out(tracker, state, here)
     sums = all_reduced(state.sums)
-    record = {"kind": "train", "step": state.step, "tokens": state.tokens, **plan.means(sums)}
+    means = plan.means(sums, heldout=False)
+    record = {"kind": "train", "step": state.step, "tokens": state.tokens, **means}
     # A GPU works behind the program's back: only now, after its numbers came, are the steps over.
     now = time.perf_counter()
     seconds = now - state.began - state.paused
@@ -287,8 +292,17 @@ def _steps_ahead(
         yield [_batch_of(read, plan, here, part) for part in parts]
 
 
-def _batch_of(read: Callable[[int], Row], plan: Plan, here: Ranks, rows: Sequence[int]) -> MicroBatch:
-    batch = micro_batch([read(row) for row in rows], rest=plan.rest)
+def _batch_of(
+    read: Callable[[int], Row], plan: Plan, here: Ranks, rows: Sequence[int], *, heldout: bool = False
+) -> MicroBatch:
+    manifest = plan.store.manifest
+    batch = micro_batch(
+        [read(row) for row in rows],
+        rest=plan.rest,
+        target=manifest.target,
+        share=1.0 if heldout else manifest.record.share,
+        weighted=not heldout,
+    )
     return pinned(batch) if here.device.type == "cuda" else batch
 
 

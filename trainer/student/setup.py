@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsekd.kernels.loss import default_impl
 from sparsekd.kernels.memory import MemoryPlan
-from sparsekd.kernels.objective import MIXTURE_DIVERGENCES, Objective
+from sparsekd.kernels.objective import MIXTURE_DIVERGENCES, Objective, needed_planes
 from sparsekd.kernels.temperature import RestFormula
 from sparsekd.logit_store.places.paths import StorePath, store_path
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
@@ -37,7 +37,7 @@ from sparsekd.trainer.student.model import check_student, load_student, student_
 from sparsekd.trainer.student.resume import Start, choose_start, digest_of, settings_of
 from sparsekd.trainer.student.run_folder import package_versions
 from sparsekd.trainer.student.skipping import check_left_out
-from sparsekd.trainer.student.sums import NAMES, means
+from sparsekd.trainer.student.sums import means, no_sums
 from sparsekd.trainer.student.universal import load_for_other_ranks
 
 
@@ -50,6 +50,7 @@ class Plan:
     loss: LossSettings
     memory: MemoryPlan | None  # of the loss; None for impl reference, which is dense
     rest: RestFormula | None  # log R at the objective's temperature; None where no teacher is needed
+    planes: frozenset[str]  # of the records: those that the loss reads, and so are decoded
     seed: int
     checks_values: bool
     fresh_commit: Commit  # what a checkpoint at step 0 would record
@@ -62,9 +63,10 @@ class Plan:
     def step_tokens(self) -> int:
         return self.shape.global_rows * self.store.manifest.sequence_length
 
-    def means(self, sums: Tensor) -> dict[str, float | None]:
+    def means(self, sums: Tensor, *, heldout: bool) -> dict[str, float | None]:
         """Means over counted positions of reduced sums, named as in metrics.jsonl."""
-        return means(sums, has_teacher=self.rest is not None, has_head=self.store.manifest.record.k > 0)
+        has_head = self.store.manifest.record.k > 0
+        return means(sums, has_teacher=self.rest is not None, has_head=has_head, heldout=heldout)
 
 
 def make_plan(config: Config, here: Ranks) -> Plan:
@@ -93,6 +95,7 @@ def _plan(config: Config, store: LogitStore, here: Ranks) -> Plan:
     ]:
         store.read_row("heldout", row)
     objective = resolved_objective(config.objective, manifest.record)
+    rest = rest_formula_of(objective, manifest)
     impl = _implementation(config.objective.impl, here.device)
     source = student_source(config.student, manifest.tokenizer)
     model_config = load_config(source, "student")
@@ -127,14 +130,20 @@ def _plan(config: Config, store: LogitStore, here: Ranks) -> Plan:
             memory_budget=memory_budget(config.objective),
         ),
         memory=memory,
-        rest=rest_formula_of(objective, manifest),
+        rest=rest,
+        planes=needed_planes(
+            objective,
+            k=manifest.record.k,
+            n=manifest.record.n,
+            on_grid=rest is None or rest.column is not None,
+        ),
         seed=train.seed,
         checks_values=config.debug.check_values,
         fresh_commit=Commit(
             step=0,
             rows_consumed=0,
             tokens=0,
-            sums=[0.0] * (len(NAMES) + 1),
+            sums=no_sums(torch.device("cpu")).tolist(),
             world_size=here.world_size,
             threads_per_rank=config.launch.threads_per_rank,
             store_digest=store.digest,

@@ -4,7 +4,7 @@ A row that is left out keeps its place in the data order, with weight 0: nothing
 stays the same function of (seed, position) for any number of ranks and resumes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,16 @@ class RowsOrNothing:
 
     Args:
         store: The store.
+        planes: Of the records, which are decoded.
         most: Different rows that may be left out, over the whole run; 0 raises at the first.
         left_out: Those that the run has left out before.
     """
 
-    def __init__(self, store: LogitStore, *, most: int, left_out: Sequence[int]) -> None:
+    def __init__(
+        self, store: LogitStore, *, planes: Collection[str], most: int, left_out: Sequence[int]
+    ) -> None:
         self._store = store
+        self._planes = planes
         self._most = most
         self._known = set(left_out)
         self._found: dict[int, tuple[int, str]] = {}  # row -> step that needs it, what is wrong with it
@@ -53,7 +57,7 @@ class RowsOrNothing:
         if row in self._known:
             return self._weightless()
         try:
-            return self._store.read_row("train", row)
+            return self._store.read_part("train", row, self._planes)
         except DamagedStoreError as error:
             if self._most == 0:
                 raise
@@ -96,7 +100,7 @@ class RowsOrNothing:
         if self._filler is None:
             for row in range(self._store.rows("train")):
                 try:
-                    self._filler = self._store.read_row("train", row)
+                    self._filler = self._store.read_part("train", row, self._planes)
                 except DamagedStoreError:
                     continue
                 break

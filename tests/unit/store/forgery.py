@@ -11,6 +11,7 @@ import re
 import struct
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ class ForgedShard:
     header: bytes | None = None
     footer: bytes | None = None
     record_text: bytes | None = None
+    counted: list[int] = field(default_factory=list)
 
     def plane_bytes(self) -> dict[str, int] | None:
         """Stored bytes of each plane; None where a batch is none."""
@@ -72,6 +74,16 @@ class ForgedShard:
         except ValueError:
             return None
         return {name: sum(len(planes[name]) for planes in stored) for name in self.planes}
+
+    def entries(self) -> list[bytes]:
+        """The entries of its rows in the index's table."""
+        begin = len(file_header(self.planes, self.metadata) if self.header is None else self.header)
+        entries = []
+        for place, message in enumerate(self.messages):
+            counted = self.counted[place] if place < len(self.counted) else 0
+            entries.append(struct.pack("<QIII", begin, len(message), zlib.crc32(message), counted))
+            begin += len(message)
+        return entries
 
     def files(self) -> tuple[bytes, bytes]:
         """(Arrow file, signed commit record)."""
@@ -104,6 +116,7 @@ class Forgery:
         index: content of the index; digests and sums of file lengths are made anew.
         index_text: of the index, where it is not to be made from `index`; only signed.
         index_is_forged: whether what the index says of planes is to stay as it is.
+        tables: what is done to the table of a split's rows, by the split; its digest is made anew.
         shards: (split, number) -> shard.
         others: the other files.
     """
@@ -114,6 +127,7 @@ class Forgery:
     others: dict[str, bytes]
     index_text: bytes | None = None
     index_is_forged: bool = False
+    tables: dict[str, Callable[[bytes], bytes]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, path: Path) -> "Forgery":
@@ -124,8 +138,9 @@ class Forgery:
         manifest, index = files.pop("MANIFEST.json"), json.loads(files.pop("INDEX.json"))
         shards = {}
         for split, entry in index["splits"].items():
-            for number in range(len(entry["shards"])):
-                stem = f"shards/{split}/{number:06d}"
+            files.pop(f"index/{split}-{entry['table_sha256'][:16]}.bin", None)
+            for number in range(entry["shards"]):
+                stem = f"shards/{split}/{number // 1000:03d}/{number:06d}"
                 shards[split, number] = _taken_apart(
                     files.pop(stem + ".arrow"), json.loads(files.pop(stem + ".json"))
                 )
@@ -152,18 +167,27 @@ class Forgery:
         files = dict(self.others)
         sizes: dict[str, int] = {}
         stored: dict[str, Counter[str]] = {}
+        rows: dict[str, list[bytes]] = {}
+        digests: dict[str, list[bytes]] = {}
         for (split, number), shard in self.shards.items():
             data, record = shard.files()
-            files[f"shards/{split}/{number:06d}.arrow"] = data
-            files[f"shards/{split}/{number:06d}.json"] = record
+            files[f"shards/{split}/{number // 1000:03d}/{number:06d}.arrow"] = data
+            files[f"shards/{split}/{number // 1000:03d}/{number:06d}.json"] = record
             entry = self.index["splits"][split]
-            entry["shards"][number]["record_digest"] = digest_in(record)
+            rows.setdefault(split, []).extend(shard.entries())
+            digests.setdefault(split, []).append(bytes.fromhex(digest_in(record)))
             sizes[split] = sizes.get(split, 0) + len(data)
             entry["file_bytes"] = sizes[split]
             planes = shard.plane_bytes()
             stored.setdefault(split, Counter()).update(planes or {})
             if planes is not None and not self.index_is_forged:
                 entry["plane_bytes"] = dict(stored[split])
+        for split, entries in rows.items():
+            table = self.tables.get(split, bytes)(b"".join(entries + digests[split]))
+            sha256 = hashlib.sha256(table).hexdigest()
+            files[f"index/{split}-{sha256[:16]}.bin"] = table
+            if isinstance(self.index["splits"].get(split), dict):
+                self.index["splits"][split]["table_sha256"] = sha256
         self.index["manifest_sha256"] = hashlib.sha256(self.manifest).hexdigest()
         files["INDEX.json"] = signed(text_of(self.index) if self.index_text is None else self.index_text)
         files["MANIFEST.json"] = self.manifest
@@ -181,6 +205,7 @@ def _taken_apart(data: bytes, record: dict[str, Any]) -> ForgedShard:
         metadata=[(key.decode(), value.decode()) for key, value in schema.metadata.items()],
         messages=[data[offset : offset + length] for offset, length in places],
         record=record,
+        counted=list(record["counted"]),
     )
 
 

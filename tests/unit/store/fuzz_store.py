@@ -34,7 +34,7 @@ from mutators import MUTATORS
 
 from sparsekd.logit_store.codecs.frequency import compact_parameters
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.manifest import CodecSpec
+from sparsekd.logit_store.manifest import CodecSpec, FeatureSpec
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.recover import record_of_file
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
@@ -43,7 +43,7 @@ from sparsekd.logit_store.tools.verify import verify_store
 SECONDS = 10
 SECONDS_ASLEEP = 60
 RESIDENT_BYTES = 512 * 10**6
-ADDRESS_SPACE = 8 << 30
+ADDRESS_SPACE = 6 << 30
 """More than that is asked for in vain, so that the machine lives."""
 
 LONGEST_SENTENCE = 1500
@@ -52,10 +52,15 @@ ROWS_READ = 12
 GOLDEN = Path(__file__).with_name("golden")
 
 
+def _feature(layer: int, kind: str, positions: str) -> FeatureSpec:
+    return FeatureSpec(layer, 8, 8, "none", None, 1.0, kind, positions)
+
+
 def base_stores(folder: Path) -> dict[str, Forgery]:
     """Sound stores of every codec and kind of record, and the golden ones."""
     both = {"k": 4, "n": 6}
     most = {"k": 3, "n": 5, "tail_logprobs": True, "planes": ("weights", "token_types")}
+    features = (_feature(2, "int8", "all"), _feature(4, "float16", "recorded"))
     masked = both | {"target": "masked_token"}
     classes = {"k": 3, "n": 0, "target": "class", "outcomes": tuple("abcde")}
     counts = np.arange(300)
@@ -66,6 +71,8 @@ def base_stores(folder: Path) -> dict[str, Forgery]:
         "tkq8 all": ("tkq8", {}, most | {"positions": "all"}),
         "tkq8 sampled": ("tkq8", {}, both | {"positions": "sampled", "share": 0.5}),
         "tkq8 masked": ("tkq8", {}, masked),
+        "tkq8 features": ("tkq8", {}, both | {"features": features}),
+        "exact features": ("exact", {}, {"k": 3, "n": 0, "features": features}),
         "tkq8 class": ("tkq8", {}, classes),
         "tkq8 head": ("tkq8", {}, {"k": 5, "n": 0}),
         "tkq8 draws": ("tkq8", {}, {"k": 0, "n": 7}),
@@ -173,7 +180,6 @@ def begin(number: int, what: str, path: Path) -> tuple[int, Child]:
     said = path.with_suffix(".said")
     try:
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-        resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         warnings.simplefilter("error")
         said.write_text("said " + read_case(path), errors="backslashreplace")
@@ -207,7 +213,7 @@ def run(cases: range, seed: int, jobs: int, keep: Path | None, sentences_shown: 
     counts: Counter[str] = Counter()
     by_mutator: Counter[str] = Counter()
     sentences: Counter[str] = Counter()
-    largest = 0
+    largest = (0, "")
     with tempfile.TemporaryDirectory() as folder:
         stores = base_stores(Path(folder))
         running: dict[int, Child] = {}
@@ -225,7 +231,7 @@ def run(cases: range, seed: int, jobs: int, keep: Path | None, sentences_shown: 
             identity, status, usage = _ended(running)
             child = running.pop(identity)
             resident = usage.ru_maxrss * 1024
-            largest = max(largest, resident)
+            largest = max(largest, (resident, f"case {child.number}, {child.what}"))
             kind, text = outcome(child, status, resident)
             counts[kind] += 1
             for mutator in set(child.what.partition(": ")[2].split(", ")):
@@ -245,7 +251,7 @@ def run(cases: range, seed: int, jobs: int, keep: Path | None, sentences_shown: 
         print(f"  {times:6,} {line}")
     for line, times in sentences.most_common(sentences_shown):
         print(f"  {times:6,} {line}")
-    print(f"  largest child: {largest / 1e6:.0f} MB resident")
+    print(f"  largest child: {largest[0] / 1e6:.0f} MB resident ({largest[1]})")
     return counts
 
 
@@ -277,6 +283,8 @@ def main() -> int:
     parser.add_argument("--sentences", type=int, default=0, help="how many kinds of sentences are counted")
     parser.add_argument("--keep", type=Path, help="folder for the stores that fail")
     options = parser.parse_args()
+    # Of this process too, whose mutators make what children read.
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     if options.only is not None:
         with tempfile.TemporaryDirectory() as folder:
             path = (options.keep or Path(folder)) / f"seed-{options.seed}-case-{options.only}"

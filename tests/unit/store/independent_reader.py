@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import struct
 import zlib
 
 import numpy as np
@@ -15,10 +16,18 @@ def read_store(path):
     text = (path / "MANIFEST.json").read_bytes()
     manifest, index = json.loads(text), signed(path / "INDEX.json")
     assert manifest["format_version"] == 1 and index["manifest_sha256"] == hashlib.sha256(text).hexdigest()
-    for split, shard in [(s, i) for s in index["splits"] for i in range(len(index["splits"][s]["shards"]))]:
-        record = signed(path / f"shards/{split}/{shard:06d}.json")
-        assert record["digest"] == index["splits"][split]["shards"][shard]["record_digest"]
-        data = (path / f"shards/{split}/{shard:06d}.arrow").read_bytes()
+    for split, shard in [(s, i) for s in index["splits"] for i in range(index["splits"][s]["shards"])]:
+        sha256, rows = index["splits"][split]["table_sha256"], index["splits"][split]["rows"]
+        table = (path / f"index/{split}-{sha256[:16]}.bin").read_bytes()
+        assert hashlib.sha256(table).hexdigest() == sha256
+        digests = table[20 * rows :].hex()
+        record = signed(path / f"shards/{split}/{shard // 1000:03d}/{shard:06d}.json")
+        assert record["digest"] == digests[64 * shard : 64 * shard + 64]
+        first = 20 * shard * manifest["rows_per_shard"]
+        entries = struct.iter_unpack("<QIII", table[first : first + 20 * len(record["offsets"])])
+        columns = (record["offsets"], record["lengths"], record["crc32"], record["counted"])
+        assert list(entries) == list(zip(*columns, strict=True))
+        data = (path / f"shards/{split}/{shard // 1000:03d}/{shard:06d}.arrow").read_bytes()
         schema = pa.ipc.read_schema(pa.py_buffer(data[8:]))
         for begin, length, crc32 in zip(record["offsets"], record["lengths"], record["crc32"], strict=True):
             assert zlib.crc32(data[begin : begin + length]) == crc32

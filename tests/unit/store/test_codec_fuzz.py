@@ -52,7 +52,7 @@ def test_every_flipped_byte_of_a_shard_is_found_and_placed(tmp_path: Path, kind:
     store = open_store(tmp_path / "store")
     commit = store.commit("train", 0)
     begin, length = int(commit.offsets[0]), int(commit.lengths[0])
-    file = tmp_path / "store/shards/train/000000.arrow"
+    file = tmp_path / "store/shards/train/000/000000.arrow"
     whole = file.read_bytes()
     named = set()
     for offset in range(begin, begin + length):

@@ -21,6 +21,7 @@ from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.places import local_files
 from sparsekd.logit_store.places.file_system import STEPS
 from sparsekd.logit_store.places.files import TEMPORARY_PREFIX, publish_bytes
+from sparsekd.logit_store.protocol import writer
 from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal, write_shard
 from sparsekd.logit_store.synthetic import (
     synthetic_manifest,
@@ -130,7 +131,7 @@ def test_killed_writers_are_continued_to_the_same_store(
             left_behind += len(_temporaries(path)) if path.exists() else 0
             for shard in range(chance.randint(0, 2), SHARDS, 2):  # so that there is more to kill
                 for ending in ("json", "arrow"):
-                    (path / f"shards/train/{shard:06d}.{ending}").unlink(missing_ok=True)
+                    (path / f"shards/train/{shard // 1000:03d}/{shard:06d}.{ending}").unlink(missing_ok=True)
             if status == signal.SIGKILL:
                 break
             assert status == 0
@@ -154,7 +155,7 @@ def test_a_broken_protocol_is_caught(tmp_path: Path, writers: Writers, whole: tu
     path, tokenizer = tmp_path / "broken", tmp_path / "whole-tokenizer"
     writers.start(path, tokenizer, 0, 1, "in place half written .arrow 4")
     assert writers.wait() == signal.SIGKILL
-    assert _torn(path, _tree(whole[0])) == ["shards/train/000000.arrow"]
+    assert _torn(path, _tree(whole[0])) == ["shards/train/000/000000.arrow"]
     # And still no reader sees it: it has no commit record, and goes to quarantine.
     assert committed_shards(path, "train") == set()
     writers.start(path, tokenizer, 0, 1)
@@ -270,6 +271,7 @@ def test_failing_step_publishes_nothing(
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
+        patch.setattr(writer, "read_manifest", lambda path: manifest)  # the steps of writing alone fail
         patch.setattr(local_files.os, step, fail)
         with pytest.raises(StoreError, match=r"000000\.arrow"):
             write_shard(path, manifest, "train", 0, rows)

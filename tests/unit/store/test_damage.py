@@ -21,7 +21,7 @@ from sparsekd.logit_store.synthetic import (
 )
 from sparsekd.logit_store.tools.verify import verify_store
 
-SHARD = "shards/train/000000.arrow"
+SHARD = "shards/train/000/000000.arrow"
 
 
 def _small_store(path: Path, **overrides) -> Path:
@@ -165,7 +165,7 @@ def test_swapped_rows_are_named(tmp_path: Path) -> None:
     store = open_store(path)
     commit = store.commit("train", 1)
     assert commit.lengths[0] == commit.lengths[1]
-    file = path / "shards/train/000001.arrow"
+    file = path / "shards/train/000/000001.arrow"
     data = bytearray(file.read_bytes())
     first, second, length = int(commit.offsets[0]), int(commit.offsets[1]), int(commit.lengths[0])
     data[first : first + length], data[second : second + length] = (
@@ -183,7 +183,7 @@ def test_swapped_rows_are_named(tmp_path: Path) -> None:
 
 def test_swapped_shards_are_found(tmp_path: Path) -> None:
     path = _store_of_equal_batches(tmp_path / "store")
-    one, other = path / "shards/train/000000.arrow", path / "shards/train/000002.arrow"
+    one, other = path / "shards/train/000/000000.arrow", path / "shards/train/000/000002.arrow"
     _swap(one, other)
     with pytest.raises(DamagedStoreError, match=r"shard 000000, row 1: .*it is the batch of row 7"):
         open_store(path).read_row("train", 1)
@@ -205,13 +205,15 @@ def test_sound_bytes_of_another_row_are_refused(tmp_path: Path) -> None:
 def test_shard_of_another_split_or_store_is_found(tmp_path: Path) -> None:
     path = _store_of_nine(tmp_path / "store")
     other = _store_of_nine(tmp_path / "other", rows_seed=4, seed=8)
-    for source in (path / "shards/heldout/000000", other / "shards/train/000000"):
+    for source in (path / "shards/heldout/000/000000", other / "shards/train/000/000000"):
         copy = shutil.copytree(path, tmp_path / "copy")
         for ending in (".arrow", ".json"):
-            shutil.copy(source.with_suffix(ending), copy / ("shards/train/000000" + ending))
+            shutil.copy(source.with_suffix(ending), copy / ("shards/train/000/000000" + ending))
         with pytest.raises(DamagedStoreError, match="is the record of shard 000000"):
             open_store(copy).read_row("train", 0)
-        (copy / "shards/train/000000.json").write_bytes((path / "shards/train/000000.json").read_bytes())
+        (copy / "shards/train/000/000000.json").write_bytes(
+            (path / "shards/train/000/000000.json").read_bytes()
+        )
         with pytest.raises(DamagedStoreError, match="shard 000000, row 0"):
             open_store(copy).read_row("train", 0)
         assert not verify_store(copy).ok
@@ -223,7 +225,7 @@ def test_rewritten_shard_with_valid_record_is_not_the_sealed_one(tmp_path: Path)
     write_synthetic_store(tmp_path / "rewritten", synthetic_manifest(), {"train": 9, "heldout": 3}, seed=5)
     for ending in (".arrow", ".json"):
         shutil.copy(
-            tmp_path / f"rewritten/shards/train/000000{ending}", path / f"shards/train/000000{ending}"
+            tmp_path / f"rewritten/shards/train/000/000000{ending}", path / f"shards/train/000/000000{ending}"
         )
     with pytest.raises(DamagedStoreError, match="not the one that was sealed"):
         open_store(path).read_row("train", 0)
@@ -231,11 +233,12 @@ def test_rewritten_shard_with_valid_record_is_not_the_sealed_one(tmp_path: Path)
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
     whole = _store_of_nine(tmp_path / "store")
-    for name in ("shards/train/000001.arrow", "shards/train/000001.json"):
+    for name in ("shards/train/000/000001.arrow", "shards/train/000/000001.json"):
         copy = shutil.copytree(whole, tmp_path / "copy")
         (copy / name).unlink()
+        store = open_store(copy)
         with pytest.raises(DamagedStoreError, match=rf"{name} is missing.*made again with .*--repair"):
-            open_store(copy).read_row("train", 4)
+            store.read_row("train", 4) if name.endswith(".arrow") else store.commit("train", 1)
         result = verify_store(copy)
         assert len(result.problems) == 1 and name in result.problems[0] and "DAMAGED" in result.text()
         assert result.rows == 9

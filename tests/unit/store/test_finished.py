@@ -133,8 +133,8 @@ def test_an_unfinished_store_on_a_read_only_disk_is_one_sentence(finished: Path)
     (made / "INDEX.json").unlink()
     with pytest.raises(StoreError, match=r"^Could not use .*/INDEX\.json: Read-only file system\.$"):
         seal(finished, PLAN)
-    (made / "shards/train/000001.json").unlink()
-    (made / "shards/train/000001.arrow").unlink()
+    (made / "shards/train/000/000001.json").unlink()
+    (made / "shards/train/000/000001.arrow").unlink()
     rows = synthetic_rows(synthetic_manifest(), 3, 9)
     with pytest.raises(StoreError, match=r"^Could not use .*/000001\.arrow: Read-only file system\.$"):
         write_shard(finished, synthetic_manifest(), "train", 1, rows)
@@ -177,7 +177,7 @@ def test_other_rows_than_those_of_a_committed_shard_are_refused(is_sealed: bool,
 def test_a_damaged_committed_shard_is_not_taken_for_written(tmp_path: Path) -> None:
     path, manifest = tmp_path / "store", synthetic_manifest()
     write_synthetic_store(path, manifest, {"train": 3}, seed=0)
-    place = path / "shards/train/000000.arrow"
+    place = path / "shards/train/000/000000.arrow"
     offset = int(open_store(path).commit("train", 0).offsets[0])
     data = bytearray(place.read_bytes())
     data[offset + 100] ^= 1

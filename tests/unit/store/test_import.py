@@ -1,5 +1,6 @@
 """From listed ids to records and rows: what `store import` makes of any source."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,17 @@ from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.row import document_of_position
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_tokenizer
 from sparsekd.logit_store.tools.verify import verify_store
-from sparsekd.trainer.importers.document import Document, Source, source_files
+from sparsekd.trainer.importers.document import Document, Format, Options, Source, source_files
 from sparsekd.trainer.importers.store import ImportResult, ImportSettings, import_source
 
 V = 40
+
+
+def _opened_elsewhere(path: Path, options: Options) -> Source:
+    raise AssertionError("the tests bring their sources")
+
+
+LAYOUT = Format("test", "documents made here", (), (), _opened_elsewhere, ("everything else",))
 
 
 def settings(folder: Path, **overrides: Any) -> ImportSettings:
@@ -51,7 +59,6 @@ def document(length: int, listed: int, seed: int, *, where: str = "here") -> tup
         loss_mask=mask,
         head_ids=order.copy(),
         head_logprobs=np.take_along_axis(logprobs, order, axis=1),
-        true_logprob=np.full(length, np.nan),
     )
     return made, logprobs
 
@@ -65,8 +72,8 @@ def run(
     def read() -> Iterator[Document]:
         yield from documents
 
-    source = Source("test", (tmp_path / "source",), rest, ("everything else",), read, {})
-    return import_source(source, tmp_path / name, settings(tmp_path, **overrides))
+    source = Source((tmp_path / "source",), rest, read)
+    return import_source(LAYOUT, source, tmp_path / name, settings(tmp_path, **overrides))
 
 
 def test_derived_records_are_the_dense_distribution_s(tmp_path: Path) -> None:
@@ -95,16 +102,16 @@ def test_derived_records_are_the_dense_distribution_s(tmp_path: Path) -> None:
     bound = np.minimum(head[:, -1], np.log(rest))
     np.testing.assert_allclose(record.true_logprob[~in_head], bound[~in_head], rtol=1e-5)
     assert (bound[~in_head] >= true[~in_head] - 1e-9).all(), "an upper bound"
-    assert store.manifest.dataset["imported"]["not_given"] == ["everything else"]
+    assert store.manifest.dataset["imported"]["not_given"][-1] == "everything else"
     assert verify_store(tmp_path / "store").problems == ()
 
 
 def test_a_true_logprob_that_the_source_gives_is_kept(tmp_path: Path) -> None:
     made, logprobs = document(10, 3, 1)
-    made.true_logprob[:9] = logprobs[np.arange(9), made.token_ids[1:]]
-    run(tmp_path, [made])
+    true = logprobs[np.arange(9), made.token_ids[1:]]
+    run(tmp_path, [dataclasses.replace(made, true_logprob=np.append(true, np.nan))])
     found = open_store(tmp_path / "store").read_row("train", 0).teacher.true_logprob
-    np.testing.assert_allclose(found, made.true_logprob[:9], rtol=1e-5)
+    np.testing.assert_allclose(found, true, rtol=1e-5)
 
 
 def test_records_without_a_normaliser_are_relative_to_the_head(tmp_path: Path) -> None:
@@ -144,7 +151,6 @@ def _listing(values: np.ndarray, ids: np.ndarray) -> Document:
         loss_mask=mask,
         head_ids=np.tile(ids, (length, 1)),
         head_logprobs=np.tile(values, (length, 1)),
-        true_logprob=np.full(length, np.nan),
     )
 
 
@@ -250,6 +256,8 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
             made.head_ids[5, 2] = made.head_ids[5, 1]
         elif change == "nan":
             made.head_logprobs[5, 2] = np.nan
+        elif change == "huge":
+            made.head_logprobs[5, 2] = -1e300
         elif change == "logits":
             made.head_logprobs[5] += 10
         with pytest.raises(StoreError) as caught:
@@ -260,10 +268,34 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     assert "position 5, entry 2: 42 is not an id" in broken("id")
     assert "position 5: id" in broken("twice") and "twice" in broken("twice")
     assert "position 5, entry 2: nan" in broken("nan")
+    assert "position 5, entry 2: -1e+300 is no finite value" in broken("huge")
     assert "no log-probabilities" in broken("logits")
     with pytest.raises(StoreError, match="nothing to import"):
         run(tmp_path, [])
     assert not (tmp_path / "store").exists()
+
+
+def test_fractional_weights_are_refused_until_a_store_keeps_them(tmp_path: Path) -> None:
+    made, _ = document(10, 4, 0, where="file, row 3")
+    weights = np.ones(10, np.float32)
+    weights[9] = 0.5  # where nothing counts, a weight says nothing
+    run(tmp_path, [dataclasses.replace(made, weights=weights)])
+    weights[4] = 0.5
+    with pytest.raises(StoreError, match=r"row 3, position 4 has the loss weight 0\.5"):
+        run(tmp_path, [dataclasses.replace(made, weights=weights)], name="other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_documents_inside_a_document_stay_apart(tmp_path: Path) -> None:
+    made, _ = document(10, 4, 0)
+    starts, numbers = np.array([0, 6, 8]), np.array([7, 4, -1])
+    made.loss_mask[[5, 7, 8]] = False
+    made = dataclasses.replace(made, segment_starts=starts, segment_documents=numbers)
+    run(tmp_path, [made], sequence_length=12)
+    row = open_store(tmp_path / "store").read_row("train", 0)
+    assert row.segment_starts.tolist() == [0, 6, 8, 10]
+    assert row.segment_documents.tolist() == [7, 4, -1, -1]
+    assert (row.teacher.true_logprob[[5, 7, 9]] == 0).all()
 
 
 def test_the_same_import_again_changes_nothing(tmp_path: Path) -> None:

@@ -217,8 +217,8 @@ def test_a_writer_killed_in_the_middle_of_an_upload_leaves_nothing(
     assert started[0].wait(120) == -signal.SIGKILL
     monkeypatch.setattr(s3, "before", lambda environment: None)
     assert committed_shards(path, "train") == {0, 1}
-    assert exists(path / "shards/train/000002.arrow") == (ending == "json")
-    assert not exists(path / "shards/train/000002.json")
+    assert exists(path / "shards/train/000/000002.arrow") == (ending == "json")
+    assert not exists(path / "shards/train/000/000002.json")
     rows = synthetic_rows(manifest, 48, 0)
     for shard in range(12):
         write_shard(path, manifest, "train", shard, rows[shard * 4 : shard * 4 + 4])

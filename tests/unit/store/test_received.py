@@ -172,7 +172,7 @@ def test_another_tokenizer_than_the_manifests_is_not_handed_out(local: Path) -> 
         _ = open_store(local).tokenizer_path
 
 
-@pytest.mark.parametrize("place", ["tokenizer", "shards", "shards/train", "quarantine"])
+@pytest.mark.parametrize("place", ["tokenizer", "shards", "shards/train", "quarantine", "projections"])
 def test_nothing_is_written_or_removed_through_a_link(place: str, local: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     if (local / place).exists():
@@ -258,7 +258,7 @@ def test_what_is_no_file_is_refused_in_place_of_a_text(kind: str, name: str, loc
 def test_what_is_no_file_is_refused_in_a_shards_place(
     kind: str, access: str, ending: str, local: Path
 ) -> None:
-    place = local / f"shards/train/000001.{ending}"
+    place = local / f"shards/train/000/000001.{ending}"
     place.unlink()
     KINDS[kind](place)
     store = open_store(local, access=access)
@@ -279,5 +279,5 @@ def test_what_is_no_file_is_refused_in_a_shards_place(
         with pytest.raises(StoreError):
             committed_shards(local, "train")
     if ending == "arrow":
-        (local / "shards/train/000001.json").unlink()
+        (local / "shards/train/000/000001.json").unlink()
         assert not adopt_shard(local, manifest, "train", 1), "in quarantine"

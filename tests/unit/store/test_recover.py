@@ -34,7 +34,7 @@ from sparsekd.logit_store.synthetic import (
 from sparsekd.logit_store.tools import verify
 from sparsekd.logit_store.tools.verify import verify_store
 
-SHARD, RECORD = "shards/train/000000.arrow", "shards/train/000000.json"
+SHARD, RECORD = "shards/train/000/000000.arrow", "shards/train/000/000000.json"
 
 
 def _tree(path: Path) -> dict[str, bytes]:
@@ -100,7 +100,7 @@ def test_an_unsound_shard_without_a_record_is_replaced_and_kept(
         create_store(tmp_path / "other", other, tmp_path / "tokenizer")
         split = "train" if damage == "another store's" else "heldout"
         write_shard(tmp_path / "other", other, split, 0, _rows(other))
-        content = (tmp_path / f"other/shards/{split}/000000.arrow").read_bytes()
+        content = (tmp_path / f"other/shards/{split}/000/000000.arrow").read_bytes()
     middle = len(content) // 2
     bad = {
         "garbage": b"something else",
@@ -214,7 +214,7 @@ def test_a_shard_of_another_text_is_not_adopted(empty: tuple[Path, Manifest], di
 def test_a_shard_behind_the_plan_is_not_adopted(empty: tuple[Path, Manifest]) -> None:
     path, manifest = empty
     write_shard(path, manifest, "train", 7, _rows(manifest))
-    (path / "shards/train/000007.json").unlink()
+    (path / "shards/train/000/000007.json").unlink()
     assert adopt_orphans(path, manifest, lambda split, shard: []) == (0, 1)
 
 
@@ -251,11 +251,11 @@ def sealed(tmp_path: Path) -> tuple[Path, list[Row], str]:
 def test_repair_gives_the_sealed_store_back(sealed: tuple[Path, list[Row], str]) -> None:
     path, rows, digest = sealed
     whole = _tree(path)
-    bad = bytearray(whole["shards/train/000001.arrow"])
+    bad = bytearray(whole["shards/train/000/000001.arrow"])
     bad[len(bad) // 2] ^= 1
-    (path / "shards/train/000001.arrow").write_bytes(bad)
-    (path / "shards/train/000002.json").write_bytes(b"no record")
-    (path / "shards/heldout/000000.arrow").unlink()
+    (path / "shards/train/000/000001.arrow").write_bytes(bad)
+    (path / "shards/train/000/000002.json").write_bytes(b"no record")
+    (path / "shards/heldout/000/000000.arrow").unlink()
     asked = []
 
     def recapture(split: str, shard: int) -> Sequence[Row]:
@@ -272,9 +272,9 @@ def test_repair_gives_the_sealed_store_back(sealed: tuple[Path, list[Row], str])
     assert asked == [("train", 1), ("heldout", 0)]
     kept = {
         "quarantine/train/000001.arrow": bytes(bad),
-        "quarantine/train/000001.json": whole["shards/train/000001.json"],
+        "quarantine/train/000001.json": whole["shards/train/000/000001.json"],
         "quarantine/train/000002.json": b"no record",
-        "quarantine/heldout/000000.json": whole["shards/heldout/000000.json"],
+        "quarantine/heldout/000000.json": whole["shards/heldout/000/000000.json"],
     }
     assert _tree(path) == whole | kept
     after = verify_store(path)
@@ -284,10 +284,10 @@ def test_repair_gives_the_sealed_store_back(sealed: tuple[Path, list[Row], str])
 
 def test_repair_with_other_bits_names_them_or_seals_anew(sealed: tuple[Path, list[Row], str]) -> None:
     path, _, digest = sealed
-    bad = bytearray((path / "shards/train/000001.arrow").read_bytes())
+    bad = bytearray((path / "shards/train/000/000001.arrow").read_bytes())
     record = open_store(path).commit("train", 1)
     bad[int(record.offsets[0]) + int(record.lengths[0]) // 2] ^= 1  # in its first row; two can be read
-    (path / "shards/train/000001.arrow").write_bytes(bad)
+    (path / "shards/train/000/000001.arrow").write_bytes(bad)
     broken = _tree(path)
 
     def recapture(split: str, shard: int) -> Sequence[Row]:
@@ -307,15 +307,15 @@ def test_repair_with_other_bits_names_them_or_seals_anew(sealed: tuple[Path, lis
     assert verify_store(path).ok
     assert (path / "quarantine/INDEX.json").read_bytes() == broken["INDEX.json"]
     # Once more: the older file in quarantine is not replaced.
-    (path / "shards/train/000001.arrow").write_bytes(bad)
+    (path / "shards/train/000/000001.arrow").write_bytes(bad)
     repair_store(path, [("train", 1)], recapture)
     assert (path / "quarantine/train/000001.arrow.1").read_bytes() == bytes(bad)
 
 
 def _two_cut_shards(path: Path) -> None:
-    whole = (path / "shards/train/000000.arrow").read_bytes()
-    (path / "shards/train/000000.arrow").write_bytes(whole[:-9])
-    (path / "shards/train/000002.arrow").unlink()
+    whole = (path / "shards/train/000/000000.arrow").read_bytes()
+    (path / "shards/train/000/000000.arrow").write_bytes(whole[:-9])
+    (path / "shards/train/000/000002.arrow").unlink()
 
 
 def test_resealing_takes_several_shards_and_seals_once(sealed: tuple[Path, list[Row], str]) -> None:
@@ -373,7 +373,7 @@ def test_repair_that_was_killed_goes_on(
 ) -> None:
     path, rows, digest = sealed
     whole = _tree(path)
-    (path / "shards/train/000001.arrow").write_bytes(b"broken")
+    (path / "shards/train/000/000001.arrow").write_bytes(b"broken")
 
     def recapture(split: str, shard: int) -> Sequence[Row]:
         return rows[shard * 3 : shard * 3 + 3]
@@ -388,7 +388,7 @@ def test_repair_that_was_killed_goes_on(
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 patch.setattr(file_system, "reached", stop)
                 repair_store(path, verify_store(path).damaged, recapture)
-                (path / "shards/train/000001.arrow").write_bytes(b"broken")
+                (path / "shards/train/000/000001.arrow").write_bytes(b"broken")
                 repair_store(path, verify_store(path).damaged, recapture)
     repair_store(path, verify_store(path).damaged, recapture)
     assert verify_store(path).ok and open_store(path).digest == digest
@@ -431,7 +431,9 @@ def test_a_failed_write_fails_the_next_put_and_the_end(empty: tuple[Path, Manife
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:  # never blocks, however much is put
             writer.put("train", 1, _rows(manifest))
-    assert {name for name in _tree(path) if "train" in name} <= {"shards/train/000001.arrow"} | set(before)
+    assert {name for name in _tree(path) if "train" in name} <= {"shards/train/000/000001.arrow"} | set(
+        before
+    )
     with pytest.raises(StoreError, match="token_ids is 300"), BackgroundWriter(path, manifest) as writer:
         writer.put("train", 2, invalid)
     assert committed_shards(path, "train") == set()

@@ -211,7 +211,7 @@ def test_only_the_bytes_that_the_record_names_are_accepted(
     create_store(bucket / "other", manifest, local[0] / "tokenizer")
     write_shard(bucket / "other", manifest, "train", 1, synthetic_rows(manifest, 3, 9))
     # A writer that should be dead completes its upload.
-    stray = (bucket / "other/shards/train/000001.arrow").read_bytes()
+    stray = (bucket / "other/shards/train/000/000001.arrow").read_bytes()
     publish_bytes(shard_file(path, "train", 1), stray, replace=True)
     store = open_store(path)
     with pytest.raises(DamagedStoreError, match=r"s3://bucket/.*split train, shard 000001, row 3: "):
@@ -298,7 +298,7 @@ def test_the_cache_is_a_matter_of_the_machine(tmp_path: Path) -> None:
 def test_a_record_of_another_upload_is_not_taken(bucket: RemotePath, local: tuple[Path, str]) -> None:
     path = bucket / "store"
     _write(path, local[0])
-    other = (path / "shards/train/000002.json").read_bytes()
+    other = (path / "shards/train/000/000002.json").read_bytes()
     publish_bytes(commit_file(path, "train", 1), other, replace=True)
     with pytest.raises(DamagedStoreError, match="is the record of shard 000002"):
         open_store(path).read_row("train", 3)

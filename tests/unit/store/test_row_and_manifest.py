@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from sparsekd.logit_store.manifest import (
     manifest_to_json,
 )
 from sparsekd.logit_store.places.tokenizer_folder import tokenizer_digest
+from sparsekd.logit_store.protocol.writer import create_store
 from sparsekd.logit_store.row import Row, document_of_position, position_ids
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_tokenizer
 
@@ -67,7 +70,7 @@ def test_every_field_is_compared_by_name() -> None:
     manifest = synthetic_manifest()
     raw = json.loads(manifest_to_json(manifest))
     # One value alone, or values that go with those of other fields: see the next test.
-    bound = {("format_version",), ("outcomes",), ("record", "rest"), ("record", "share")}
+    bound = {("format_version",), ("outcomes",), ("features",), ("record", "rest"), ("record", "share")}
     chosen = {
         ("target",): "masked_token",
         ("planes",): ["weights"],
@@ -207,3 +210,19 @@ def test_tokenizer_digest_sees_names_and_bytes(tmp_path) -> None:
     assert len({before, with_else, tokenizer_digest(folder)}) == 3
     with pytest.raises(StoreError, match="does not exist"):
         tokenizer_digest(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"dataset": {"words": ["w" * 1000] * 17_000}}, "expected at most 16,777,216: describe the data"),
+        ({"dataset": {"many": list(range(10)), "deep": json.loads("[" * 40 + "]" * 40)}}, "32 levels"),
+        ({"dataset": {"count": 2**63}}, "expected an int of 64 bits"),
+    ],
+)
+def test_what_no_reader_takes_is_not_written(tmp_path: Path, fields: dict[str, Any], words: str) -> None:
+    manifest = synthetic_manifest(**fields)
+    tokenizer = write_synthetic_tokenizer(tmp_path / "tokenizer", manifest.tokenizer.vocabulary_size)
+    with pytest.raises(StoreError, match=words):
+        create_store(tmp_path / "store", manifest, tokenizer)
+    assert not (tmp_path / "store").exists()

@@ -1,13 +1,9 @@
 """`sparsekd store ACTION` as it is typed: what it says, what it refuses, what it leaves behind."""
 
 import dataclasses
-import json
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import yaml
 
 from sparsekd.logit_store.manifest import CodecSpec
 from sparsekd.logit_store.protocol.reader import open_store
@@ -17,9 +13,6 @@ from sparsekd.trainer.config import ObjectiveConfig
 from sparsekd.trainer.errors import ConfigError
 from sparsekd.trainer.store_cli import ACTIONS
 from sparsekd.trainer.student.checks import resolved_objective
-
-sys.path.append(str(Path(__file__).parent))
-import test_import_formats as formats
 
 
 @pytest.fixture
@@ -102,12 +95,7 @@ def test_bad_words_are_one_sentence(stores: Path, capsys: pytest.CaptureFixture[
         "reencode a c --k 9": "k = 9 cannot be made",
         "reencode a b --k 4 --drop-draws": "b is another store",
         "compare a b": "rows of train is 6 and 3",
-        "import x c": "required: --format",
         "import x c --format pickle": "invalid choice: 'pickle'",
-        "import x c --format vllm": "needs --tokenizer",
-        "import x c --format megatron": "needs --tokens: a token store",
-        "import x c --format vllm --tokenizer t --tokens a": "--tokens does not belong",
-        "import x c --format distillkit --tokenizer t": "compression_config.yaml is not there",
         "export a a": "a is no export",
         "verify a teacher.path=x": "takes no settings",
         "verify a --reseal": "--reseal says what --repair may do",
@@ -124,80 +112,6 @@ def test_progress_goes_to_stderr_now_and_then(
     monkeypatch.setattr("sparsekd.trainer.store_cli.SECONDS_BETWEEN_LINES", 0.0)
     assert main(["store", "stats", "a"]) == 0
     assert "store stats: 8/8 (100%) rows" in capsys.readouterr().err
-
-
-def _tokenizer() -> Path:
-    """A tokenizer of 300 ids that transformers loads."""
-    source = Path("a/tokenizer/tokenizer.json").read_text()
-    folder = Path("hub")
-    folder.mkdir()
-    (folder / "tokenizer.json").write_text(source)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w0"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
-def test_imports_by_name(stores: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    hub = _tokenizer()
-    formats._write_distillkit(Path("distillkit"), formats._texts(4), formats.FITTED)
-    Path("distillkit/compression_config.yaml").write_text(yaml.safe_dump(formats.FITTED))
-    lines = [json.dumps(formats._nemo_line(8 + number, number, padded=2)[0]) for number in range(3)]
-    Path("nemo.jsonl").write_text("\n".join(lines))
-    Path("vllm.jsonl").write_text(json.dumps(formats._answer(7, 0)[0]))
-    for kind, source, k in (
-        ("distillkit", "distillkit", 9),
-        ("nemo", "nemo.jsonl", 5),
-        ("vllm", "vllm.jsonl", 4),
-    ):
-        words = f"store import {source} new-{kind} --format {kind} --codec exact --teacher-name big"
-        assert main([*words.split(), "--tokenizer", str(hub)]) == 0, capsys.readouterr().err
-        out = capsys.readouterr().out
-        assert "not given  log R" in out and f"next: sparsekd store verify new-{kind}" in out
-        manifest = open_store(Path(f"new-{kind}")).manifest
-        assert manifest.record.k == k and manifest.record.rest == "derived"
-        assert manifest.teacher is not None and manifest.teacher.name == "big"
-        assert manifest.tokenizer.vocabulary_size == 300 and manifest.tokenizer.eos_token_id == 0
-        assert main(["store", "inspect", f"new-{kind}"]) == 0
-        assert "1 - the head's sum" in capsys.readouterr().out
-
-
-def test_megatron_s_samples_meet_the_rows_of_a_token_store(
-    stores: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    formats._write_tars(Path("tars"), 1, 2)
-    manifest = synthetic_manifest(k=0, n=0, sequence_length=formats.LENGTH)
-    write_synthetic_store(Path("tokens"), manifest, {"train": 9}, seed=0)
-    words = [
-        "store",
-        "import",
-        "tars",
-        "new",
-        "--format",
-        "megatron",
-        "--tokens",
-        "tokens",
-        "--codec",
-        "exact",
-    ]
-    assert main([*words, "--k", "4"]) == 2
-    assert "lists 3 ids" in capsys.readouterr().err
-    assert main(words) == 0, capsys.readouterr().err
-    assert "tokens and loss masks" in capsys.readouterr().out
-    store, tokens = open_store(Path("new")), open_store(Path("tokens"))
-    assert store.rows("train") == 8 and store.manifest.dataset["token_store"] == tokens.digest
-    assert store.manifest.dataset["imported"]["megatron"]["identifiers"] == {"seed": 1}
-    for number in range(8):
-        row, source = store.read_row("train", number), tokens.read_row("train", number)
-        np.testing.assert_array_equal(row.token_ids, source.token_ids)
-        np.testing.assert_array_equal(row.loss_mask, source.loss_mask)
-        ids, values = formats._sample(number)
-        np.testing.assert_array_equal(row.recorded, row.loss_mask)
-        np.testing.assert_array_equal(row.teacher.head_ids, ids[row.loss_mask, :3])
-        np.testing.assert_allclose(row.teacher.head_logprobs, values[row.loss_mask, :3], rtol=1e-3)
-    write_synthetic_store(Path("few"), manifest, {"train": 7}, seed=0)
-    assert main([*words[:3], "other", *words[4:6], "--tokens", "few"]) == 2
-    assert "more samples than split train of few has rows (7)" in capsys.readouterr().err
-    assert not Path("other").exists()
 
 
 def test_training_asks_an_imported_store_only_for_what_it_holds() -> None:

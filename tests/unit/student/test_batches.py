@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import pytest
 import torch
 
 from sparsekd.kernels.loss import sparse_kd_loss
-from sparsekd.kernels.objective import HeadTransform, Objective
+from sparsekd.kernels.objective import HeadTransform, Objective, needed_planes
+from sparsekd.kernels.targets import NOTHING
 from sparsekd.logit_store.codecs.frequency import compact_parameters
 from sparsekd.logit_store.manifest import CodecSpec, Manifest
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
-from sparsekd.logit_store.row import NO_ID, Row
+from sparsekd.logit_store.row import NO_ID, Row, weights_of_positions
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_tokenizer
 from sparsekd.trainer.errors import DataError
 from sparsekd.trainer.student.batches import (
@@ -26,8 +28,10 @@ from sparsekd.trainer.student.batches import (
     ReadAhead,
     check_values,
     counting_rows,
+    head_positions,
     micro_batch,
     rest_formula_of,
+    sparse_targets,
 )
 
 MANIFEST = synthetic_manifest(vocabulary_size=50, sequence_length=12, k=3, n=5)
@@ -61,13 +65,12 @@ def test_labels_are_the_next_tokens_of_the_same_document() -> None:
     for row in rows(30):
         batch = micro_batch([row], rest=None)
         starts = set(row.segment_starts.tolist())
-        for position, label in enumerate(batch.labels.tolist()):
-            if row.loss_mask[position]:
-                assert label == row.token_ids[position + 1]
-                assert position + 1 not in starts
-                assert batch.weights[position] == 1
-            else:
-                assert label == IGNORED_LABEL and batch.weights[position] == 0
+        assert batch.positions.tolist() == np.flatnonzero(row.loss_mask).tolist()
+        for position, label in zip(batch.positions.tolist(), batch.labels.tolist(), strict=True):
+            assert label == row.token_ids[position + 1]
+            assert position + 1 not in starts
+        assert bool((batch.ce_weights == 1).all()) and bool((batch.kd_weights == 0).all())
+        assert batch.weight_sum.item() == row.loss_mask.sum() and batch.weight_sum.dtype == torch.float32
         positions = batch.position_ids[0].tolist()
         assert [index for index, value in enumerate(positions) if value == 0] == sorted(starts)
 
@@ -77,10 +80,14 @@ def test_targets_are_head_then_draws_at_the_chosen_temperature() -> None:
     batch = micro_batch(some, rest=rest_formula_of(objective(temperature=2.0), MANIFEST))
     assert batch.token_ids.shape == (2, 12) and batch.targets is not None
     ids, head_logprobs, counts, log_rest, entropy = batch.targets
-    assert ids.shape == (24, 8) and ids.dtype == torch.int64
-    for number, position in records_of(some[1]):
-        teacher, there = some[1].teacher, 12 + position
-        assert teacher is not None
+    mask = np.concatenate([row.loss_mask for row in some])
+    assert ids.shape == (mask.sum(), 8) and ids.dtype == torch.int64 and mask[12:].sum() > 4
+    assert batch.positions.tolist() == np.flatnonzero(mask).tolist()
+    assert torch.equal(batch.kd_weights, torch.ones(len(ids)))
+    teacher, before = some[1].teacher, int(mask[:12].sum())
+    assert teacher is not None
+    for number, _ in records_of(some[1]):
+        there = before + number
         assert ids[there, :3].tolist() == teacher.head_ids[number].tolist()
         assert ids[there, 3:].tolist() == teacher.tail_ids[number].tolist()
         assert counts[there].tolist() == teacher.tail_counts[number].tolist()
@@ -89,27 +96,17 @@ def test_targets_are_head_then_draws_at_the_chosen_temperature() -> None:
         assert entropy[there].item() == teacher.entropy[number]
 
 
-def test_where_no_record_stands_nothing_is_said() -> None:
-    some = rows(4)
-    batch = micro_batch(some, rest=rest_formula_of(objective(), MANIFEST))
-    assert batch.targets is not None
-    silent = np.concatenate([~row.loss_mask for row in some])
-    assert 0 < silent.sum() < silent.size
-    assert bool((batch.targets.ids[silent] == NO_ID).all()) and not batch.targets.tail_counts[silent].any()
-    assert bool(torch.isneginf(batch.targets.head_logprobs[silent]).all())
-    assert not batch.weights[silent].any() and batch.weights[~silent].all()
-
-
 def test_targets_between_the_grid_s_temperatures() -> None:
     """log R of each position is what the formula makes of its stored values and the rest's entropy."""
     some, rest = rows(2), rest_formula_of(objective(temperature=3.0), MANIFEST)
     assert rest is not None and rest.column is None
     targets = micro_batch(some, rest=rest).targets
     assert targets is not None
-    for number, position in records_of(some[1]):
+    before = int(some[0].loss_mask.sum())
+    for number, _ in records_of(some[1]):
         teacher = some[1].teacher
         assert teacher is not None
-        stored, found = teacher.log_rest[number], targets.log_rest[12 + position].item()
+        stored, found = teacher.log_rest[number], targets.log_rest[before + number].item()
         expected = rest.constant + rest.entropy * teacher.rest_entropy[number] + stored @ rest.columns
         assert found == pytest.approx(expected, rel=1e-6)
         # R grows with the temperature.
@@ -122,14 +119,16 @@ def test_no_record_is_read_without_distillation() -> None:
 
 def test_values_are_checked_where_asked() -> None:
     batch = micro_batch(rows(2), rest=rest_formula_of(objective(), MANIFEST))
-    check_values(batch, vocabulary_size=50, temperature=1.0)
+    check_values(batch, vocabulary_size=50, objective=objective())
     with pytest.raises(DataError, match=r"token_ids at row \d, position \d+ is \d+, expected .*store verify"):
-        check_values(batch, vocabulary_size=int(batch.token_ids.max()), temperature=1.0)
+        check_values(batch, vocabulary_size=int(batch.token_ids.max()), objective=objective())
+    with pytest.raises(DataError, match=r"positions at 1 is 24, expected a number from 0 to 23"):
+        wrong = replace(batch, positions=batch.positions.index_fill(0, torch.tensor([1]), 24))
+        check_values(wrong, vocabulary_size=50, objective=objective())
     assert batch.targets is not None
-    counted = int(batch.weights.nonzero()[3])
-    batch.targets.log_rest[counted] = float("nan")
-    with pytest.raises(DataError, match=rf"targets.log_rest at position {counted} is nan.*store verify"):
-        check_values(batch, vocabulary_size=50, temperature=1.0)
+    batch.targets.log_rest[3] = float("nan")
+    with pytest.raises(DataError, match=r"head, targets.log_rest at position 3 is nan.*store verify"):
+        check_values(batch, vocabulary_size=50, objective=objective())
 
 
 def compact_rows(path: Path, mass: float | None) -> tuple[Manifest, list[Row]]:
@@ -161,14 +160,12 @@ def test_short_heads_and_impossible_entries_pass_the_check(tmp_path: Path, mass:
     batch = micro_batch(some, rest=rest_formula_of(objective(), manifest))
     assert batch.targets is not None
     assert bool(torch.isneginf(batch.targets.head_logprobs).any())
-    there = torch.from_numpy(np.concatenate([row.loss_mask for row in some]))
-    assert bool((batch.targets.ids[there] < 0).any()) == (mass is not None)
-    check_values(batch, vocabulary_size=50, temperature=1.0)
+    assert bool((batch.targets.ids < 0).any()) == (mass is not None)
+    check_values(batch, vocabulary_size=50, objective=objective())
     # Still not everything passes.
-    counted = int(batch.weights.nonzero()[3])
-    batch.targets.head_logprobs[counted, 0] = float("nan")
-    with pytest.raises(DataError, match=rf"targets.head_logprobs at position {counted}, column 0 is nan"):
-        check_values(batch, vocabulary_size=50, temperature=1.0)
+    batch.targets.head_logprobs[3, 0] = float("nan")
+    with pytest.raises(DataError, match=r"targets.head_logprobs at position 3, column 0 is nan"):
+        check_values(batch, vocabulary_size=50, objective=objective())
 
 
 @pytest.mark.parametrize("mass", [None, 0.5, 0.9])
@@ -190,7 +187,7 @@ def test_losses_of_short_heads_are_those_of_the_dense_reference(
     chosen = objective(target_mode=target_mode, divergence=divergence, ce_weight=0.5, temperature=2.0)
     batch = micro_batch(some, rest=rest_formula_of(chosen, manifest))
     generator = torch.Generator().manual_seed(3)
-    values = torch.randn(72, 8, generator=generator, dtype=torch.float64)
+    values = torch.randn(72, 8, generator=generator, dtype=torch.float64)[batch.positions]
     matrix = torch.randn(50, 8, generator=generator, dtype=torch.float64)
     found = {}
     for impl in ("reference", "torch"):
@@ -201,7 +198,8 @@ def test_losses_of_short_heads_are_those_of_the_dense_reference(
             bias=None,
             targets=batch.targets,
             labels=batch.labels,
-            weights=batch.weights,
+            ce_weights=batch.ce_weights,
+            kd_weights=batch.kd_weights,
             objective=chosen,
             head=HeadTransform(vocabulary_size=50, scale=1.0, softcap=None),
             impl=impl,
@@ -217,10 +215,60 @@ def test_losses_of_short_heads_are_those_of_the_dense_reference(
 
 
 def test_rows_that_fill_a_pass_do_not_count() -> None:
-    batch = micro_batch(rows(3), rest=None)
-    only = counting_rows(batch, 1)
-    assert torch.equal(only.weights[:12], batch.weights[:12]) and only.weights[12:].sum() == 0
-    assert batch.weights[12:].sum() > 0
+    some = rows(3)
+    batch = micro_batch(some, rest=rest_formula_of(objective(), MANIFEST))
+    for count in (0, 1, 3):
+        only = counting_rows(batch, count)
+        # As a micro-batch of these rows alone, but for the tokens of the forward pass.
+        kept = int((batch.positions < 12 * count).sum())
+        assert torch.equal(only.token_ids, batch.token_ids) and len(only.positions) == kept
+        assert only.weight_sum == only.ce_weights.sum() == kept and only.weight_sum.dtype == torch.float32
+        expected = micro_batch(some[:count], rest=rest_formula_of(objective(), MANIFEST)) if count else None
+        if expected is not None:
+            assert only.targets is not None and expected.targets is not None
+            for one, other in zip(only.targets, expected.targets, strict=True):
+                assert torch.equal(one, other)
+            for name in ("positions", "labels", "ce_weights", "kd_weights", "weight_sum"):
+                assert torch.equal(getattr(only, name), getattr(expected, name)), name
+    assert len(counting_rows(batch, 0).positions) == 0 < len(batch.positions)
+
+
+def test_which_positions_reach_the_head() -> None:
+    """Those with a weight; each with the place of its record where it has one that counts."""
+    labels = np.array([[5, 6, IGNORED_LABEL, 8], [1, 2, 3, IGNORED_LABEL]])
+    ce_weights = np.array([[1, 0, 2, 0.5], [0, 3, 0, 0]], np.float32)
+    kd_weights = np.array([[4, 0, 0, 0], [0, 0, 12, 7]], np.float32)
+    recorded = np.array([[True, True, False, False], [True, False, True, True]])
+    found = head_positions(labels, ce_weights, kd_weights, recorded)
+    assert found.positions.tolist() == [0, 3, 5, 6, 7]
+    assert found.labels.tolist() == [5, 8, 2, 3, IGNORED_LABEL]
+    # A position without a label has no cross-entropy, but counts in the denominator of what it learns.
+    assert found.ce_weights.tolist() == [1, 0.5, 3, 0, 0] and found.weight_sum == 6.5
+    assert found.kd_weights.tolist() == [4, 0, 0, 12, 7]
+    # Records stand one after another: two of the first row, then three of the second.
+    assert found.records.tolist() == [0, -1, -1, 3, 4]
+    everywhere = head_positions(labels, ce_weights, kd_weights, None)
+    assert everywhere.records.tolist() == [0, -1, -1, 6, 7]
+    dtypes = [value.dtype for value in found]
+    assert dtypes == [np.int64, np.int64, np.float32, np.float32, np.int64, np.float32]
+    with pytest.raises(ValueError, match=r"kd_weights at row 1, position 1 is 9.0, expected 0, because"):
+        head_positions(labels, ce_weights, kd_weights + np.float32([[0] * 4, [0, 9, 0, 0]]), recorded)
+    nothing = head_positions(labels, 0 * ce_weights, 0 * kd_weights, recorded)
+    assert nothing.positions.size == nothing.records.size == 0 and nothing.weight_sum == 0
+
+
+def test_targets_without_a_record_hold_nothing() -> None:
+    some = rows(2)
+    rest = rest_formula_of(objective(temperature=3.0), MANIFEST)
+    assert rest is not None
+    count = sum(int(row.loss_mask.sum()) for row in some)
+    whole = sparse_targets(some, rest, np.arange(count))
+    found = sparse_targets(some, rest, np.array([3, -1, count - 2, -1]))
+    for name, value in found._asdict().items():
+        expected = getattr(whole, name)
+        assert torch.equal(value[[0, 2]], expected[[3, count - 2]]) and value.dtype == expected.dtype, name
+        assert bool((value[[1, 3]] == NOTHING[name]).all()), name
+    assert all(len(value) == 0 for value in sparse_targets(some, rest, np.array([], np.int64)))
 
 
 def test_reading_ahead_keeps_the_order_whatever_the_timing() -> None:
@@ -267,3 +315,63 @@ def test_a_failure_in_the_thread_is_raised_in_its_place() -> None:
         assert ahead.next() == 1
         with pytest.raises(OSError, match="row 7 is damaged"):
             ahead.next()
+
+
+def test_weights_shares_and_labels_of_a_batch() -> None:
+    """Documents' weights in both, the inverse share where a record stands; held-out rows weigh 1 each."""
+    manifest = synthetic_manifest(
+        vocabulary_size=50, sequence_length=40, k=3, n=5, planes=("weights",), positions="sampled", share=0.4
+    )
+    rest = rest_formula_of(objective(), manifest)
+    some = synthetic_rows(manifest, 5, seed=2)
+    batch = micro_batch(some, rest=rest, share=0.4)
+    mask = np.concatenate([row.loss_mask for row in some])
+    recorded = np.concatenate([row.recorded for row in some])
+    weights = np.concatenate([weights_of_positions(row) for row in some])
+    assert len(set(weights[mask])) > 1 and 0 < recorded.sum() < mask.sum()
+    assert batch.positions.tolist() == np.flatnonzero(mask).tolist()
+    np.testing.assert_array_equal(batch.ce_weights, weights[mask])
+    np.testing.assert_allclose(batch.kd_weights, (weights * recorded / 0.4)[mask], rtol=1e-6)
+    assert batch.weight_sum.item() == pytest.approx(weights[mask].sum())
+    plain = micro_batch(some, rest=rest, weighted=False)
+    assert torch.equal(plain.ce_weights, torch.ones(int(mask.sum())))
+    assert plain.weight_sum.item() == mask.sum()
+
+
+@pytest.mark.parametrize("target", ["masked_token", "class"])
+def test_labels_of_other_targets(target: str) -> None:
+    outcomes = ("a", "b", "c", "d", "e") if target == "class" else None
+    manifest = synthetic_manifest(
+        vocabulary_size=50, sequence_length=40, k=3, n=0, target=target, outcomes=outcomes
+    )
+    some = synthetic_rows(manifest, 4, seed=2)
+    some[0].optional["labels"][0] = NO_ID
+    batch = micro_batch(some, rest=rest_formula_of(objective(), manifest), target=target)
+    stored = np.concatenate([row.optional["labels"] for row in some]).tolist()
+    assert batch.labels.tolist() == [IGNORED_LABEL, *stored[1:]]
+    assert batch.ce_weights.tolist() == [0, *[1] * (len(stored) - 1)]
+    assert batch.kd_weights.tolist() == [1] * len(stored) and batch.weight_sum.item() == len(stored)
+
+
+def test_planes_that_the_loss_does_not_read_are_not_decoded(tmp_path: Path) -> None:
+    tokenizer = write_synthetic_tokenizer(tmp_path / "tokenizer", 50)
+    create_store(tmp_path / "store", MANIFEST, tokenizer)
+    write_shard(tmp_path / "store", MANIFEST, "train", 0, rows(3))
+    seal(tmp_path / "store", {"train": 1, "heldout": 0})
+    store = open_store(tmp_path / "store")
+    for changes in ({}, {"target_mode": "sampled"}, {"temperature": 3.0}, {"kd_weight": 0.0}):
+        chosen = objective(**{"ce_weight": 1.0, **changes})
+        rest = rest_formula_of(chosen, MANIFEST)
+        on_grid = rest is None or rest.column is not None
+        names = needed_planes(chosen, k=3, n=5, on_grid=on_grid)
+        part = micro_batch([store.read_part("train", index, names) for index in range(3)], rest=rest)
+        whole = micro_batch([store.read_row("train", index) for index in range(3)], rest=rest)
+        assert torch.equal(part.labels, whole.labels) and torch.equal(part.kd_weights, whole.kd_weights)
+        if part.targets is None or whole.targets is None:
+            assert part.targets is whole.targets is None and not names
+            continue
+        columns = part.targets.ids.shape[1]
+        assert columns == (8 if chosen.target_mode == "sampled" else 3)
+        assert torch.equal(part.targets.ids, whole.targets.ids[:, :columns])
+        assert torch.equal(part.targets.log_rest, whole.targets.log_rest)
+        assert torch.equal(part.targets.head_logprobs, whole.targets.head_logprobs)

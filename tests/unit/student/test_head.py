@@ -1,19 +1,30 @@
 """The head that computes the loss is the model's own head, and packed documents do not see one another."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparsekd.kernels.objective import HeadTransform, Objective
+from sparsekd.kernels.targets import NOTHING, SparseTargets
 from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
 from sparsekd.trainer.causal_lm import decoder_and_head, hidden_states
 from sparsekd.trainer.errors import ModelError
-from sparsekd.trainer.student.batches import MicroBatch, micro_batch, rest_formula_of
+from sparsekd.trainer.student import head as head_module
+from sparsekd.trainer.student.batches import (
+    MicroBatch,
+    counting_rows,
+    head_positions,
+    micro_batch,
+    rest_formula_of,
+    sparse_targets,
+)
 from sparsekd.trainer.student.head import (
     DistillationHead,
     LossSettings,
@@ -78,10 +89,132 @@ def test_the_loss_is_that_of_the_model_s_own_logits() -> None:
     student, some = Student(llama(), settings(kd_weight=0.0)), batch()
     loss, parts = student(some)
     logits = student.model(some.token_ids, position_ids=some.position_ids, use_cache=False).logits
-    own = logits.reshape(-1, 104)[:, :VOCABULARY].double()
-    ce = nn.functional.cross_entropy(own, some.labels, reduction="none", ignore_index=-100) * some.weights
+    own = logits.reshape(-1, 104)[some.positions, :VOCABULARY].double()
+    ce = nn.functional.cross_entropy(own, some.labels, reduction="none", ignore_index=-100) * some.ce_weights
     assert loss.item() == pytest.approx(0.5 * ce.sum().item(), rel=1e-6)
     assert parts[1].item() == pytest.approx(ce.sum().item(), rel=1e-6)
+
+
+def weighted_batch() -> MicroBatch:
+    """Two weights that differ, and positions where one of them is 0."""
+    some = batch()
+    count = len(some.positions)
+    assert count > 20 and some.targets is not None
+    kd_weights = 4 * (torch.arange(count) % 3 == 0).float()
+    ce_weights = (torch.arange(count) % 4 != 3) * torch.linspace(0.5, 2.0, count)
+    nothing = kd_weights == 0
+    planes = {name: value.clone() for name, value in some.targets._asdict().items()}
+    for name, value in NOTHING.items():
+        planes[name][nothing] = value
+    return replace(some, ce_weights=ce_weights, kd_weights=kd_weights, targets=SparseTargets(**planes))
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_the_head_sees_the_positions_that_count(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
+    """Their loss and gradients are those of all positions, the others dropped by their weights."""
+    some = weighted_batch()
+    chosen = replace(settings(), impl=impl)
+    student = Student(llama(), chosen)
+    seen = []
+    original = head_module.sparse_kd_loss
+    monkeypatch.setattr(
+        head_module, "sparse_kd_loss", lambda *a, **k: seen.append(a[0].shape) or original(*a, **k)
+    )
+    loss, parts = student(some)
+    loss.backward()
+    assert seen == [(len(some.positions), 32)]
+    found = {name: value.grad.clone() for name, value in student.named_parameters()}
+
+    student.zero_grad()
+    decoder, head = decoder_and_head(student.model)
+    hidden = hidden_states(decoder, some.token_ids, some.position_ids).flatten(0, 1)
+
+    def everywhere(values: Tensor, fill: float) -> Tensor:
+        whole = values.new_full((len(hidden), *values.shape[1:]), fill)
+        return whole.index_copy(0, some.positions, values)
+
+    assert some.targets is not None
+    whole = original(
+        hidden,
+        head.weight,
+        bias=None,
+        targets=SparseTargets(*(everywhere(value, 0) for value in some.targets)),
+        labels=everywhere(some.labels, 7),
+        ce_weights=everywhere(some.ce_weights, 0),
+        kd_weights=everywhere(some.kd_weights, 0),
+        objective=chosen.objective,
+        head=chosen.transform,
+        impl="reference",
+    )
+    whole.loss.backward()
+    assert loss.item() == pytest.approx(whole.loss.item(), rel=1e-6)
+    for name, value in student.named_parameters():
+        assert value.grad is not None and (found[name] - value.grad).norm() < 1e-5 * value.grad.norm(), name
+    of_kd, of_ce = everywhere(some.kd_weights, 0), everywhere(some.ce_weights, 0)
+    sums = [whole.kd @ of_kd, whole.ce @ of_ce, whole.agreement @ of_kd]
+    assert parts.tolist() == pytest.approx([float(value) for value in sums], rel=1e-6)
+    objective = chosen.objective
+    together = objective.kd_weight * parts[0] + objective.ce_weight * parts[1]
+    assert loss.item() == pytest.approx(together.item(), rel=1e-6)
+
+
+def recorded_in(part: int, parts: int) -> MicroBatch:
+    """Rows of which every `parts`-th counted position is recorded, weighed by the inverse of that share."""
+    rows = synthetic_rows(MANIFEST, 2, seed=5)
+    mask = np.stack([row.loss_mask for row in rows])
+    recorded = mask & ((mask.cumsum().reshape(mask.shape) + part) % parts == 0)
+    ids = np.stack([row.token_ids for row in rows]).astype(np.int64)
+    labels = np.where(mask, np.roll(ids, -1, axis=1), -100)
+    found = head_positions(labels, mask.astype(np.float32), recorded * np.float32(parts), recorded)
+    for index, row in enumerate(rows):
+        assert row.teacher is not None
+        planes = {name: value[recorded[index][row.loss_mask]] for name, value in vars(row.teacher).items()}
+        teacher = replace(row.teacher, **planes)
+        rows[index] = replace(row, recorded=recorded[index], teacher=teacher)
+    rest = rest_formula_of(settings().objective, MANIFEST)
+    assert rest is not None
+    return replace(
+        batch(),
+        positions=torch.from_numpy(found.positions),
+        labels=torch.from_numpy(found.labels),
+        ce_weights=torch.from_numpy(found.ce_weights),
+        kd_weights=torch.from_numpy(found.kd_weights),
+        targets=sparse_targets(rows, rest, found.records),
+        weight_sum=torch.tensor(found.weight_sum),
+    )
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 0.5])
+def test_few_recorded_positions_are_together_all_of_them(ce_weight: float) -> None:
+    """Four ways to record a quarter: their mean loss and gradient are those of recording everything."""
+    chosen = replace(settings(), objective=replace(settings().objective, ce_weight=ce_weight))
+    student = Student(llama(), chosen)
+
+    def gradients(some: MicroBatch) -> list[Tensor]:
+        student.zero_grad()
+        loss, _ = student(some)
+        (loss / some.weight_sum).backward()
+        return [loss.detach() / some.weight_sum, *(value.grad.clone() for value in student.parameters())]
+
+    whole = gradients(batch())
+    quarters = [gradients(recorded_in(part, 4)) for part in range(4)]
+    for expected, *parts in zip(whole, *quarters, strict=True):
+        mean = torch.stack(parts).mean(0)
+        assert (mean - expected).norm() < 1e-5 * expected.norm()
+        assert (parts[0] - expected).norm() > 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("kd_weight", [0.0, 0.5])
+def test_a_micro_batch_of_padding_has_a_loss_of_0_and_gradients_of_0(impl: str, kd_weight: float) -> None:
+    none = counting_rows(batch(), 0)
+    assert len(none.positions) == 0
+    student = Student(llama(), replace(settings(kd_weight), impl=impl))
+    loss, parts = student(none)
+    assert loss.item() == 0 and parts.tolist() == [0, 0, 0]
+    loss.backward()
+    for name, value in student.named_parameters():
+        assert value.grad is not None and bool((value.grad == 0).all()), name
 
 
 def test_a_probe_gives_both_logits() -> None:
