@@ -17,7 +17,7 @@ import os, sys, time
 sys.path.insert(0, {folder!r})
 import fuzz_store
 from pathlib import Path
-fuzz_store.SECONDS = fuzz_store.SECONDS_ASLEEP = 1
+fuzz_store.SECONDS = fuzz_store.SECONDS_ASLEEP = {seconds}
 fuzz_store.base_stores = lambda folder: {{}}
 fuzz_store.make_case = lambda stores, seed, number, path: path.mkdir() or "a case"
 
@@ -61,6 +61,6 @@ def test_hostile_stores_give_rows_or_one_sentence(tmp_path: Path) -> None:
     ],
 )
 def test_what_may_not_be_is_noticed(what: str, kind: str) -> None:
-    program = MISBEHAVING.format(folder=str(FUZZ.parent), what=what)
+    program = MISBEHAVING.format(folder=str(FUZZ.parent), what=what, seconds=1 if kind == "HANG" else 60)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert f"Counter({{'{kind}': 1}})" in done.stdout, done.stdout + done.stderr
