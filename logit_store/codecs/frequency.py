@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from sparsekd.logit_store.codecs.frames import PlaneError, compress_frame, decompress_frame
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import Manifest
+from sparsekd.logit_store.typed_json import short
 
 TABLE_IDS = 16384
 """Ids of a table at most. More change little: rare ids are rare."""
@@ -79,7 +80,7 @@ def check_compact(parameters: Mapping[str, Any], manifest: Manifest) -> None:
     if mass is not None:
         if isinstance(mass, bool) or not isinstance(mass, (int, float)) or not 0 < mass <= 1:
             raise StoreError(
-                f"The codec's parameter mass is {mass!r}, expected above 0 and at most 1, or null."
+                f"The codec's parameter mass is {short(mass)}, expected above 0 and at most 1, or null."
             )
         if record.n:
             raise StoreError(
@@ -91,7 +92,10 @@ def check_compact(parameters: Mapping[str, Any], manifest: Manifest) -> None:
                 f"The codec's parameter mass is {mass}, but what is cut off joins the rest, whose log R at "
                 "temperature 1 this store does not have: use mass null."
             )
-    _table(parameters.get("frequent_ids", ""), manifest.tokenizer.vocabulary_size)
+    table = parameters.get("frequent_ids", "")
+    if not isinstance(table, str):
+        raise StoreError(f"The codec's parameter frequent_ids is {short(table)}, expected text.")
+    _table(table, manifest.tokenizer.vocabulary_size)
 
 
 def mass_of(manifest: Manifest) -> float | None:
@@ -107,8 +111,6 @@ def renumbering_of(manifest: Manifest) -> Renumbering | None:
 
 @functools.lru_cache(maxsize=16)
 def _table(text: str, vocabulary: int) -> Renumbering | None:
-    if not isinstance(text, str):
-        raise StoreError(f"The codec's parameter frequent_ids is {text!r}, expected text.")
     if not text:
         return None
     problem = "The codec's parameter frequent_ids is no table of ids"

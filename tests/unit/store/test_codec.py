@@ -366,6 +366,7 @@ def test_unknown_codec_and_parameters_are_named() -> None:
         ({"mass": 0.9}, {}, "mass is 0.9 with n=6 draws"),
         ({"mass": 0.9}, {"n": 0, "temperatures": (2.0,), "draw_temperature": 2.0}, "log R at temperature 1"),
         ({"frequent_ids": 3}, {}, "frequent_ids is 3"),
+        ({"frequent_ids": {}}, {}, "frequent_ids is {}"),
         ({"frequent_ids": "####"}, {}, "no table of ids"),
         ({"frequent_ids": "AAAA"}, {}, "no table of ids"),
         (compact_parameters(np.arange(301), mass=None), {}, "not below 300"),
