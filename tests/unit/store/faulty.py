@@ -57,7 +57,7 @@ class FaultyStore:
     def refuses(self, planes: str, row: Row, **changes: Change) -> None:
         """Asserts that a row is not written because of one of these planes, and leaves nothing."""
         folder = self.path / "shards/train"
-        before = sorted(item.name for item in folder.iterdir())
+        before = sorted(item.name for item in folder.rglob("*.*"))
         with pytest.raises(StoreError) as caught:
             self.write(row, **changes)
         message = str(caught.value)
@@ -65,7 +65,7 @@ class FaultyStore:
         assert told is not None and told[1] == self.manifest.codec.name, message
         assert re.fullmatch(planes, told[2]), message
         assert "nothing of the shard was written" in message and message.count(". ") == 0
-        assert sorted(item.name for item in folder.iterdir()) == before
+        assert sorted(item.name for item in folder.rglob("*.*")) == before
 
     def rows(self) -> list[Row]:
         seal(self.path, {"train": self._shards})
