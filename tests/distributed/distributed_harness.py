@@ -5,7 +5,6 @@ and hide every mistake from the second step on.
 """
 
 import copy
-import dataclasses
 import json
 import os
 import subprocess
@@ -21,6 +20,7 @@ from plain_training import student
 
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
+from sparsekd.logit_store.row import narrowed
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_store
 from sparsekd.trainer.student.data_plan import BatchShape, step_rows
 from sparsekd.trainer.student.export import consolidated_weights
@@ -171,7 +171,7 @@ def masked_store(path: Path, masked: list[int], *, tokenizer: Path) -> None:
     manifest = synthetic_manifest(vocabulary_size=VOCABULARY, sequence_length=32, rows_per_shard=8)
     rows = synthetic_rows(manifest, TRAIN_ROWS, 3)
     for row in masked:
-        rows[row] = dataclasses.replace(rows[row], loss_mask=np.zeros_like(rows[row].loss_mask))
+        rows[row] = narrowed(rows[row], np.zeros_like(rows[row].loss_mask))
     create_store(path, manifest, tokenizer)
     for shard in range(3):
         write_shard(path, manifest, "train", shard, rows[shard * 8 : shard * 8 + 8])

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from sparsekd.logit_store.protocol.reader import LogitStore
-from sparsekd.logit_store.row import Row, position_ids
+from sparsekd.logit_store.row import Row, TeacherRecord, position_ids
 from sparsekd.trainer.student.data_plan import row_at
 
 
@@ -63,8 +63,10 @@ def row_sums(
             ce = -log_q[offset, int(row.token_ids[position + 1])]
             kd = torch.zeros((), dtype=torch.float64)
             if kd_weight:
-                kd = _sampled_kd(log_q[offset], row, position)
-                top = int(row.teacher.head_ids[position, 0])  # type: ignore[union-attr]
+                assert row.recorded is not None and row.teacher is not None
+                number = int(row.recorded[:position].sum())
+                kd = _sampled_kd(log_q[offset], row.teacher, number)
+                top = int(row.teacher.head_ids[number, 0])
                 total.agreement += float(int(log_q[offset].argmax()) == top)
             total.loss = total.loss + kd_weight * kd + ce_weight * ce
             total.kd += float(kd.detach())
@@ -73,18 +75,16 @@ def row_sums(
     return total
 
 
-def _sampled_kd(log_q: Tensor, row: Row, position: int) -> Tensor:
+def _sampled_kd(log_q: Tensor, teacher: TeacherRecord, number: int) -> Tensor:
     """-entropy - sum over head p_i log q_i - sum over draws (R / Z) count_j / n log q_j, at T = T_d = 1."""
-    teacher = row.teacher
-    assert teacher is not None
-    head = np.exp(teacher.head_logprobs[position].astype(np.float64))
-    rest = math.exp(float(teacher.log_rest[position, 0]))
+    head = np.exp(teacher.head_logprobs[number].astype(np.float64))
+    rest = math.exp(float(teacher.log_rest[number, 0]))
     scale = head.sum() + rest
-    counts = teacher.tail_counts[position].astype(np.float64)
-    value = torch.tensor(-float(teacher.entropy[position]), dtype=torch.float64)
-    for share, token in zip(head / scale, teacher.head_ids[position], strict=True):
+    counts = teacher.tail_counts[number].astype(np.float64)
+    value = torch.tensor(-float(teacher.entropy[number]), dtype=torch.float64)
+    for share, token in zip(head / scale, teacher.head_ids[number], strict=True):
         value = value - share * log_q[int(token)]
-    for count, token in zip(counts, teacher.tail_ids[position], strict=True):
+    for count, token in zip(counts, teacher.tail_ids[number], strict=True):
         if count > 0:
             value = value - (rest / scale) * count / counts.sum() * log_q[int(token)]
     return value

@@ -4,6 +4,7 @@ The teacher's records are made here from dense logits in float64, independently 
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,9 +132,7 @@ def teach(row: Row, log_p: np.ndarray, k: int, n: int, generator: np.random.Gene
     for position in range(length if n else 0):
         drawn, times = np.unique(generator.choice(vocabulary, n, p=p_rest[position]), return_counts=True)
         ids[position, : len(drawn)], counts[position, : len(drawn)] = drawn, times
-    following = np.roll(row.token_ids, -1)
-    true = log_p[np.arange(length), following]
-    has_next = row.loss_mask
+    true = log_p[np.arange(length), np.roll(row.token_ids, -1)]
     plogp = np.where(p_rest > 0, p_rest * np.log(np.where(p_rest > 0, p_rest, 1)), 0)
     record = TeacherRecord(
         head_ids=order.astype(np.int32),
@@ -142,10 +141,11 @@ def teach(row: Row, log_p: np.ndarray, k: int, n: int, generator: np.random.Gene
         tail_counts=counts,
         log_rest=np.stack([np.log(np.exp(rest / t).sum(1)) for t in GRID], 1).astype(np.float32),
         rest_entropy=-plogp.sum(1).astype(np.float32),
-        true_logprob=np.where(has_next, true, 0).astype(np.float32),
+        true_logprob=true.astype(np.float32),
         entropy=-(np.exp(log_p) * log_p).sum(1).astype(np.float32),
     )
-    return Row(row.token_ids, row.loss_mask, row.segment_starts, row.segment_documents, record)
+    counted = TeacherRecord(**{name: value[row.loss_mask] for name, value in vars(record).items()})
+    return replace(row, teacher=counted, recorded=row.loss_mask)
 
 
 def make_world(

@@ -278,8 +278,8 @@ def test_summary_and_verify(
     store = open_store(tmp_path / "store")
     for split in ("train", "heldout"):
         rows = [store.read_row(split, index) for index in range(store.rows(split))]
-        losses = np.concatenate([-row.teacher.true_logprob[row.loss_mask] for row in rows if row.teacher])
-        rest = np.concatenate([row.teacher.log_rest[row.loss_mask, 0] for row in rows if row.teacher])
+        losses = np.concatenate([-row.teacher.true_logprob for row in rows if row.teacher])
+        rest = np.concatenate([row.teacher.log_rest[:, 0] for row in rows if row.teacher])
         assert f"{split:8} teacher {losses.mean():.3f} nats" in printed
         assert f"mean tail mass {np.exp(rest).mean():.4f}" in printed
     config.teacher.dtype = "bfloat16"  # the store's own counts
@@ -365,7 +365,7 @@ def test_teachers_that_do_not_fit_are_refused(tokens: Path, llama: Path, tmp_pat
     refused("store.path and store.tokens are both", llama, store__path=str(tokens))
     refused("is not a logit store", llama, store__tokens=str(tmp_path))
     refused(r"record\.draw_temperature is 3\.0, expected one of the grid", llama, store__draw_temperature=3.0)
-    refused(r"record\.k is 281, expected from 0 to the vocabulary size 280", llama, store__k=281)
+    refused(r"record\.k is 281, expected from 0 to 280", llama, store__k=281)
 
 
 def test_the_teachers_tokenizer_is_compared_by_content(tokens: Path, llama: Path, tmp_path: Path) -> None:
