@@ -64,7 +64,8 @@ def decode(planes, manifest):
     text = ["loss_mask", "recorded", "segment_starts", "segment_documents"]
     text += ["weight_starts", "weights", "token_types"]
     # Planes of one part, of which arrays are cut off.
-    single = [p for p in planes if p in text or (not zipped and (p != "labels" or codec == "plain"))]
+    framed = [p for p in planes if zipped or (codec == "exact" and (p == "labels" or p[:8] == "feature_"))]
+    single = [p for p in planes if p in text or p not in framed]
     left = {p: parts_of(planes[p]) for p in planes if p not in single}
     left |= {p: [planes[p] if codec == "plain" or not planes[p] else unzip(planes[p])] for p in single}
 
@@ -152,6 +153,18 @@ def decode(planes, manifest):
     row["log_rest"] = np.stack(rest, axis=1) if zipped else np.concatenate(rest).reshape(M, G)
     row["true_logprob"] = words("true_logprob", "<f2", M)
     row["rest_entropy"], row["entropy"] = nats("rest_entropy"), nats("entropy")
+    for feature in manifest["features"]:
+        plane, d, is_int8 = f"feature_{feature['layer']}", feature["width"], feature["kind"] == "int8"
+        lengths = np.diff(np.append(row["segment_starts"], L))
+        F = M if feature["positions"] == "recorded" else int(lengths[row["segment_documents"] != -1].sum())
+        count = F if is_int8 else F * d
+        if plane in single:
+            halves = take(plane, "<f2", count)
+        else:
+            halves = np.stack([take(plane, "u1"), take(plane, "u1")], axis=1).reshape(-1).view("<f2")
+        row[plane] = halves.astype("f4").reshape(F, 1 if is_int8 else d)  # for int8 the scale
+        if is_int8:
+            row[plane] = take(plane, "i1").astype("f4").reshape(F, d) * row[plane]
     if zipped and k == 0:
         row["entropy"] = (row["entropy"] + row["rest_entropy"]) % 128  # 65,536 steps
     return row

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from sparsekd.logit_store.codecs.frequency import compact_parameters
-from sparsekd.logit_store.manifest import CodecSpec, Manifest, TokenizerIdentity
+from sparsekd.logit_store.manifest import CodecSpec, FeatureSpec, Manifest, TokenizerIdentity
 from sparsekd.logit_store.places.tokenizer_folder import digest_of_files
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
@@ -27,6 +27,10 @@ TOKENIZER = {"tokenizer.json": b"{}\n"}
 
 BOTH = {"planes": ("weights", "token_types")}
 CLASSES = ("no", "perhaps", "yes")
+FEATURES = (
+    FeatureSpec(0, 6, 6, "none", None, 1.0, "int8", "all"),
+    FeatureSpec(3, 5, 5, "none", None, 1.0, "float16", "recorded"),
+)
 
 # name -> (codec, fields of the manifest)
 KINDS = {
@@ -51,6 +55,10 @@ KINDS = {
     "plain-masked": ("plain", {"k": 5, "n": 7, "target": "masked_token"}),
     "tkq8-classes": ("tkq8", {"k": 3, "n": 0, "target": "class", "outcomes": CLASSES}),
     "compact-classes": ("compact", {"k": 3, "n": 0, "target": "class", "outcomes": CLASSES}),
+    # Hidden states, in frames and without.
+    "tkq8-features": ("tkq8", {"k": 5, "n": 7, "features": FEATURES}),
+    "exact-features": ("exact", {"k": 5, "n": 7, "features": FEATURES}),
+    "plain-features": ("plain", {"k": 5, "n": 7, "features": FEATURES}),
 }
 
 
