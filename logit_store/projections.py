@@ -97,8 +97,13 @@ def read_projection(path: StorePath, spec: FeatureSpec) -> bytes:
 
 
 def projection_of(path: StorePath, spec: FeatureSpec) -> Projection:
-    """Returns a layer's projection; raises as `read_projection`."""
+    """Returns a layer's projection; raises as `read_projection`, and where it holds NaN or an infinity."""
     numbers = np.frombuffer(read_projection(path, spec), "<f4").astype(np.float32)
+    if not np.isfinite(numbers).all():
+        raise DamagedStoreError(
+            f"The projection of {spec.plane} in {path} holds numbers that are not finite: whoever made the "
+            "store made it wrongly; capture again."
+        )
     return Projection(
         mean=numbers[: spec.source_width],
         matrix=numbers[spec.source_width :].reshape(spec.source_width, spec.width),

@@ -252,6 +252,8 @@ def _str(value: Any) -> str:
         raise _Mismatch.of(value, "a str")
     if len(value) > LONGEST:
         raise _Mismatch.of(value, f"at most {LONGEST} characters")
+    if not value.isprintable():  # so that no page that shows it can be led astray by it
+        raise _Mismatch.of(value, "printable characters")
     return value
 
 

@@ -192,6 +192,7 @@ TRAIN = ("splits", "train")
         ("record", _set("plane_bytes", "token_ids", to=10**6), "as plane_bytes, expected below the rows'"),
         ("record", _set("counts", "tokens", to=4), "4 as counts.tokens, expected 8"),
         ("record", _set("split", to="heldout"), "is the record of shard 000001 of split heldout"),
+        ("manifest", _set("tokenizer", "name", to="\x1b[2J"), "as tokenizer.name, expected printable"),
         ("manifest", _set("tokenizer", "vocabulary_size", to=True), "True as tokenizer.vocabulary_size"),
         ("manifest", _set("record", "temperatures", to=[1.0, "2"]), "'2' as record.temperatures[1]"),
         ("manifest", _set("splits", to=["train", 5]), "5 as splits[1], expected a str"),
