@@ -258,9 +258,12 @@ def test_what_is_no_file_is_refused_in_a_shards_place(
     place.unlink()
     KINDS[kind](place)
     store = open_store(local, access=access)
-    with pytest.raises(StoreError, match=f"000001.{ending}.*it is {kind} where a file belongs") as raised:
-        store.read_row("train", 3)
-    assert "\n" not in str(raised.value)
+    if ending == "arrow":
+        with pytest.raises(StoreError, match=f"000001.arrow.*it is {kind} where a file belongs") as raised:
+            store.read_row("train", 3)
+        assert "\n" not in str(raised.value)
+    else:
+        assert store.read_row("train", 3) is not None, "the index is enough: no commit record is read"
     assert store.read_row("train", 2) is not None
     found = verify_store(local)
     assert found.damaged == (("train", 1),), found.text()
