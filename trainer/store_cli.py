@@ -153,6 +153,7 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reseal", action="store_true", help="with --repair: take shards that come out different"
     )
+    _jobs(parser, "read shards")
 
 
 def _verify(flags: argparse.Namespace, settings: list[str]) -> int:
@@ -166,7 +167,7 @@ def _verify(flags: argparse.Namespace, settings: list[str]) -> int:
     if flags.reseal and not flags.repair:
         raise TypedError("--reseal says what --repair may do; give both, or neither.")
     with _Progress("store verify") as progress:
-        result = verify_store(flags.path, progress=lambda done, total: progress("shards", done, total))
+        result = verify_store(flags.path, jobs=flags.jobs, progress=progress)
     print(result.text())
     if not result.ok and not flags.repair:
         return 2
@@ -200,13 +201,16 @@ def _stats_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="this split only")
     parser.add_argument("--rows", type=_at_least(1), help="rows of each split to read, spread evenly (all)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw it, too; needs matplotlib")
+    _jobs(parser, "read rows")
 
 
 def _stats(flags: argparse.Namespace, _: list[str]) -> int:
     from sparsekd.logit_store.tools.stats import store_stats
 
     with _Progress("store stats") as progress:
-        stats = store_stats(store_path(flags.path), split=flags.split, rows=flags.rows, progress=progress)
+        stats = store_stats(
+            store_path(flags.path), split=flags.split, rows=flags.rows, jobs=flags.jobs, progress=progress
+        )
     print(stats.text())
     if flags.plot:
         from sparsekd.logit_store.tools.stats_plot import plot_stats
@@ -242,6 +246,7 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-repeated-rows", action="store_true", help="take rows with equal tokens more than once"
     )
+    _jobs(parser, "look at rows and write shards")
 
 
 def _merge(flags: argparse.Namespace, _: list[str]) -> int:
@@ -252,7 +257,11 @@ def _merge(flags: argparse.Namespace, _: list[str]) -> int:
         raise ConfigError("store merge needs two stores or more and, as the last path, the new one.")
     with _Progress("store merge") as progress:
         digest = merge_stores(
-            sources, target, allow_repeated_rows=flags.allow_repeated_rows, progress=progress
+            sources,
+            target,
+            allow_repeated_rows=flags.allow_repeated_rows,
+            jobs=flags.jobs,
+            progress=progress,
         )
     return _made(target, digest)
 
@@ -266,6 +275,7 @@ def _subset_arguments(parser: argparse.ArgumentParser) -> None:
         "--fraction", type=float, help="expected share of the rows, by a hash of their tokens"
     )
     parser.add_argument("--seed", type=_at_least(0), default=0, help="of the fraction (0)")
+    _jobs(parser, "look at rows and write shards")
 
 
 def _subset(flags: argparse.Namespace, _: list[str]) -> int:
@@ -280,6 +290,7 @@ def _subset(flags: argparse.Namespace, _: list[str]) -> int:
             documents=_numbers(flags.documents, "--documents"),
             fraction=flags.fraction,
             seed=flags.seed,
+            jobs=flags.jobs,
             progress=progress,
         )
     return _made(store_path(flags.target), digest)
@@ -293,6 +304,7 @@ def _reencode_arguments(parser: argparse.ArgumentParser) -> None:
         "--k", type=_at_least(0), help="head entries to keep; the others join the rest exactly"
     )
     parser.add_argument("--drop-draws", action="store_true", help="leave the sampled tail away")
+    _jobs(parser, "write shards")
 
 
 def _reencode(flags: argparse.Namespace, _: list[str]) -> int:
@@ -308,6 +320,7 @@ def _reencode(flags: argparse.Namespace, _: list[str]) -> int:
             mass=flags.mass,
             k=flags.k,
             drop_draws=flags.drop_draws,
+            jobs=flags.jobs,
             progress=progress,
         )
     print(f"digest {digest}")
@@ -366,6 +379,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="new", help="a folder for the Parquet files")
     parser.add_argument("--split", help="this split only")
     parser.add_argument("--text", action="store_true", help="add each token's text")
+    _jobs(parser, "write files")
 
 
 def _export(flags: argparse.Namespace, _: list[str]) -> int:
@@ -378,6 +392,7 @@ def _export(flags: argparse.Namespace, _: list[str]) -> int:
             store_path(flags.target),
             split=flags.split,
             text=flags.text,
+            jobs=flags.jobs,
             progress=progress,
         )
     size = sum(size_of(file) for file in files)
@@ -450,6 +465,10 @@ class _Progress:
 def _source_and_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a store")
     parser.add_argument("target", metavar="new", help="the new store")
+
+
+def _jobs(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--jobs", type=_at_least(1), default=1, help=f"processes that {what} (1)")
 
 
 def _at_least(lowest: int) -> Callable[[str], int]:

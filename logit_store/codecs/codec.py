@@ -53,6 +53,11 @@ class Codec:
             stored |= self.codings[coding].encode(arrays, members, manifest)
         return {name: stored[name] for name in names_of(planes_of(manifest))}
 
+    def encode_text(self, row: Row, name: str, manifest: Manifest) -> bytes:
+        """Returns the stored bytes of one plane of a row's text, without a look at the others."""
+        (plane,) = (plane for plane in planes_of(manifest) if plane.is_text and plane.name == name)
+        return self.codings[plane.coding].encode(planes_of_row(row), (plane,), manifest)[name]
+
     def decode_planes(
         self,
         stored: Stored,

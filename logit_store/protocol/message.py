@@ -3,6 +3,7 @@
 import json
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from sparsekd.logit_store.checks import check_planes
@@ -12,7 +13,7 @@ from sparsekd.logit_store.codecs.frequency import mass_of
 from sparsekd.logit_store.errors import DamagedStoreError
 from sparsekd.logit_store.manifest import Manifest, manifest_digest
 from sparsekd.logit_store.manifest_checks import FORMAT_VERSION, decoded_row_bytes
-from sparsekd.logit_store.planes import names_of, planes_of
+from sparsekd.logit_store.planes import names_of, planes_of, text_planes
 from sparsekd.logit_store.protocol.arrow_layout import (
     batch_message,
     file_footer,
@@ -54,9 +55,17 @@ def shard_footer(manifest: Manifest, split: str, shard: int, batches: Iterable[t
     return file_footer(names_of(planes_of(manifest)), _shard_metadata(manifest, split, shard), batches)
 
 
-def row_message(index: int, planes: Sequence[bytes | memoryview]) -> bytes:
-    """Returns the bytes of a row's batch with these stored planes, in the codec's order."""
-    return batch_message(index, [zlib.crc32(plane) for plane in planes], planes)
+def row_message(
+    index: int, planes: Sequence[bytes | memoryview], crc32: Sequence[int] | None = None
+) -> bytes:
+    """Returns the bytes of a row's batch with these stored planes, in the codec's order.
+
+    Args:
+        index: the row's number.
+        planes: their bytes.
+        crc32: of each; None makes them.
+    """
+    return batch_message(index, crc32 or [zlib.crc32(plane) for plane in planes], planes)
 
 
 def largest_message(manifest: Manifest) -> int:
@@ -82,6 +91,22 @@ def read_batch(
     """
     row, crc32, stored = split_message(message, len(planes))
     return row, crc32, dict(zip(planes, stored, strict=True))
+
+
+@dataclass(frozen=True)
+class StoredRow(Row):
+    """A row that is copied as it is stored: its text, and the bytes of all planes.
+
+    Attributes:
+        stored: bytes of each plane by name, in stored order.
+        crc32: of each plane, as the row's batch has them.
+    """
+
+    stored: Mapping[str, bytes | memoryview] = field(default_factory=dict)
+    crc32: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        """Keeps `recorded`, though the record itself is not decoded."""
 
 
 def find_damage(message: bytes | memoryview, planes: Sequence[str], offset: int, index: int) -> str:
@@ -192,3 +217,15 @@ def decode_row(
     """
     stored = stored_planes(message, manifest, index, where)
     return row_of_planes(decode_planes(stored, manifest, split, where, reuse=reuse))
+
+
+def stored_row(
+    message: bytes | memoryview, manifest: Manifest, split: str, index: int, where: str
+) -> StoredRow:
+    """Returns a row of which the text alone is decoded and checked; see `decode_row`."""
+    stored = stored_planes(message, manifest, index, where)
+    _, crc32, _ = read_batch(message, tuple(stored))
+    planes = decode_planes(stored, manifest, split, where, wanted={*text_planes(manifest), "recorded"})
+    recorded = planes.pop("recorded", None)
+    text = {item.name: getattr(row_of_planes(planes), item.name) for item in fields(Row)}
+    return StoredRow(**text | {"recorded": recorded}, stored=stored, crc32=crc32)

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,10 +48,12 @@ from sparsekd.logit_store.protocol.layout import (
     shard_file,
 )
 from sparsekd.logit_store.protocol.message import (
+    StoredRow,
     decode_planes,
     decode_row,
     find_damage,
     stored_planes,
+    stored_row,
 )
 from sparsekd.logit_store.row import Row, row_of_planes
 from sparsekd.logit_store.typed_json import one_line
@@ -90,6 +93,11 @@ class LogitStore:
         }
         self._commits: OrderedDict[tuple[str, int], CommitRecord] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Has another process open the store for itself."""
+        kind = "mapped" if isinstance(self._access, MappedAccess) else "positional"
+        return _open_again, (self.path, kind, self._cache, self.digest)
 
     @cached_property
     def tokenizer_path(self) -> Path:
@@ -304,6 +312,12 @@ class LogitStore:
         wanted = {*text_planes(self.manifest), *names}
         return row_of_planes(self.read_planes(split, index, wanted, reuse))
 
+    def read_stored(self, split: str, index: int) -> StoredRow:
+        """Returns a row to be copied as it is stored: its text alone is decoded; raises as `read_row`."""
+        message = self.read_message(split, index)
+        where = row_place(self.path, split, index, self.manifest.rows_per_shard)
+        return stored_row(message, self.manifest, split, index, where)
+
     def read_text(self, split: str, index: int) -> Row:
         """Returns a row without its teacher's record, whose planes are not decoded; raises as `read_row`."""
         return row_of_planes(self.read_planes(split, index, text_planes(self.manifest)))
@@ -342,3 +356,11 @@ def open_store(
         return LogitStore(path, manifest, digest, index, CachedAccess(cache, digest), cache)
     chosen = MappedAccess() if access == "mapped" else PositionalAccess()
     return LogitStore(path, manifest, digest, index, chosen, None)
+
+
+def _open_again(path: StorePath, access: str, cache: Cache | None, digest: str) -> LogitStore:
+    """Opens a store that another process has open."""
+    store = open_store(path, access=access, cache=cache)
+    if store.digest != digest:
+        raise StoreError(f"{path} was sealed anew while it was read: run the command again.")
+    return store

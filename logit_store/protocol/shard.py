@@ -22,7 +22,7 @@ from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.planes import names_of, planes_of
 from sparsekd.logit_store.protocol.commit import CommitRecord, RowCounts, count_rows, sum_of_counts
 from sparsekd.logit_store.protocol.layout import row_place
-from sparsekd.logit_store.protocol.message import row_message, shard_footer, shard_header
+from sparsekd.logit_store.protocol.message import StoredRow, row_message, shard_footer, shard_header
 from sparsekd.logit_store.row import Row
 
 
@@ -32,7 +32,7 @@ def write_rows(
     """Writes a shard's Arrow file and returns its commit record.
 
     Every row is checked, encoded, decoded again and compared: what would not be read as it was given is not
-    written.
+    written. A `StoredRow` is copied; its store has this one's codec and record.
     Each is taken from `rows` once, in order, so that a sequence which reads them one by one needs little
     memory.
 
@@ -51,14 +51,19 @@ def write_rows(
     file.write(shard_header(manifest, split, shard))
     for index, row in enumerate(rows, start=first):
         where = row_place(store, split, index, manifest.rows_per_shard)
-        check_row(row, manifest, split=split, where=where, short_heads=mass_of(manifest) is not None)
-        stored = codec.encode(row, manifest)
-        if difference := _difference(codec, row, stored, manifest, reuse):
-            raise StoreError(
-                f"{where}: the codec {manifest.codec.name} does not give back {difference}; nothing of the "
-                "shard was written: this is a fault of sparsekd, please report it with the store's manifest."
-            )
-        message = row_message(index, [stored[plane] for plane in planes])
+        stored: Mapping[str, bytes | memoryview]
+        if isinstance(row, StoredRow):
+            stored, message = row.stored, row_message(index, list(row.stored.values()), row.crc32)
+        else:
+            check_row(row, manifest, split=split, where=where, short_heads=mass_of(manifest) is not None)
+            stored = codec.encode(row, manifest)
+            if difference := _difference(codec, row, stored, manifest, reuse):
+                raise StoreError(
+                    f"{where}: the codec {manifest.codec.name} does not give back {difference}; nothing of "
+                    "the shard was written: this is a fault of sparsekd, please report it with the store's "
+                    "manifest."
+                )
+            message = row_message(index, [stored[plane] for plane in planes])
         counts.append(count_rows([row]))
         crc32.append(zlib.crc32(message))
         batches.append((file.size, len(message)))
@@ -83,7 +88,7 @@ def write_rows(
 
 
 def _difference(
-    codec: Codec, row: Row, stored: Mapping[str, bytes], manifest: Manifest, reuse: Arrays
+    codec: Codec, row: Row, stored: Mapping[str, bytes | memoryview], manifest: Manifest, reuse: Arrays
 ) -> str | None:
     """Returns what of a row its stored planes do not give back, None where they give all."""
     try:

@@ -98,26 +98,35 @@ class AlignmentCheck:
 class Alignment:
     """Sums over rows for `AlignmentCheck`."""
 
-    def __init__(self, manifest: Manifest) -> None:
-        self._manifest = manifest
+    def __init__(self) -> None:
         self.positions = 0
         self.inconsistent = 0
         self.found = np.zeros(3, np.int64)  # aligned, late, early
         self.in_head = np.zeros(3, np.int64)
         self.logprob = np.zeros(3)
 
-    def add(self, row: Row) -> None:
+    def add(self, row: Row, manifest: Manifest) -> None:
         """Adds a row that has a teacher record."""
         assert row.teacher is not None
-        here, labels = _neighbouring_labels(row, self._manifest.target)
+        here, labels = _neighbouring_labels(row, manifest.target)
         self.positions += len(here)
         for start in range(0, len(here), BLOCK_RECORDS):
             block = slice(start, start + BLOCK_RECORDS)
             some = here[block]
             record = TeacherRecord(**{name: getattr(row.teacher, name)[some] for name in RECORD_NAMES})
-            self._add_records(record, [which[block] for which in labels])
+            self._add_records(record, [which[block] for which in labels], manifest)
 
-    def _add_records(self, record: TeacherRecord, tokens: Sequence[NDArray[np.int64]]) -> None:
+    def include(self, other: "Alignment") -> None:
+        """Adds the sums over other rows."""
+        self.positions += other.positions
+        self.inconsistent += other.inconsistent
+        self.found += other.found
+        self.in_head += other.in_head
+        self.logprob += other.logprob
+
+    def _add_records(
+        self, record: TeacherRecord, tokens: Sequence[NDArray[np.int64]], manifest: Manifest
+    ) -> None:
         """Adds records [M]; `tokens` are the labels that fit them as they stand, one late, one early, [M]."""
         head, tail, values = record.head_ids, record.tail_ids, record.head_logprobs
         for which, labels in enumerate(tokens):
@@ -132,7 +141,7 @@ class Alignment:
                 true = record.true_logprob
                 # A true token outside the head is at most as likely as the head's last entry.
                 last = np.where(head == NO_ID, 0, values).min(axis=1, initial=0)
-                errors = codec_of(self._manifest).errors(record, self._manifest)
+                errors = codec_of(manifest).errors(record, manifest)
                 # A store without a head has no such errors.
                 of_head = errors.get("head_logprobs", values)
                 # No bound for an entry that was stored as -inf; it must not reach the others of its position.

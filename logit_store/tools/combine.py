@@ -1,30 +1,40 @@
 """Fewer rows of one store, or the rows of several: `subset` and `merge`.
 
-A row stays whole, whatever is chosen: its tokens are the context of its records.
+A row stays whole, whatever is chosen: its tokens are the context of its records. Rows are copied as they are
+stored, and but for their text not decoded, except where `subset` drops records.
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
+import itertools
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsekd.logit_store.codecs.codec import codec_of
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import Manifest, compare_manifests
 from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.planes import planes_of
+from sparsekd.logit_store.protocol.message import StoredRow
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.row import PADDING_DOCUMENT, Row, document_of_position, narrowed
 from sparsekd.logit_store.tools.derive import (
     PROVENANCE,
     Progress,
-    Rows,
     no_progress,
     origin,
-    rows_of,
+    shards_of,
     with_step,
     write_store,
 )
+from sparsekd.logit_store.tools.processes import results_of
+
+Result = TypeVar("Result")
 
 KEY_BYTES = 8
 """Of a row's key: two of a billion different rows collide with probability 0.03, and then they are
@@ -56,6 +66,7 @@ def subset_store(
     documents: Numbers | None = None,
     fraction: float | None = None,
     seed: int = 0,
+    jobs: int = 1,
     progress: Progress = no_progress,
 ) -> str:
     """Writes some rows of a store, in their order, to a new store; returns its digest.
@@ -73,7 +84,8 @@ def subset_store(
         fraction: expected share of the rows, above 0 and at most 1; a row is taken when its key, which
             depends on its token ids and the seed, is below it. So a row's lot does not depend on its place.
         seed: of the fraction, from 0 to 2^64 - 1.
-        progress: told of rows that were looked at, and after each shard.
+        jobs: processes that look at rows and write shards.
+        progress: told after each shard.
 
     Raises:
         StoreError: the choice is contradictory, or empty.
@@ -101,31 +113,19 @@ def subset_store(
         chosen, step = {split: np.arange(store.rows(split))}, {}
     else:
         limit = 0 if fraction is None else int(fraction * 2 ** (8 * KEY_BYTES))
-
-        def is_taken(row: Row) -> bool:
-            if wanted is not None:
-                return bool(_within(row.segment_documents, wanted).any())
-            return row_key(row, seed) < limit
-
-        chosen = _search(store, splits, is_taken, progress)
+        search = _Search(store, wanted, seed, limit)
+        chosen = {name: np.empty(0, np.int64) for name in splits}
+        for name, found in _of_each_shard(store, splits, search.taken, jobs, progress):
+            chosen[name] = np.append(chosen[name], found)
         step = {"fraction": fraction, "seed": seed} if wanted is None else {"documents": wanted.tolist()}
     if not sum(map(len, chosen.values())):
         raise StoreError(f"No row of {source} is chosen: choose others; nothing was written.")
 
-    of_records = [spec.plane for spec in store.manifest.features if spec.positions == "recorded"]
-
-    def content(name: str) -> Rows:
-        numbers = chosen.get(name, np.empty(0, np.int64))
-
-        def get(index: int) -> Row:
-            row = store.read_row(name, int(numbers[index]))
-            return row if wanted is None else _masked(row, wanted, of_records)
-
-        return Rows(len(numbers), get)
-
     dataset = with_step(store.manifest.dataset, "subset", [store], splits=splits, **step)
     manifest = replace(store.manifest, dataset=dataset)
-    return write_store(target, manifest, store, {name: content(name) for name in manifest.splits}, progress)
+    nothing = np.empty(0, np.int64)
+    content = {name: _Chosen(store, name, chosen.get(name, nothing), wanted) for name in manifest.splits}
+    return write_store(target, manifest, store, content, progress, jobs)
 
 
 def merge_stores(
@@ -133,6 +133,7 @@ def merge_stores(
     target: StorePath,
     *,
     allow_repeated_rows: bool = False,
+    jobs: int = 1,
     progress: Progress = no_progress,
 ) -> str:
     """Writes the rows of several stores, one after the other in each split, to a new store; returns its
@@ -145,7 +146,8 @@ def merge_stores(
         sources: at least two sealed stores that are equal in all but dataset, splits and rows per shard.
         target: the new store; its rows per shard are the first one's.
         allow_repeated_rows: take rows with equal tokens more than once instead of refusing them.
-        progress: told of rows that were looked at, and after each shard.
+        jobs: processes that look at rows and write shards.
+        progress: told after each shard.
 
     Raises:
         StoreError: they are not of the same kind (naming the fields), or a row is there twice (naming both).
@@ -157,30 +159,79 @@ def merge_stores(
     for store in stores[1:]:
         _require_same_kind(stores[0], store)
     splits = tuple(dict.fromkeys(split for store in stores for split in store.manifest.splits))
-    highest = _survey(stores, allow_repeated_rows, progress)
+    highest = _survey(stores, allow_repeated_rows, jobs, progress)
     shifts = _document_shifts(stores, highest)
-
-    def content(split: str) -> Rows:
-        parts = [
-            (rows_of(store, split), shift)
-            for store, shift in zip(stores, shifts, strict=True)
-            if split in store.manifest.splits
-        ]
-        ends = np.cumsum([rows.count for rows, _ in parts])
-
-        def get(index: int) -> Row:
-            part = int(np.searchsorted(ends, index, side="right"))
-            rows, shift = parts[part]
-            row = rows.get(index - int(ends[part]) + rows.count)
-            numbers = row.segment_documents
-            return replace(
-                row, segment_documents=np.where(numbers == PADDING_DOCUMENT, numbers, numbers + shift)
-            )
-
-        return Rows(int(ends[-1]), get)
-
     manifest = replace(first, splits=splits, dataset=_merged_dataset(stores, shifts))
-    return write_store(target, manifest, stores[0], {split: content(split) for split in splits}, progress)
+    content = {split: _Joined.of(stores, shifts, split) for split in splits}
+    return write_store(target, manifest, stores[0], content, progress, jobs)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Rows of a split by their numbers; where `documents` [N, 2] are given, with what these have alone."""
+
+    store: LogitStore
+    split: str
+    numbers: NDArray[np.int64]
+    documents: NDArray[np.int64] | None
+
+    @property
+    def count(self) -> int:
+        return len(self.numbers)
+
+    def get(self, index: int) -> Row:
+        number = int(self.numbers[index])
+        if self.documents is None:
+            return self.store.read_stored(self.split, number)
+        row = self.store.read_row(self.split, number)
+        features = self.store.manifest.features
+        of_records = [spec.plane for spec in features if spec.positions == "recorded"]
+        # A mask is never widened.
+        return narrowed(row, _within(document_of_position(row), self.documents), of_records)
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """The rows that several stores have in a split, one store after the other.
+
+    Attributes:
+        parts: the stores, and what is added to their documents' numbers.
+        ends: of each store's rows.
+    """
+
+    parts: list[tuple[LogitStore, int]]
+    split: str
+    ends: NDArray[np.int64]
+
+    @staticmethod
+    def of(stores: Sequence[LogitStore], shifts: Sequence[int], split: str) -> "_Joined":
+        parts = [part for part in zip(stores, shifts, strict=True) if split in part[0].manifest.splits]
+        return _Joined(parts, split, np.cumsum([store.rows(split) for store, _ in parts]))
+
+    @property
+    def count(self) -> int:
+        return int(self.ends[-1])
+
+    def get(self, index: int) -> Row:
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        store, shift = self.parts[part]
+        row = store.read_stored(self.split, index - int(self.ends[part]) + store.rows(self.split))
+        return _shifted(row, shift, store.manifest) if shift else row
+
+
+def _shifted(row: StoredRow, shift: int, manifest: Manifest) -> StoredRow:
+    """Returns a stored row whose documents have numbers that are higher by `shift`; padding stays padding."""
+    codec = codec_of(manifest)
+    stored, crc32 = dict(row.stored), list(row.crc32)
+    for place, plane in enumerate(planes_of(manifest)):
+        if plane.merged == "documents":
+            numbers = getattr(row, plane.name)
+            row = replace(
+                row, **{plane.name: np.where(numbers == PADDING_DOCUMENT, numbers, numbers + shift)}
+            )
+            stored[plane.name] = codec.encode_text(row, plane.name, manifest)
+            crc32[place] = zlib.crc32(stored[plane.name])
+    return replace(row, stored=stored, crc32=crc32)
 
 
 def _require_same_kind(one: LogitStore, other: LogitStore) -> None:
@@ -195,24 +246,24 @@ def _require_same_kind(one: LogitStore, other: LogitStore) -> None:
         )
 
 
-def _survey(stores: Sequence[LogitStore], allow_repeated_rows: bool, progress: Progress) -> list[int]:
+def _survey(
+    stores: Sequence[LogitStore], allow_repeated_rows: bool, jobs: int, progress: Progress
+) -> list[int]:
     """Returns the highest document number of each store (-1 for none); refuses a row that is there twice."""
     places = [(number, split) for number, store in enumerate(stores) for split in store.manifest.splits]
-    total = sum(stores[number].rows(split) for number, split in places)
-    keys = np.empty(total, np.uint64)
+    starts = np.cumsum([0] + [stores[number].rows(split) for number, split in places])
+    keys = np.empty(int(starts[-1]), np.uint64)
     highest = [PADDING_DOCUMENT] * len(stores)
     done = 0
-    for number, split in places:
-        for index in range(stores[number].rows(split)):
-            row = stores[number].read_text(split, index)
-            keys[done] = row_key(row)
-            highest[number] = max(highest[number], int(row.segment_documents.max()))
-            done += 1
-            progress("rows looked at", done, total)
+    for number, store in enumerate(stores):
+        looked = _of_each_shard(store, store.manifest.splits, partial(_keys_of_shard, store), jobs, progress)
+        for _, (found, last) in looked:
+            keys[done : done + len(found)] = found
+            highest[number] = max(highest[number], last)
+            done += len(found)
     if allow_repeated_rows:
         return highest
     order = np.argsort(keys, kind="stable")
-    starts = np.cumsum([0] + [stores[number].rows(split) for number, split in places])
 
     def read(flat: int) -> tuple[str, Row]:
         part = int(np.searchsorted(starts, flat, side="right")) - 1
@@ -221,7 +272,9 @@ def _survey(stores: Sequence[LogitStore], allow_repeated_rows: bool, progress: P
         store = stores[number]
         return f"row {index} of split {split} of {store.path}", store.read_text(split, index)
 
-    for place in np.flatnonzero(keys[order][1:] == keys[order][:-1]):
+    same = np.flatnonzero(keys[order][1:] == keys[order][:-1])
+    # In the order of the rows, so that the first that is there again is named.
+    for place in same[np.argsort(order[same + 1])]:
         (where, row), (where_again, again) = read(int(order[place])), read(int(order[place + 1]))
         if np.array_equal(row.token_ids, again.token_ids):
             raise StoreError(
@@ -229,6 +282,15 @@ def _survey(stores: Sequence[LogitStore], allow_repeated_rows: bool, progress: P
                 "take such rows twice with --allow-repeated-rows."
             )
     return highest
+
+
+def _keys_of_shard(store: LogitStore, place: tuple[str, int]) -> tuple[NDArray[np.uint64], int]:
+    """Returns the key of each row of a shard, and their highest document number."""
+    rows = [store.read_text(place[0], index) for index in store.shard_rows(*place)]
+    return (
+        np.array([row_key(row) for row in rows], np.uint64),
+        max(int(row.segment_documents.max()) for row in rows),
+    )
 
 
 def _document_shifts(stores: Sequence[LogitStore], highest: Sequence[int]) -> list[int]:
@@ -243,8 +305,14 @@ def _document_shifts(stores: Sequence[LogitStore], highest: Sequence[int]) -> li
             ends.append(0)
         number_of.append(corpora.index(corpus))
         ends[number_of[-1]] = max(ends[number_of[-1]], last + 1)
-    shifts = np.cumsum([0, *ends[:-1]])
-    return [int(shifts[number]) for number in number_of]
+    shifts = list(itertools.accumulate(ends, initial=0))
+    if shifts[-1] > LARGEST_NUMBER:
+        raise StoreError(
+            f"The documents of {', '.join(str(store.path) for store in stores)} have numbers up to "
+            f"{shifts[-1] - 1:,} when they are kept apart, expected at most {LARGEST_NUMBER:,}: one of the "
+            "stores numbers them wrongly; leave it out."
+        )
+    return [shifts[number] for number in number_of]
 
 
 def _merged_dataset(stores: Sequence[LogitStore], shifts: Sequence[int]) -> dict[str, object]:
@@ -258,21 +326,41 @@ def _merged_dataset(stores: Sequence[LogitStore], shifts: Sequence[int]) -> dict
     return with_step(merged, "merge", stores, document_shifts=list(shifts))
 
 
-def _search(
-    store: LogitStore, splits: Sequence[str], is_taken: Callable[[Row], bool], progress: Progress
-) -> dict[str, NDArray[np.int64]]:
-    """Returns the numbers of the rows that are taken, by split, after reading every row once."""
-    total = sum(store.rows(split) for split in splits)
-    chosen, done = {}, 0
-    for split in splits:
-        taken = []
-        for index in range(store.rows(split)):
-            if is_taken(store.read_text(split, index)):
-                taken.append(index)
-            done += 1
-            progress("rows looked at", done, total)
-        chosen[split] = np.asarray(taken, np.int64)
-    return chosen
+@dataclass(frozen=True)
+class _Search:
+    """Which rows `subset` takes: those of the documents [N, 2], else those whose key is below the limit."""
+
+    store: LogitStore
+    documents: NDArray[np.int64] | None
+    seed: int
+    limit: int
+
+    def taken(self, place: tuple[str, int]) -> NDArray[np.int64]:
+        """Returns the numbers of a shard's rows that are taken, after reading the text of each."""
+        split, shard = place
+        numbers = self.store.shard_rows(split, shard)
+        taken = (index for index in numbers if self._is_taken(self.store.read_text(split, index)))
+        return np.fromiter(taken, np.int64)
+
+    def _is_taken(self, row: Row) -> bool:
+        if self.documents is not None:
+            return bool(_within(row.segment_documents, self.documents).any())
+        return row_key(row, self.seed) < self.limit
+
+
+def _of_each_shard(
+    store: LogitStore,
+    splits: Sequence[str],
+    work: Callable[[tuple[str, int]], Result],
+    jobs: int,
+    progress: Progress,
+) -> Iterator[tuple[str, Result]]:
+    """Yields (split, what `work` finds) for each shard of some splits, in order."""
+    total = sum(map(store.shards, splits))
+    results = results_of(work, shards_of(store, splits), jobs, what=f"reading {store.path}")
+    for done, ((split, _), result) in enumerate(zip(shards_of(store, splits), results, strict=True), start=1):
+        progress("shards looked at", done, total)
+        yield split, result
 
 
 def _only(splits: Sequence[str], store: LogitStore) -> str:
@@ -288,11 +376,6 @@ def _check_rows(store: LogitStore, split: str, spans: NDArray[np.int64]) -> None
     count, (start, end) = store.rows(split), spans[-1].tolist()
     if end > count:
         raise StoreError(f"{store.path}, split {split} has no row {max(start, count)}: it has {count} rows.")
-
-
-def _masked(row: Row, documents: NDArray[np.int64], of_records: Collection[str]) -> Row:
-    """Returns the row without loss and records outside of some documents; a mask is never widened."""
-    return narrowed(row, _within(document_of_position(row), documents), of_records)
 
 
 def _spans(numbers: Numbers, name: str) -> NDArray[np.int64]:

@@ -1,23 +1,27 @@
 """A new store from the rows of others: written shard by shard, continued when it was cut off, sealed at the
-end.
+end. The shards are written in any order, by as many processes and machines as run the command.
 
 What the new manifest says of the data is decided here too: the source's `dataset` stays, and the step that
 was taken is added to its list `provenance`, with the digests of the stores that went in.
 """
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import Manifest
+from sparsekd.logit_store.places.files import exists
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.projections import projections_of
+from sparsekd.logit_store.protocol.layout import commit_file, shard_file
 from sparsekd.logit_store.protocol.reader import LogitStore
 from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal, write_shard
 from sparsekd.logit_store.row import Row
+from sparsekd.logit_store.tools.processes import results_of
 
 PROVENANCE = "provenance"
 
@@ -29,17 +33,15 @@ def no_progress(what: str, done: int, total: int) -> None:
     """Tells nobody."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows that can be read in any order.
+class Rows(Protocol):
+    """Rows that can be read in any order, by any process: picklable."""
 
-    Attributes:
-        count: how many.
-        get: number from 0 to count - 1 -> the row.
-    """
+    @property
+    def count(self) -> int:
+        """Returns how many there are."""
 
-    count: int
-    get: Callable[[int], Row]
+    def get(self, index: int) -> Row:
+        """Returns one, from 0 to count - 1; a `StoredRow` is copied without being decoded."""
 
 
 class _OneByOne(Sequence[Row]):
@@ -69,9 +71,13 @@ def write_store(
     source: LogitStore,
     content: Mapping[str, Rows],
     progress: Progress,
+    jobs: int = 1,
 ) -> str:
     """Writes and seals a store of rows that can be read in any order; shards that are there are not read
     again.
+
+    The same call may run on several machines at once. Each takes the shards in an order of its own and passes
+    by those that are there, so that they seldom write the same one, which does no harm.
 
     Args:
         path: of the new store: a folder that is not there, empty, or holds what this call began before.
@@ -79,6 +85,7 @@ def write_store(
         source: the store whose tokenizer and projections it takes.
         content: the rows of each split of the manifest.
         progress: told after each shard.
+        jobs: processes of this machine that write shards.
 
     Returns:
         The digest of the new store.
@@ -92,16 +99,27 @@ def write_store(
     if total == 0:
         raise StoreError(f"{path} would hold no row: choose some rows; nothing was written.")
     create_store(path, manifest, source.tokenizer_path, projections_of(source.path, source.manifest))
-    done = 0
-    for split, rows in content.items():
+    missing = []
+    for split, count in plan.items():
         committed = committed_shards(path, split)
-        for shard in range(plan[split]):
-            if shard not in committed:
-                places = range(shard * per_shard, min((shard + 1) * per_shard, rows.count))
-                write_shard(path, manifest, split, shard, _OneByOne(rows, places))
-            done += 1
-            progress("shards", done, total)
+        missing += [(split, shard) for shard in range(count) if shard not in committed]
+    random.shuffle(missing)
+    write = partial(_write_shard, path, manifest, content)
+    for done, _ in enumerate(results_of(write, missing, jobs, what="writing shards"), start=1):
+        progress("shards", total - len(missing) + done, total)
     return seal(path, plan)
+
+
+def _write_shard(
+    path: StorePath, manifest: Manifest, content: Mapping[str, Rows], place: tuple[str, int]
+) -> None:
+    """Writes one shard, unless another process has written it meanwhile."""
+    split, shard = place
+    if exists(commit_file(path, split, shard)) and exists(shard_file(path, split, shard)):
+        return
+    first = shard * manifest.rows_per_shard
+    places = range(first, min(first + manifest.rows_per_shard, content[split].count))
+    write_shard(path, manifest, split, shard, _OneByOne(content[split], places))
 
 
 def write_stream(
@@ -124,9 +142,9 @@ def write_stream(
     return seal(path, plan)
 
 
-def rows_of(store: LogitStore, split: str) -> Rows:
-    """Returns the rows of a split."""
-    return Rows(store.rows(split), lambda index: store.read_row(split, index))
+def shards_of(store: LogitStore, splits: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Yields (split, shard) of each shard of some splits."""
+    return ((split, shard) for split in splits for shard in range(store.shards(split)))
 
 
 def origin(dataset: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,10 @@ Nothing here reads it back: the store stays the source. Lists hold what is used 
 exist (the token after a document's last, and its log-probability) is null. docs/store.md has the columns.
 """
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,7 @@ from sparsekd.logit_store.row import (
     weights_of_positions,
 )
 from sparsekd.logit_store.tools.derive import Progress, no_progress
+from sparsekd.logit_store.tools.processes import results_of
 
 EXPORT_NAME = "EXPORT.json"
 """Says which store the files are from; written first, so that an export can be continued but not mixed."""
@@ -53,18 +56,21 @@ def export_store(
     *,
     split: str | None = None,
     text: bool = False,
+    jobs: int = 1,
     progress: Progress = no_progress,
 ) -> list[StorePath]:
     """Writes a store as Parquet files SPLIT-000000.parquet, ...; returns them.
 
-    Each file is whole or absent. The same call continues an export that was cut off.
+    Each file is whole or absent. The same call continues an export that was cut off, and several of them, on
+    one or more machines, share the files.
 
     Args:
         source: a sealed store.
         target: a folder that is not there, empty, or holds an export of the same store that was begun.
         split: this split only.
         text: add each token's text, by the store's tokenizer.
-        progress: told of rows.
+        jobs: processes that write files.
+        progress: told after each file.
 
     Raises:
         StoreError: the folder holds something else, or the tokenizer cannot spell tokens.
@@ -73,24 +79,22 @@ def export_store(
     if split is not None:
         store.index(split)
     splits = [split] if split is not None else [name for name in store.manifest.splits if store.rows(name)]
-    spell = _speller(store) if text else None
+    export = _Export(store, text)
+    if text:
+        export.spell(0)
     _claim(target, store, splits, text)
-    schema = export_schema(store.manifest, text=text).with_metadata(
-        {"sparsekd.store": store.digest, "sparsekd.manifest": manifest_to_json(store.manifest)}
-    )
     per_file = max(1, POSITIONS_PER_FILE // store.manifest.sequence_length)
-    total, done = sum(store.rows(name) for name in splits), 0
-    written = []
-    for name in splits:
-        for number, start in enumerate(range(0, store.rows(name), per_file)):
-            stop = min(start + per_file, store.rows(name))
-            final = target / f"{name}-{number:06d}.parquet"
-            if not exists(final):
-                publish(final, _producer(store, name, range(start, stop), schema, spell))
-            written.append(final)
-            done += stop - start
-            progress("rows", done, total)
-    return written
+    files = [
+        (target / f"{name}-{number:06d}.parquet", name, range(start, min(start + per_file, store.rows(name))))
+        for name in splits
+        for number, start in enumerate(range(0, store.rows(name), per_file))
+    ]
+    missing = [file for file in files if not exists(file[0])]
+    random.shuffle(missing)  # so that several machines seldom write the same one
+    written = results_of(export.write, missing, jobs, what=f"exporting {source}")
+    for done, _ in enumerate(written, start=1):
+        progress("files", len(files) - len(missing) + done, len(files))
+    return [final for final, _, _ in files]
 
 
 def export_schema(manifest: Manifest, *, text: bool) -> pa.Schema:
@@ -256,16 +260,45 @@ COLUMNS: dict[str, _Column] = {
 """How each kind of column that `planes.TABLE` names is made."""
 
 
-def _producer(
-    store: LogitStore, split: str, numbers: range, schema: pa.Schema, spell: Callable[[int], str] | None
-) -> Callable[[HashingFile], None]:
-    def produce(file: HashingFile) -> None:
-        with pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
-            for index in numbers:  # a row group each: one row is in memory
-                row = store.read_row(split, index)
-                writer.write_table(position_table(row, index, store.manifest, schema, spell))
+class _Export:
+    """Writes the files of one export, in any process."""
 
-    return produce
+    def __init__(self, store: LogitStore, text: bool) -> None:
+        self._store, self._text = store, text
+        self._known: dict[int, str] = {}
+
+    def write(self, file: tuple[StorePath, str, range]) -> None:
+        """Writes some rows of a split, unless another process has done so meanwhile."""
+        final, split, numbers = file
+        manifest = self._store.manifest
+        schema = export_schema(manifest, text=self._text).with_metadata(
+            {"sparsekd.store": self._store.digest, "sparsekd.manifest": manifest_to_json(manifest)}
+        )
+
+        def produce(made: HashingFile) -> None:
+            with pq.ParquetWriter(made, schema, compression="zstd", write_page_checksum=True) as writer:
+                for index in numbers:  # a row group each: one row is in memory
+                    row = self._store.read_row(split, index)
+                    spell = self.spell if self._text else None
+                    writer.write_table(position_table(row, index, manifest, schema, spell))
+
+        if not exists(final):
+            publish(final, produce)
+
+    def spell(self, token: int) -> str:
+        """Returns a token's text."""
+        if token not in self._known:
+            self._known[token] = self._tokenizer.decode([token], skip_special_tokens=False)
+        return self._known[token]
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        place = self._store.tokenizer_path / "tokenizer.json"
+        if not place.exists():
+            raise StoreError(f"{place} is not there, so tokens cannot be spelled: export without --text.")
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(place))
 
 
 def _claim(target: StorePath, store: LogitStore, splits: list[str], text: bool) -> None:
@@ -291,20 +324,3 @@ def _claim(target: StorePath, store: LogitStore, splits: list[str], text: bool) 
             f"{target} is no export but holds {', '.join(strangers[:3])}: name a new or an empty folder."
         )
     publish_bytes(place, content)
-
-
-def _speller(store: LogitStore) -> Callable[[int], str]:
-    place = store.tokenizer_path / "tokenizer.json"
-    if not place.exists():
-        raise StoreError(f"{place} is not there, so tokens cannot be spelled: export without --text.")
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(place))
-    known: dict[int, str] = {}
-
-    def spell(token: int) -> str:
-        if token not in known:
-            known[token] = tokenizer.decode([token], skip_special_tokens=False)
-        return known[token]
-
-    return spell

@@ -6,7 +6,7 @@ A head entry that is dropped joins the rest, and what is stored about the rest g
 Shapes: M recorded positions of a row, k head entries, G grid temperatures, D dropped entries.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from sparsekd.logit_store.manifest import CodecSpec, RecordSpec
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.row import Row, TeacherRecord
-from sparsekd.logit_store.tools.derive import Progress, Rows, no_progress, with_step, write_store
+from sparsekd.logit_store.tools.derive import Progress, no_progress, with_step, write_store
 from sparsekd.logit_store.tools.inspect import evenly
 
 SAMPLE_ROWS = 64
@@ -70,6 +70,7 @@ def reencode_store(
     mass: float | None = None,
     k: int | None = None,
     drop_draws: bool = False,
+    jobs: int = 1,
     progress: Progress = no_progress,
 ) -> str:
     """Writes a store's rows to a new store; returns its digest.
@@ -82,6 +83,7 @@ def reencode_store(
             None keeps the mass of heads that were cut short already, and otherwise whole heads.
         k: head entries to keep; None keeps all.
         drop_draws: leave the sampled tail away.
+        jobs: processes that write shards.
         progress: told after each shard.
 
     Raises:
@@ -106,18 +108,28 @@ def reencode_store(
         ),
     )
 
-    def row_of(split: str, index: int) -> Row:
-        row = store.read_row(split, index)
-        if row.teacher is None or spec == store.manifest.record:
+    rows = {split: _Narrowed(store, split, spec) for split in manifest.splits}
+    return write_store(target, manifest, store, rows, progress, jobs)
+
+
+@dataclass(frozen=True)
+class _Narrowed:
+    """A split's rows with what is left of their records."""
+
+    store: LogitStore
+    split: str
+    spec: RecordSpec
+
+    @property
+    def count(self) -> int:
+        return self.store.rows(self.split)
+
+    def get(self, index: int) -> Row:
+        row, before = self.store.read_row(self.split, index), self.store.manifest.record
+        if row.teacher is None or self.spec == before:
             return row
-        record = narrowed_record(row.teacher, store.manifest.record, spec.k, drop_draws=drop_draws)
-        return replace(row, teacher=record)
-
-    def content(split: str) -> Rows:
-        return Rows(store.rows(split), lambda index: row_of(split, index))
-
-    rows = {split: content(split) for split in manifest.splits}
-    return write_store(target, manifest, store, rows, progress)
+        drop_draws = self.spec.n < before.n
+        return replace(row, teacher=narrowed_record(row.teacher, before, self.spec.k, drop_draws=drop_draws))
 
 
 def _new_codec(store: LogitStore, codec: str | None, mass: float | None) -> CodecSpec:

@@ -53,6 +53,15 @@ class Spread:
         places = (np.log(positive / SMALLEST) / math.log(GROWTH)).astype(np.int64)
         self._bins += np.bincount(np.clip(places, 0, _BINS - 1), minlength=_BINS)
 
+    def include(self, other: "Spread") -> None:
+        """Counts what another one has counted."""
+        self.count += other.count
+        self.infinite += other.infinite
+        self.minimum, self.maximum = min(self.minimum, other.minimum), max(self.maximum, other.maximum)
+        self._sum += other._sum
+        self._zeros += other._zeros
+        self._bins += other._bins
+
     @property
     def mean(self) -> float:
         """Returns the mean of the finite values; NaN when there is none."""

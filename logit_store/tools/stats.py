@@ -6,7 +6,9 @@ Only positions that the loss counts and that have a record are looked at.
 Shapes: M recorded positions of a row, k head entries, n draws, G grid temperatures, K = k + n stored ids.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +22,13 @@ from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.row import NO_ID, Row, labels_at_records
 from sparsekd.logit_store.tools.derive import Progress, no_progress
 from sparsekd.logit_store.tools.inspect import REST_NOTES, evenly, plane_table, section, table, tail_masses
+from sparsekd.logit_store.tools.processes import results_of
 from sparsekd.logit_store.tools.spread import Spread
 
 PERCENTILES = (1.0, 10.0, 50.0, 90.0, 99.0)
+
+ROWS_AT_A_TIME = 16
+"""Rows that one process reads before it tells what it has found."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,12 @@ class StoreStats:
 
 
 def store_stats(
-    path: StorePath, *, split: str | None = None, rows: int | None = None, progress: Progress = no_progress
+    path: StorePath,
+    *,
+    split: str | None = None,
+    rows: int | None = None,
+    jobs: int = 1,
+    progress: Progress = no_progress,
 ) -> StoreStats:
     """Reads a store's rows and describes their records.
 
@@ -119,6 +130,7 @@ def store_stats(
         path: of a sealed store.
         split: look at this one only.
         rows: rows of each split to read, spread evenly; None for all.
+        jobs: processes that read rows.
         progress: told of rows.
 
     Raises:
@@ -132,18 +144,30 @@ def store_stats(
     if store.manifest.teacher is None:
         return StoreStats(store, {})
     names = [split] if split is not None else [name for name in store.manifest.splits if store.rows(name)]
-    chosen = {name: evenly(store.rows(name), rows) for name in names}
-    total, done = sum(map(len, chosen.values())), 0
-    found = {}
-    for name, numbers in chosen.items():
-        counter = _Counter(len(store.manifest.record.temperatures))
-        for index in numbers:
-            row = store.read_row(name, index)
-            counter.add(row, store.manifest)
-            done += 1
-            progress("rows", done, total)
-        found[name] = counter.result()
-    return StoreStats(store, found)
+    # In groups of one size, so that however many processes there are the sums are rounded alike.
+    groups = [
+        (name, numbers[start : start + ROWS_AT_A_TIME])
+        for name in names
+        for numbers in [evenly(store.rows(name), rows)]
+        for start in range(0, len(numbers), ROWS_AT_A_TIME)
+    ]
+    total, done = sum(len(numbers) for _, numbers in groups), 0
+    counters = {name: _Counter(len(store.manifest.record.temperatures)) for name in names}
+    counted = results_of(partial(_count_rows, store), groups, jobs, what=f"reading {path}")
+    for (name, numbers), counter in zip(groups, counted, strict=True):
+        counters[name].include(counter)
+        done += len(numbers)
+        progress("rows", done, total)
+    return StoreStats(store, {name: counter.result() for name, counter in counters.items()})
+
+
+def _count_rows(store: LogitStore, group: tuple[str, Sequence[int]]) -> "_Counter":
+    """Returns what some rows of a split have."""
+    split, numbers = group
+    counter = _Counter(len(store.manifest.record.temperatures))
+    for index in numbers:
+        counter.add(store.read_row(split, index), store.manifest)
+    return counter
 
 
 def cells(spread: Spread) -> list[str]:
@@ -184,6 +208,7 @@ class _Counter:
         self._rows = self._positions = 0
         self._tail_mass = tuple(Spread() for _ in range(grid))
         self._entropy, self._rest_entropy, self._nll, self._overlap = (Spread() for _ in range(4))
+        self._spreads = (*self._tail_mass, self._entropy, self._rest_entropy, self._nll, self._overlap)
         self._in_head = self._stored = 0
         self._features: dict[str, NDArray[np.float64]] = {}  # plane -> numbers, squares, squares of errors
 
@@ -214,6 +239,17 @@ class _Counter:
                 squares = [float(np.square(part, dtype=np.float64).sum()) for part in (values, error)]
                 self._features.setdefault(plane.name, np.zeros(3))
                 self._features[plane.name] += [values.size, *squares]
+
+    def include(self, other: "_Counter") -> None:
+        """Adds what another one has gathered."""
+        self._rows += other._rows
+        self._positions += other._positions
+        self._in_head += other._in_head
+        self._stored += other._stored
+        for own, found in zip(self._spreads, other._spreads, strict=True):
+            own.include(found)
+        for name, sums in other._features.items():
+            self._features[name] = self._features.get(name, np.zeros(3)) + sums
 
     def result(self) -> SplitStats:
         positions = max(self._positions, 1)

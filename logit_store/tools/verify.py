@@ -3,8 +3,9 @@
 import contextlib
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -45,6 +46,8 @@ from sparsekd.logit_store.protocol.message import (
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.recover import in_quarantine
 from sparsekd.logit_store.tools.alignment import Alignment, AlignmentCheck
+from sparsekd.logit_store.tools.derive import Progress, no_progress, shards_of
+from sparsekd.logit_store.tools.processes import results_of
 
 PROBLEMS_SHOWN = 20
 
@@ -111,24 +114,38 @@ class VerifyResult:
         return "\n".join(lines) + "\n"
 
 
-class _Sums:
-    """What the commit records of a split's shards say together."""
+@dataclass
+class _Finding:
+    """What is found in one shard, or what the sound shards of a split have together.
 
-    def __init__(self) -> None:
-        self.counts: list[RowCounts] = []  # none, or the sums so far
-        self.plane_bytes: Counter[str] = Counter()
-        self.file_bytes = 0
+    Attributes:
+        problems: one sentence each.
+        rows: that are sound.
+        file_bytes: of the Arrow files.
+        counts: over the rows; None before any.
+        plane_bytes: stored bytes of each plane.
+        alignment: of the sound rows; not summed over a split's shards.
+    """
 
-    def add(self, record: CommitRecord) -> None:
-        self.counts = [sum_of_counts([*self.counts, record.counts])]
-        self.plane_bytes.update(record.plane_bytes)
-        self.file_bytes += record.file_bytes
+    problems: list[str] = field(default_factory=list)
+    rows: int = 0
+    file_bytes: int = 0
+    counts: RowCounts | None = None
+    plane_bytes: Counter[str] = field(default_factory=Counter)
+    alignment: Alignment = field(default_factory=Alignment)
+
+    def include(self, shard: "_Finding") -> None:
+        """Adds what was found in a sound shard."""
+        assert shard.counts is not None
+        self.counts = sum_of_counts([counts for counts in (self.counts, shard.counts) if counts is not None])
+        self.plane_bytes.update(shard.plane_bytes)
+        self.file_bytes += shard.file_bytes
 
     def contradictions(self, store: LogitStore, split: str) -> list[str]:
-        """Says where the index has other sums."""
+        """Says where the index has other sums than a split's shards together."""
         index = store.index(split)
         found = {
-            "counts": [index.counts] == self.counts,
+            "counts": index.counts == self.counts,
             "plane_bytes": index.plane_bytes == self.plane_bytes,
             "file_bytes": index.file_bytes == self.file_bytes,
         }
@@ -140,9 +157,7 @@ class _Sums:
         ]
 
 
-def verify_store(
-    path: str | StorePath, *, progress: Callable[[int, int], None] | None = None
-) -> VerifyResult:
+def verify_store(path: str | StorePath, *, jobs: int = 1, progress: Progress = no_progress) -> VerifyResult:
     """Reads a whole store and reports everything that is wrong with it.
 
     Every file is compared with its digest; every row is decoded and checked; the true tokens are looked for
@@ -150,7 +165,8 @@ def verify_store(
 
     Args:
         path: of a sealed store.
-        progress: called with (shards done, shards in all) after each.
+        jobs: processes that read shards.
+        progress: told after each shard.
 
     Raises:
         StoreError: there is no store, it is not sealed, or it is of a newer format. Damage does not raise.
@@ -164,9 +180,9 @@ def verify_store(
         return VerifyResult(path, None, 0, 0, 0, (str(error),), (), (), (), None)
     problems: list[str] = []
     damaged: list[tuple[str, int]] = []
-    alignment = Alignment(store.manifest)
-    sums = {split: _Sums() for split in store.manifest.splits}
-    rows = bytes_read = done = 0
+    alignment = Alignment()
+    sums = {split: _Finding() for split in store.manifest.splits}
+    rows = bytes_read = 0
     with _noted(problems):
         require_tokenizer(path / TOKENIZER_NAME, store.manifest.tokenizer.digest)
     for spec in projected(store.manifest):
@@ -175,17 +191,20 @@ def verify_store(
     # The table first: it says whether there are as many shards as the index claims.
     readable = [split for split in store.manifest.splits if _table_is_sound(store, split, problems)]
     shards = sum(map(store.shards, readable))
-    places = ((name, number) for name in readable for number in range(store.shards(name)))
-    for split, shard in places:
-        before = len(problems)
-        good, size = _verify_shard(store, split, shard, alignment, problems)
-        if len(problems) > before:
+    findings = results_of(
+        partial(_verify_shard, store), shards_of(store, readable), jobs, what=f"verifying {path}"
+    )
+    for done, ((split, shard), finding) in enumerate(
+        zip(shards_of(store, readable), findings, strict=True), start=1
+    ):
+        if finding.problems:
+            problems += finding.problems
             damaged.append((split, shard))
         else:
-            sums[split].add(store.commit(split, shard))
-        rows, bytes_read, done = rows + good, bytes_read + size, done + 1
-        if progress is not None:
-            progress(done, shards)
+            sums[split].include(finding)
+        alignment.include(finding.alignment)
+        rows, bytes_read = rows + finding.rows, bytes_read + finding.file_bytes
+        progress("shards", done, shards)
     broken = {name for name, _ in damaged}
     for name in readable:
         if store.rows(name) and name not in broken:
@@ -237,79 +256,92 @@ def _table_is_sound(store: LogitStore, split: str, problems: list[str]) -> bool:
     return False
 
 
-def _verify_shard(
-    store: LogitStore, split: str, shard: int, alignment: Alignment, problems: list[str]
-) -> tuple[int, int]:
-    """Checks one shard; returns (rows that are sound, bytes of its file)."""
+def _verify_shard(store: LogitStore, shard_place: tuple[str, int]) -> _Finding:
+    """Checks one shard."""
+    split, shard = shard_place
+    found = _Finding()
     place = shard_file(store.path, split, shard)
     manifest, planes = store.manifest, names_of(planes_of(store.manifest))
     try:
         if not exists(place):
-            problems.append(f"{place} is missing: {REMEDY}.")
-            return 0, 0
+            found.problems.append(f"{place} is missing: {REMEDY}.")
+            return found
         record = store.commit(split, shard)
         with explained(place):
             size = size_of(place)
             digest = sha256_of(place)
         frame = _wrong_frame(store, record)
     except StoreError as error:
-        problems.append(str(error))
-        return 0, 0
-    before = len(problems)
+        found.problems.append(str(error))
+        return found
+    found.file_bytes = size
     sound: list[RowCounts] = []  # of each row that is; all decoded rows of a shard would fill the memory
-    plane_bytes = dict.fromkeys(planes, 0)
     for index in store.shard_rows(split, shard):
         where = row_place(store.path, split, index, manifest.rows_per_shard)
         try:
             message = store.read_message(split, index)
             row = decode_row(message, manifest, split, index, where)
-            _, crc32, found = read_batch(message, planes)
-            for expected, (plane, stored) in zip(crc32, found.items(), strict=True):
-                if zlib.crc32(stored) != expected:
+            _, crc32, stored = read_batch(message, planes)
+            for expected, (plane, data) in zip(crc32, stored.items(), strict=True):
+                if zlib.crc32(data) != expected:
                     raise DamagedStoreError(f"{where}, plane {plane}: its own checksum differs; {REMEDY}.")
-                plane_bytes[plane] += len(stored)
+                found.plane_bytes[plane] += len(data)
         except StoreError as error:
-            problems.append(str(error))
+            found.problems.append(str(error))
             continue
         if (
             row.recorded is not None
             and rule_of_split(manifest, split) == "sampled"
             and not np.array_equal(row.recorded, recorded_positions(row, manifest, split))
         ):
-            problems.append(
+            found.problems.append(
                 f"{where}: records stand at other positions than the text and the seed choose, so that the "
                 f"loss would weigh them wrongly; {REMEDY}."
             )
             continue
         sound.append(count_rows([row]))
         if manifest.teacher is not None:
-            alignment.add(row)
-    if len(problems) > before:
-        return len(sound), size
-    if (
-        sum_of_counts(sound) != record.counts
-        or [row.tokens_counted for row in sound] != record.counted.tolist()
-    ):
-        problems.append(f"{place} holds other numbers of tokens than its commit record says.")
-    if not store.entries_fit(split, record):
-        problems.append(
-            f"{place}: the index's table has other entries for its rows than its commit record; {REMEDY}."
-        )
-    if plane_bytes != record.plane_bytes:
-        problems.append(f"{place} holds planes of other lengths than its commit record says.")
-    if digest != record.file_sha256 or size != record.file_bytes:
+            found.alignment.add(row, manifest)
+    found.rows = len(sound)
+    if not found.problems:
+        found.counts = sum_of_counts(sound)
+        counted = [row.tokens_counted for row in sound]
+        is_file = digest == record.file_sha256 and size == record.file_bytes
+        found.problems = [
+            *_contradictions(store, record, found, counted),
+            *_file_problems(place, record, frame, size, is_file),
+        ]
+    return found
+
+
+def _contradictions(
+    store: LogitStore, record: CommitRecord, found: _Finding, counted: list[int]
+) -> Iterator[str]:
+    """Says where a shard's sound rows are not what its commit record and the index say of them."""
+    place = shard_file(store.path, record.split, record.shard)
+    if found.counts != record.counts or counted != record.counted.tolist():
+        yield f"{place} holds other numbers of tokens than its commit record says."
+    if not store.entries_fit(record.split, record):
+        yield (f"{place}: the index's table has other entries for its rows than its commit record; {REMEDY}.")
+    if found.plane_bytes != record.plane_bytes:
+        yield f"{place} holds planes of other lengths than its commit record says."
+
+
+def _file_problems(
+    place: StorePath, record: CommitRecord, frame: str, size: int, is_file: bool
+) -> Iterator[str]:
+    """Says what is wrong with a shard's file, whose rows are sound."""
+    if not is_file:
         part = f", in its {frame}" if frame else ""
-        problems.append(
+        yield (
             f"{place} ({size:,} bytes) is not the file that was written ({record.file_bytes:,} "
-            f"bytes){part}; its "
-            f"rows are sound; {REMEDY}."
+            f"bytes){part}; its rows are sound; {REMEDY}."
         )
     elif frame:
-        problems.append(
+        yield (
             f"{place} is the file of its commit record, but its {frame} is not what the manifest and the "
             f"rows make it, and misleads other programs: {REMEDY}."
         )
-    return len(sound), size
 
 
 def _wrong_frame(store: LogitStore, record: CommitRecord) -> str:

@@ -8,10 +8,15 @@ import pytest
 from dense import write_rows
 
 from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.planes import names_of, planes_of
+from sparsekd.logit_store.projections import projections_of
+from sparsekd.logit_store.protocol.message import read_batch
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
+from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import Row, document_of_position
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_store
 from sparsekd.logit_store.tools.combine import merge_stores, row_key, subset_store
+from sparsekd.logit_store.tools.verify import verify_store
 
 
 def _rows(store: LogitStore, split: str = "train") -> list[Row]:
@@ -79,16 +84,72 @@ def test_documents_of_different_corpora_stay_apart(tmp_path: Path) -> None:
     assert both.manifest.rows_per_shard == 3
 
 
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def _stored(store: LogitStore, split: str, index: int) -> dict[str, bytes]:
+    planes = names_of(planes_of(store.manifest))
+    return {
+        name: bytes(data) for name, data in read_batch(store.read_message(split, index), planes)[2].items()
+    }
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in GOLDEN.glob("*/INDEX.json")))
+def test_rows_of_every_kind_are_copied_as_they_are_stored(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_store(GOLDEN / name)
+    split = next(split for split in source.manifest.splits if source.rows(split))
+    # Of another corpus, so that merge moves its documents' numbers.
+    manifest = dataclasses.replace(source.manifest, dataset={"name": "other"}, rows_per_shard=2)
+    rows = [source.read_row(split, index) for index in range(source.rows(split))]
+    tokenizer, projections = source.tokenizer_path, projections_of(source.path, source.manifest)
+    create_store(tmp_path / "other", manifest, tokenizer, projections)
+    for shard, first in enumerate(range(0, len(rows), 2)):
+        write_shard(tmp_path / "other", manifest, split, shard, rows[first : first + 2])
+    seal(tmp_path / "other", dict.fromkeys(manifest.splits, 0) | {split: shard + 1})
+    other = open_store(tmp_path / "other")
+    with monkeypatch.context() as patch:
+        patch.delattr(LogitStore, "read_row")  # which decodes
+        wanted = range(1, len(rows)) if len(rows) > 1 else [0]
+        subset_store(source.path, tmp_path / "part", split=split, rows=wanted)
+        merge_stores([source.path, tmp_path / "other"], tmp_path / "both", allow_repeated_rows=True)
+    part, both = open_store(tmp_path / "part"), open_store(tmp_path / "both")
+    for number, index in enumerate(wanted):
+        assert _stored(part, split, number) == _stored(source, split, index)
+    shift = both.manifest.dataset["provenance"][0]["document_shifts"][1]
+    assert shift > max(int(row.segment_documents.max()) for row in rows) and both.rows(split) > len(rows)
+    for index, row in enumerate(rows):
+        moved, before = _stored(both, split, len(rows) + index), _stored(other, split, index)
+        assert moved.pop("segment_documents") != before.pop("segment_documents") and moved == before
+        found = both.read_row(split, len(rows) + index)
+        numbers = row.segment_documents
+        np.testing.assert_array_equal(found.segment_documents, np.where(numbers < 0, -1, numbers + shift))
+        assert _stored(both, split, index) == _stored(source, split, index)
+    for made in (part, both):
+        assert verify_store(made.path).problems == ()
+
+
+def test_documents_whose_numbers_cannot_be_moved_apart(tmp_path: Path) -> None:
+    for name in ("left", "right"):
+        manifest = synthetic_manifest(dataset={"name": name})
+        (row,) = synthetic_rows(manifest, 1, seed=len(name))
+        numbers = np.where(row.segment_documents < 0, -1, 2**62 + row.segment_documents)
+        write_rows(
+            tmp_path / name, manifest, {"train": [dataclasses.replace(row, segment_documents=numbers)]}
+        )
+    with pytest.raises(StoreError, match=r"right have numbers up to 9,223,\S+ when they are kept apart"):
+        merge_stores([tmp_path / "left", tmp_path / "right"], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_row_that_is_there_twice_is_named(tmp_path: Path, whole: Path) -> None:
     subset_store(whole, tmp_path / "a", split="train", rows=[1, 4])
     with pytest.raises(StoreError, match="the stores overlap") as caught:
         merge_stores([whole, tmp_path / "a"], tmp_path / "new")
     part = tmp_path / "a"
-    named = [
-        f"row {here} of split train of {part} has the tokens of row {there} of split train of {whole}: "
-        for here, there in ((0, 1), (1, 4))
-    ]
-    assert str(caught.value).startswith(tuple(named))
+    named = f"row 0 of split train of {part} has the tokens of row 1 of split train of {whole}: "
+    assert str(caught.value).startswith(named), "the first one"
     assert not (tmp_path / "new").exists()
     merge_stores([whole, tmp_path / "a"], tmp_path / "new", allow_repeated_rows=True)
     assert open_store(tmp_path / "new").rows("train") == 10
