@@ -32,6 +32,10 @@ from sparsekd.logit_store.row import (
 LOGPROB_TOLERANCE = 1e-6
 """Nats by which a log-probability may rise along the head, or exceed 0: rounding of float32 logits."""
 
+IMPOSSIBLE_LOGPROB = -80.0
+"""At this (at temperatures below 1, at this over T) or above it lies the head's first entry or log R, at each
+temperature of the grid; e^-80 is near the smallest normal float32."""
+
 MASS_TOLERANCE = 5e-4
 """By how much probabilities of a position may sum to more than 1: rounding of float32 sums over a vocabulary,
 and of log R to a half, which raises R by at most 1.8e-4."""
@@ -124,6 +128,8 @@ def check_planes(
     ):
         _check_head(look)
         _check_mass(look)
+    if "log_rest" in there and ("head_logprobs" in there or not manifest.record.k):
+        _check_not_empty(look)
     if manifest.record.n and {"tail_ids", "tail_counts", "log_rest"} <= there:
         _check_tail(look)
         if manifest.record.k and "head_ids" in there:
@@ -413,6 +419,28 @@ def _check_mass(look: _Look) -> None:
         raise InvalidRowError(
             f"{look.where}, position {_position(bad[0], look)}: the probabilities of head and rest sum to "
             f"{mass[bad[0]]}, expected at most 1."
+        )
+
+
+def _check_not_empty(look: _Look) -> None:
+    """Checks that something is possible at each temperature, since every loss divides by what is.
+
+    Where probabilities sum to 1, the likeliest of V outcomes has at least -log V, far above the limit.
+    """
+    rest = look.planes["log_rest"]
+    temperatures = np.asarray(look.manifest.record.temperatures, np.float32)
+    lowest = IMPOSSIBLE_LOGPROB / np.minimum(temperatures, 1)
+    if (rest >= lowest).all():
+        return
+    most = rest
+    if look.manifest.record.k:
+        most = np.maximum(rest, look.planes["head_logprobs"][:, :1] / temperatures)
+    bad = np.flatnonzero((most < lowest).any(axis=1))
+    if bad.size:
+        column = int((most[bad[0]] < lowest).argmax())
+        raise InvalidRowError(
+            f"{look.where}, position {_position(bad[0], look)}: nothing is possible at temperature "
+            f"{temperatures[column]:g}: neither head nor rest reach a log-probability of {lowest[column]:g}."
         )
 
 

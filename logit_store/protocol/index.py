@@ -185,6 +185,15 @@ class RowTable:
         for block in blocks:
             self._access.forget(self._place, block * BLOCK_BYTES)
 
+    def require_end(self) -> None:
+        """Reads its last byte: there are as many rows as the index claims, before anything counts on it.
+
+        Raises:
+            DamagedStoreError: it is shorter.
+        """
+        if self._index.table_bytes:
+            self._bytes(self._index.table_bytes - 1, 1)
+
     def damaged(self, what: str) -> DamagedStoreError:
         """Returns the error of a table that says something impossible."""
         return DamagedStoreError(

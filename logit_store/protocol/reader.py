@@ -115,6 +115,11 @@ class LogitStore:
         assert self._cache is not None
         return local_tokenizer(self.path / TOKENIZER_NAME, digest, self._cache)
 
+    def require_whole_tables(self) -> None:
+        """Raises DamagedStoreError where a table of rows is shorter than the index says."""
+        for table in self._tables.values():
+            table.require_end()
+
     def index(self, split: str) -> SplitIndex:
         """Returns what the index says of a split.
 
@@ -324,7 +329,11 @@ class LogitStore:
 
 
 def open_store(
-    path: str | StorePath, *, access: str = "positional", cache: Cache | None = None
+    path: str | StorePath,
+    *,
+    access: str = "positional",
+    cache: Cache | None = None,
+    whole_tables: bool = True,
 ) -> LogitStore:
     """Opens a sealed store.
 
@@ -332,9 +341,11 @@ def open_store(
         path: a folder, or an address such as `s3://bucket/store` (see `paths.store_path`).
         access: one of `access.KINDS`; a remote store has `positional` alone.
         cache: of a remote store; by default the machine's (see `cache.default_cache`).
+        whole_tables: whether the tables of rows must be as long as the index says, so that what is allocated
+            for so many rows is bounded by files that are there; without it, whoever asks takes care.
 
     Raises:
-        DamagedStoreError: the manifest or the index is damaged.
+        DamagedStoreError: the manifest or the index is damaged, or a table is shorter.
         StoreError: there is no store, it is not sealed, or it is of a newer format.
     """
     path = store_path(path)
@@ -353,14 +364,18 @@ def open_store(
     index, digest = read_index(path, manifest, text)
     if isinstance(path, RemotePath):
         cache = cache or default_cache(os.environ)
-        return LogitStore(path, manifest, digest, index, CachedAccess(cache, digest), cache)
-    chosen = MappedAccess() if access == "mapped" else PositionalAccess()
-    return LogitStore(path, manifest, digest, index, chosen, None)
+        store = LogitStore(path, manifest, digest, index, CachedAccess(cache, digest), cache)
+    else:
+        chosen = MappedAccess() if access == "mapped" else PositionalAccess()
+        store = LogitStore(path, manifest, digest, index, chosen, None)
+    if whole_tables:
+        store.require_whole_tables()
+    return store
 
 
 def _open_again(path: StorePath, access: str, cache: Cache | None, digest: str) -> LogitStore:
     """Opens a store that another process has open."""
-    store = open_store(path, access=access, cache=cache)
+    store = open_store(path, access=access, cache=cache, whole_tables=False)
     if store.digest != digest:
         raise StoreError(f"{path} was sealed anew while it was read: run the command again.")
     return store

@@ -43,6 +43,7 @@ from sparsekd.logit_store.row import (
 )
 from sparsekd.logit_store.tools.derive import Progress, no_progress
 from sparsekd.logit_store.tools.processes import results_of
+from sparsekd.logit_store.tools.spelling import spelling_tokenizer
 
 EXPORT_NAME = "EXPORT.json"
 """Says which store the files are from; written first, so that an export can be continued but not mixed."""
@@ -293,12 +294,13 @@ class _Export:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        place = self._store.tokenizer_path / "tokenizer.json"
-        if not place.exists():
-            raise StoreError(f"{place} is not there, so tokens cannot be spelled: export without --text.")
-        from tokenizers import Tokenizer
-
-        return Tokenizer.from_file(str(place))
+        tokenizer = spelling_tokenizer(self._store)
+        if tokenizer is None:
+            raise StoreError(
+                f"{self._store.tokenizer_path / 'tokenizer.json'} is not there, so tokens cannot be spelled: "
+                "export without --text."
+            )
+        return tokenizer
 
 
 def _claim(target: StorePath, store: LogitStore, splits: list[str], text: bool) -> None:

@@ -14,6 +14,7 @@ from sparsekd.logit_store.manifest import FeatureSpec, Manifest
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.row import IGNORED_LABEL, NO_ID, Row, TeacherRecord, labels_at_records, labels_of
+from sparsekd.logit_store.tools.spelling import spelling_tokenizer
 
 CONTEXT_TOKENS = 12
 CANDIDATES_SHOWN = 6
@@ -366,12 +367,9 @@ def _example(
 
 def _speller(store: LogitStore) -> Callable[[Sequence[int]], str]:
     """Returns what makes quoted text of ids; without tokenizer.json it shows the ids themselves."""
-    place = store.tokenizer_path / "tokenizer.json"
-    if not place.exists():
+    tokenizer = spelling_tokenizer(store)
+    if tokenizer is None:
         return lambda ids: "ids " + " ".join(str(number) for number in ids)
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(place))
     # Quotes and escapes make spaces and line ends visible, which are tokens like any other.
     return lambda ids: repr(tokenizer.decode(list(ids), skip_special_tokens=False))
 

@@ -24,7 +24,7 @@ from sparsekd.logit_store.places.paths import StorePath, store_path
 from sparsekd.logit_store.places.tokenizer_folder import require_tokenizer
 from sparsekd.logit_store.planes import names_of, planes_of
 from sparsekd.logit_store.positions import recorded_positions, rule_of_split
-from sparsekd.logit_store.projections import projected, projection_name, read_projection
+from sparsekd.logit_store.projections import projected, projection_name, projection_of
 from sparsekd.logit_store.protocol.commit import CommitRecord, RowCounts, count_rows, sum_of_counts
 from sparsekd.logit_store.protocol.layout import (
     INDEX_FOLDER,
@@ -173,7 +173,7 @@ def verify_store(path: str | StorePath, *, jobs: int = 1, progress: Progress = n
     """
     path = store_path(path)
     try:
-        store = open_store(path)
+        store = open_store(path, whole_tables=False)
     except StoreError as error:
         if not (exists(path / MANIFEST_NAME) and exists(path / INDEX_NAME)):
             raise
@@ -187,7 +187,7 @@ def verify_store(path: str | StorePath, *, jobs: int = 1, progress: Progress = n
         require_tokenizer(path / TOKENIZER_NAME, store.manifest.tokenizer.digest)
     for spec in projected(store.manifest):
         with _noted(problems):
-            read_projection(path, spec)
+            projection_of(path, spec)
     # The table first: it says whether there are as many shards as the index claims.
     readable = [split for split in store.manifest.splits if _table_is_sound(store, split, problems)]
     shards = sum(map(store.shards, readable))

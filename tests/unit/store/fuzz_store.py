@@ -4,9 +4,10 @@
     python tests/unit/store/fuzz_store.py --seed 0 --only 1234    # one case again, in this process
 
 A case is a sound store of one of several kinds, changed by one to three mutators, with every checksum above
-the change right. A child forked from this loaded process opens it in every way, reads rows, verifies it and
-tries to adopt its shards. What may come out is rows or one sentence; what may not: a traceback, a warning, a
-dead child, one that computes for 10 seconds or sleeps for 60, or one of more than 512 MB.
+the change right. A child forked from this loaded process opens it in every way, reads rows, verifies it,
+tries to adopt its shards and uses one of the tools on it. What may come out is rows or one sentence; what may
+not: a traceback, a warning, a dead child, one that computes for 10 seconds or sleeps for 60, or one of more
+than 512 MB.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +37,22 @@ from mutators import MUTATORS
 from sparsekd.logit_store.codecs.frequency import compact_parameters
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import CodecSpec, FeatureSpec
+from sparsekd.logit_store.projections import Projection, digest_of, projected, projection_of
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.recover import record_of_file
-from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
+from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
+from sparsekd.logit_store.synthetic import (
+    synthetic_manifest,
+    synthetic_rows,
+    write_synthetic_store,
+    write_synthetic_tokenizer,
+)
+from sparsekd.logit_store.tools.combine import merge_stores, subset_store
+from sparsekd.logit_store.tools.compare import compare_stores
+from sparsekd.logit_store.tools.export import export_store
+from sparsekd.logit_store.tools.inspect import inspect_text
+from sparsekd.logit_store.tools.reencode import reencode_store
+from sparsekd.logit_store.tools.stats import store_stats
 from sparsekd.logit_store.tools.verify import verify_store
 
 SECONDS = 10
@@ -47,6 +62,11 @@ ADDRESS_SPACE = 6 << 30
 """More than that is asked for in vain, so that the machine lives."""
 
 LONGEST_SENTENCE = 1500
+
+REFUSALS = re.compile(
+    "No row of|which fp16 cannot hold|when they are kept apart|has no head|cannot be read by the library"
+)
+"""Words in what tools say of sound stores that are not for them."""
 ROWS_READ = 12
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -88,8 +108,11 @@ def base_stores(folder: Path) -> dict[str, Forgery]:
         manifest = synthetic_manifest(codec=CodecSpec(codec, parameters), **record)
         paths[name] = folder / str(number)
         write_synthetic_store(paths[name], manifest, {"train": 4, "heldout": 1}, seed=number)
+    for kind in ("int8", "float16"):
+        paths[f"tkq8 projected to {kind}"] = _projected(folder / kind, kind)
     for name, path in paths.items():
-        assert read_case(path) == "rows", f"{name} is sound"
+        for tool in range(len(TOOLS)):
+            assert read_case(path, tool) == "rows", f"{name} is sound"
     return {name: Forgery.of(path) for name, path in paths.items()}
 
 
@@ -117,7 +140,53 @@ def make_case(stores: dict[str, Forgery], seed: int, number: int, path: Path) ->
     return f"{name}: {', '.join(done)}"
 
 
-def read_case(path: Path) -> str:
+def _projected(path: Path, kind: str) -> Path:
+    """Writes a store with hidden states that were projected from 12 numbers to 8."""
+    random = np.random.default_rng(0)
+    content = Projection(*(random.standard_normal(shape, np.float32) for shape in (12, (12, 8)))).to_bytes()
+    feature = FeatureSpec(2, 8, 12, "pca", digest_of(content), 0.9, kind, "all")
+    manifest = synthetic_manifest(k=3, n=0, features=(feature,))
+    tokenizer = write_synthetic_tokenizer(path.with_name(f"{kind}-tokenizer"), 300)
+    create_store(path, manifest, tokenizer, {feature.plane: content})
+    write_shard(path, manifest, "train", 0, synthetic_rows(manifest, 3, 0))
+    seal(path, {"train": 1, "heldout": 0})
+    return path
+
+
+def _first_rows(path: Path, new: Path) -> None:
+    store = open_store(path)
+    split = next(name for name in store.manifest.splits if store.rows(name))
+    subset_store(path, new, split=split)
+
+
+TOOLS: tuple[Callable[[Path, Path], object], ...] = (
+    _first_rows,
+    lambda path, new: subset_store(path, new, documents=range(2**62)),
+    lambda path, new: merge_stores([path, path], new, allow_repeated_rows=True),
+    lambda path, new: export_store(path, new),
+    lambda path, new: export_store(path, new, text=True),
+    lambda path, new: reencode_store(path, new, codec="fp16"),
+    lambda path, new: store_stats(path).text(),
+    lambda path, new: inspect_text(path),
+    lambda path, new: compare_stores(path, path).text(),
+    lambda path, new: [projection_of(path, spec) for spec in projected(open_store(path).manifest)],
+)
+"""What is done with a store beside reading it: (its folder, a new one)."""
+
+
+def _use(path: Path, tool: int) -> str:
+    """Uses one of the tools; returns what it says."""
+    new = path.with_name(path.name + "-new")
+    try:
+        TOOLS[tool % len(TOOLS)](path, new)
+    except StoreError as error:
+        return str(error)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return ""
+
+
+def read_case(path: Path, tool: int) -> str:
     """Does with a store what readers do; returns `rows`, or the first sentence.
 
     Raises:
@@ -135,6 +204,10 @@ def read_case(path: Path) -> str:
         for split in store.manifest.splits:
             rows += _read_rows(store, mapped, split, sentences)
     assert not (sentences and verified.ok), f"sound to verify, but not to the reader: {sentences[0]}"
+    if said := _use(path, tool):
+        assert not verified.ok or REFUSALS.search(said), f"sound to verify, but not to a tool: {said}"
+        if not REFUSALS.search(said):
+            sentences.append(said)
     for text in (*sentences, *verified.problems):
         assert text.isprintable() and 10 < len(text) < LONGEST_SENTENCE, f"no sentence: {text[:3000]!r}"
     if sentences or not verified.ok:
@@ -182,7 +255,7 @@ def begin(number: int, what: str, path: Path) -> tuple[int, Child]:
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         warnings.simplefilter("error")
-        said.write_text("said " + read_case(path), errors="backslashreplace")
+        said.write_text("said " + read_case(path, number), errors="backslashreplace")
     except BaseException:
         said.write_text(traceback.format_exc(), errors="backslashreplace")
     finally:
@@ -290,7 +363,7 @@ def main() -> int:
             path = (options.keep or Path(folder)) / f"seed-{options.seed}-case-{options.only}"
             print(make_case(base_stores(Path(folder)), options.seed, options.only, path))
             warnings.simplefilter("error")
-            print(read_case(path))
+            print(read_case(path, options.only))
         return 0
     started = time.monotonic()
     cases = range(options.first, options.first + options.cases)

@@ -7,6 +7,7 @@ can find it.
 
 import base64
 import copy
+import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ from shard_mutators import (
     refill,
     shard_frame,
 )
+
+from sparsekd.logit_store.places.tokenizer_folder import digest_of_files
 
 Mutator = Callable[[Forgery, random.Random], None]
 
@@ -234,8 +237,39 @@ def rows_moved(forged: Forgery, now: random.Random) -> None:
         _fit_counts(forged, json.loads(forged.manifest)["sequence_length"])
 
 
+def _projection(forged: Forgery, now: random.Random) -> None:
+    """Other numbers, or more or fewer, in a file that the manifest's digest fits."""
+    name = now.choice([name for name in forged.others if name.startswith("projections/")])
+    old = forged.others[name]
+    forged.others[name] = now.choice([
+        b"\xff" * len(old), b"\0\0\x80\x7f" + old[4:], flipped(old, now), cut(old, now), old + old, b"",
+    ])  # fmt: skip
+    content = json.loads(forged.manifest)
+    for feature in content["features"]:
+        feature["projection_digest"] = hashlib.sha256(forged.others[name]).hexdigest()
+        if now.random() < 0.3:
+            feature[now.choice(["source_width", "width"])] = now.choice(SHAPES)
+    forged.set_manifest(text_of(content))
+
+
+def _tokenizer(forged: Forgery, now: random.Random) -> None:
+    """Files that the manifest's digest fits, and that no library reads."""
+    place = "tokenizer/tokenizer.json"
+    old = forged.others[place]
+    changed = [b"", b"{}", b"[" * 10_000, flipped(old, now), cut(old, now), _changed_text(old, now)]
+    forged.others[place] = now.choice(changed)
+    content = json.loads(forged.manifest)
+    files = {name.partition("/")[2]: data for name, data in forged.others.items() if name.startswith("tok")}
+    content["tokenizer"]["digest"] = digest_of_files(sorted(files.items()))
+    forged.set_manifest(text_of(content))
+
+
 def other_files(forged: Forgery, now: random.Random) -> None:
-    """The tokenizer's files, and files that nobody expects."""
+    """The tokenizer's files, projections, and files that nobody expects."""
+    if any(name.startswith("projections/") for name in forged.others) and now.random() < 0.8:
+        return _projection(forged, now)
+    if now.random() < 0.3:
+        return _tokenizer(forged, now)
     name = now.choice(list(forged.others) or ["x"])
     forged.others[name] = now.choice([b"", flipped(forged.others.get(name, b"x"), now), bytes(1 << 20)])
     forged.others[

@@ -82,6 +82,16 @@ def _mass(row: Row) -> None:
     row.teacher.log_rest[6, 0] = 0.0
 
 
+def _impossible(value: float) -> Callable[[Row], None]:
+    def change(row: Row) -> None:
+        assert row.teacher is not None
+        row.teacher.head_logprobs[6] = value
+        row.teacher.head_ids[6].sort()
+        row.teacher.log_rest[6] = value
+
+    return change
+
+
 def _value_without_a_draw(row: Row) -> None:
     assert row.teacher is not None
     row.teacher.tail_ids[6] = [*sorted({1, 2, 3, 4, 5, 6} - set(row.teacher.head_ids[6].tolist()))[:3], -1]
@@ -126,6 +136,8 @@ def _negative_count(row: Row) -> None:
         (_set("log_rest", (6, 1), np.nan), ["position 6", "log_rest[1] is nan"]),
         (_set("log_rest", (6, 1), np.inf), ["position 6", "log_rest[1] is inf"]),
         (_mass, ["position 6", "probabilities of head and rest"]),
+        (_impossible(-np.inf), ["position 6", "nothing is possible at temperature 1"]),
+        (_impossible(-6e4), ["position 6", "nothing is possible at temperature 1"]),
         (_set("true_logprob", 6, 0.5), ["position 6", "true_logprob is 0.5"]),
         (_set("true_logprob", 6, np.nan), ["position 6", "true_logprob is nan"]),
         (_set("true_logprob", 8, -1.0), ["position 8", "true_logprob is -1.0", "no label"]),

@@ -14,6 +14,9 @@ from sparsekd.logit_store.errors import DamagedStoreError, StoreError
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.writer import seal
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
+from sparsekd.logit_store.tools.combine import merge_stores, subset_store
+from sparsekd.logit_store.tools.export import export_store
+from sparsekd.logit_store.tools.stats import store_stats
 from sparsekd.logit_store.tools.verify import verify_store
 
 sys.path.append(str(Path(__file__).parent))
@@ -222,6 +225,29 @@ def test_lengths_that_the_file_has_but_no_row_can_have_are_refused(tmp_path: Pat
     shard.kept = {"file_bytes", "lengths"}
     sentence = _outcome(forged.write(tmp_path / "store"))
     assert "as lengths, expected at most" in sentence and "for a row of this store" in sentence
+
+
+def test_rows_that_an_index_only_claims_are_found_before_anything_is_made_for_them(
+    tmp_path: Path, sound: Path
+) -> None:
+    forged, rows = Forgery.of(sound), 2**40
+    manifest, entry = json.loads(forged.manifest), forged.index["splits"]["train"]
+    entry["rows"], entry["shards"] = rows, -(-rows // manifest["rows_per_shard"])
+    entry["counts"]["tokens"] = rows * manifest["sequence_length"]
+    path = forged.write(tmp_path / "store")
+    said = r"train-\w+\.bin is damaged: it ends before byte"
+    with pytest.raises(DamagedStoreError, match=said):
+        open_store(path)
+    for use in (
+        lambda: subset_store(path, tmp_path / "new", split="train"),
+        lambda: merge_stores([path, sound], tmp_path / "new"),
+        lambda: store_stats(path),
+        lambda: export_store(path, tmp_path / "new"),
+    ):
+        with pytest.raises(DamagedStoreError, match=said):
+            use()
+    assert not (tmp_path / "new").exists()
+    assert not verify_store(path).ok
 
 
 def test_a_text_of_many_values_is_refused_before_they_are_made(tmp_path: Path, sound: Path) -> None:

@@ -241,20 +241,20 @@ def test_the_cache_keeps_its_bound_and_is_not_trusted(
     monkeypatch.setattr(access, "read_range", counted)
     large = open_store(path, cache=Cache(tmp_path / "large", 1 << 20))
     rows = [large.read_row("train", index) for index in range(9)]
-    assert len(asked) == 9 + 1, "each row, and the table"
+    assert len(asked) == 9 + 2, "each row, and each split's table"
     for index in range(9):
         large.read_row("train", index)
-    assert len(asked) == 10, "all from the cache"
+    assert len(asked) == 11, "all from the cache"
     # A damaged piece is fetched anew.
     pieces = sorted((tmp_path / "large/pieces").iterdir())
-    assert len(pieces) == 9 + 1
+    assert len(pieces) == 9 + 2
     for piece in pieces:
         piece.write_bytes(piece.read_bytes()[:-5] + b"wrong")
     again = open_store(path, cache=Cache(tmp_path / "large", 1 << 20))
     assert all(
         (again.read_row("train", index).token_ids == rows[index].token_ids).all() for index in range(9)
     )
-    assert len(asked) == 10 + 9 * 2, "each row, and the table, which might have been the damaged one"
+    assert len(asked) == 11 + 9 * 2, "each row, and the table, which might have been the damaged one"
 
     row_bytes = max(piece.stat().st_size for piece in pieces)
     limit = 4 * row_bytes

@@ -94,8 +94,10 @@ def _with_edges(row: Row, manifest: Manifest) -> Row:
         return row
     changes = {field.name: getattr(record, field.name).copy() for field in dataclasses.fields(record)}
     # Record 0: certainty, an empty rest, no draws. 1: equal values. 2: nearly equal ones.
-    changes["log_rest"][0], changes["rest_entropy"][0] = -np.inf, 0
-    if k:
+    if k:  # else nothing would be possible
+        changes["log_rest"][0], changes["rest_entropy"][0] = -np.inf, 0
+        changes["tail_ids"][0], changes["tail_counts"][0] = -1, 0
+        changes["tail_logprobs"][0] = -np.inf
         # Steps of 5,000 where that many fit, as in the first stores; else such that the highest bit is used.
         spacing = 5000 if vocabulary == VOCABULARY else (vocabulary - 2) // (k - 1)
         changes["head_ids"][:3] = np.arange(k) * spacing
@@ -103,8 +105,6 @@ def _with_edges(row: Row, manifest: Manifest) -> Row:
         changes["head_logprobs"][1] = np.float32(np.log(1e-3))
         changes["head_logprobs"][2] = np.log(1e-3) - np.arange(k, dtype=np.float32) * np.float32(1e-6)
     if n:
-        changes["tail_ids"][0], changes["tail_counts"][0] = -1, 0
-        changes["tail_logprobs"][0] = -np.inf
         changes["tail_ids"][1] = [1, vocabulary - 1] + [-1] * (n - 2)
         changes["tail_counts"][1] = [1, n - 1] + [0] * (n - 2)
         changes["tail_logprobs"][1, 2:] = -np.inf
