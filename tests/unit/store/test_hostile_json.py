@@ -230,7 +230,7 @@ def test_lengths_that_the_file_has_but_no_row_can_have_are_refused(tmp_path: Pat
 def test_rows_that_an_index_only_claims_are_found_before_anything_is_made_for_them(
     tmp_path: Path, sound: Path
 ) -> None:
-    forged, rows = Forgery.of(sound), 2**40
+    forged, rows = Forgery.of(sound), 2**33
     manifest, entry = json.loads(forged.manifest), forged.index["splits"]["train"]
     entry["rows"], entry["shards"] = rows, -(-rows // manifest["rows_per_shard"])
     entry["counts"]["tokens"] = rows * manifest["sequence_length"]
