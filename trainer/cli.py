@@ -6,10 +6,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import metadata
+from typing import NoReturn
 
 from sparsekd.launch.env import torch_variables
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.trainer.config import Config
+from sparsekd.trainer.ending import run_as_process
 from sparsekd.trainer.errors import ConfigError, FolderError, TypedError, UserError, typed
 
 VERBS = {
@@ -34,6 +36,11 @@ EXAMPLES = """examples:
       run.root=runs/a run.name=kd train.steps=2000
   sparsekd train experiment=demo objective=ce_only --cfg     (prints the configuration, runs nothing)
 """
+
+
+def run() -> NoReturn:
+    """The console script: `main` as all that a process does."""
+    run_as_process(main)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -183,4 +190,4 @@ def _verb_help(verb: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -38,7 +38,8 @@ def ranks(launch: LaunchConfig, *, timeout_minutes: float) -> Iterator[Ranks]:
     """Joins the job's process group for the length of a `with` block.
 
     Reads torchrun's variables or Slurm's; without either the job is one process. Threads per rank are set
-    here because a different number changes the order of sums, and with it bits.
+    here because a different number changes the order of sums, and with it bits. A process that joins a group
+    ends by `ending.run_as_process`: threads of the group may outlive it.
 
     Raises:
         UserError: cuda is asked for where there is none, or for more ranks than there are GPUs; or Slurm's

@@ -5,9 +5,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-# What torch.save says of a failed write: its zip writer raises no OSError.
-_WORDS_OF_TORCH = ("PytorchStreamWriter", "file write failed", "inline_container", "unexpected pos")
-
 
 class UserError(Exception):
     """Something the user can put right: what was found, what was expected, where, and what to do."""
@@ -50,23 +47,23 @@ def typed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns a failed write to `path`, by Python or by torch.save, into one sentence that names it.
+    """Turns a failed write to `path` into one sentence that names it.
 
     Raises:
         UserError: The disk is full or fails, or the place may not be written.
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-        elif any(word in str(error) for word in _WORDS_OF_TORCH):
-            reason = "torch could not write all of a file"
-        else:
-            raise
-        existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({reason}; {shutil.disk_usage(existing).free:,} bytes are free on its "
-            "disk); make room or choose another place, then run the same command again: it goes on from the "
-            "newest checkpoint."
+            f"{path} cannot be written ({error.strerror or error}; {_room(path)}); make room or choose "
+            "another place, then run the same command again: it goes on from the newest checkpoint."
         ) from error
+
+
+def _room(path: Path) -> str:
+    try:
+        existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+        return f"{shutil.disk_usage(existing).free:,} bytes are free on its disk"
+    except OSError:
+        return "its disk does not say how much is free"

@@ -14,6 +14,7 @@ from typing import Any
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.trainer.config import Config
+from sparsekd.trainer.ending import run_as_process
 from sparsekd.trainer.errors import UserError
 
 
@@ -46,4 +47,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_process(main)

@@ -13,6 +13,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 from sparsekd.trainer.config import Config, LaunchConfig
 from sparsekd.trainer.distributed import Ranks, ranks
+from sparsekd.trainer.ending import run_as_process
 from sparsekd.trainer.student import checkpoint, train
 
 # (name, ZeRO stage, dtype of the engine, tied)
@@ -77,4 +78,4 @@ def main(folder: Path, store: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    run_as_process(lambda: main(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -6,6 +6,7 @@ file's size and checksum is added; then the folder gets its name.
 """
 
 import functools
+import io
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 
 from sparsekd.trainer.distributed import Ranks, agree, broadcast_object, together
@@ -123,12 +125,11 @@ def _write_engine(engine: deepspeed.DeepSpeedEngine, working: Path, here: Ranks)
 
     together(here, make_folder)
     writer, problems = engine.checkpoint_engine, []
-    write = writer.save
 
     def write_or_note(state_dict: Any, path: str) -> None:
         try:
             with writing(working.parent):
-                write(state_dict, path)
+                torch_save(state_dict, Path(path))
         except UserError as error:
             problems.append(error)
 
@@ -142,6 +143,40 @@ def _write_engine(engine: deepspeed.DeepSpeedEngine, working: Path, here: Ranks)
     finally:
         del writer.save  # the class's own again
     together(here, raise_problem)
+
+
+def torch_save(value: Any, path: Path) -> None:
+    """torch.save whose failed writes are OSErrors, as those of any file.
+
+    By a path torch writes through a stream of C++, which says of a full disk what the moment gives
+    ("unexpected pos", "iostream error", "Parent directory does not exist") and never why.
+
+    Raises:
+        OSError: The disk is full or fails, or the place may not be written.
+    """
+    file = _Written(path)
+    try:
+        with file:
+            torch.save(value, file)
+    except RuntimeError:
+        if file.failure is not None:
+            raise file.failure from None
+        raise
+
+
+class _Written(io.BufferedWriter):
+    """A new file that keeps its first failed write: torch's zip writer raises an error of its own instead."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "wb"))
+        self.failure: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as failure:
+            self.failure = self.failure or failure
+            raise
 
 
 def _publish(working: Path, final: Path, record: dict[str, Any], here: Ranks) -> None:
@@ -259,9 +294,10 @@ def _checked_in(folder: Path, names: list[str]) -> dict[str, dict[str, int]]:
     measured = {}
     for name in names:
         path = folder / name
-        with writing(folder.parent), path.open("rb") as file:
-            os.fsync(file.fileno())
-        measured[name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+        with writing(folder.parent):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            measured[name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
     return measured
 
 

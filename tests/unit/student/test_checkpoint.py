@@ -1,13 +1,16 @@
 """Checkpoints as files: what counts as published, whole, or left over; and which runs may go on from one."""
 
+import errno
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sparsekd.trainer.config import Config, LaunchConfig, ScheduleConfig
 from sparsekd.trainer.distributed import Ranks, ranks
@@ -21,14 +24,16 @@ from sparsekd.trainer.student.checkpoint import (
     published,
     read_commit,
     save,
+    torch_save,
 )
 from sparsekd.trainer.student.checks import objective_of
 from sparsekd.trainer.student.resume import check_fits, choose_start, first_other_rate, settings_of
 
 
 class FileWriter:
-    def save(self, state_dict: bytes, path: str) -> None:
-        Path(path).write_bytes(state_dict)
+    """Stands for DeepSpeed's writer, whose `save` the trainer puts its own in the place of."""
+
+    save: Callable[[Any, str], None]
 
 
 class FilesOnly:
@@ -40,8 +45,21 @@ class FilesOnly:
     def save_checkpoint(self, folder: str, *, tag: str, save_latest: bool) -> None:
         assert not save_latest
         (Path(folder) / tag).mkdir(parents=True, exist_ok=True)
-        self.checkpoint_engine.save(b"weights" * 1000, f"{folder}/{tag}/weights.pt")
-        self.checkpoint_engine.save(b"moments" * 3000, f"{folder}/{tag}/optimizer.pt")
+        for name, values in (("weights", 2000), ("optimizer", 6000)):
+            self.checkpoint_engine.save({name: torch.ones(values)}, f"{folder}/{tag}/{name}.pt")
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """As on a disk that is full at this byte, but for the reason."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, old_handler)
 
 
 @pytest.fixture
@@ -78,7 +96,9 @@ def test_a_checkpoint_appears_whole_and_reads_back(tmp_path: Path, here: Ranks) 
     assert place == tmp_path / "step-00000002" and published(tmp_path) == [place]
     found = read_commit(place)
     assert replace(found, files={}) == wanted  # floats too, to the last bit
-    assert found.files["engine/weights.pt"]["bytes"] == 7000
+    weights = place / "engine" / "weights.pt"
+    assert found.files["engine/weights.pt"]["bytes"] == weights.stat().st_size > 8000
+    assert torch.equal(torch.load(weights)["weights"], torch.ones(2000))
     assert newest_verified(tmp_path, here) == (place, [])
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
@@ -127,20 +147,47 @@ def test_a_start_clears_leftovers_but_for_a_conversion(tmp_path: Path, here: Ran
 
 
 def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path, here: Ranks) -> None:
-    """With files larger than the limit for a file, as on a full disk but for the reason."""
     save(FilesOnly(), tmp_path, commit(2), here)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8000, before[1]))
-        with pytest.raises(UserError, match=r"cannot be written.*File too large.*goes on from the newest"):
-            save(FilesOnly(), tmp_path, commit(4), here)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, old_handler)
+    said = r"cannot be written.*File too large.*goes on from the newest"
+    with files_no_larger_than(8000), pytest.raises(UserError, match=said):
+        save(FilesOnly(), tmp_path, commit(4), here)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
     save(FilesOnly(), tmp_path, commit(4), here)
     assert newest_verified(tmp_path, here)[0] == tmp_path / "step-00000004"
+
+
+@pytest.mark.parametrize("tensors", [1, 40])
+def test_whenever_a_disk_is_full_the_failure_says_so(tmp_path: Path, tensors: int) -> None:
+    """Also in the last bytes of a file, and where a file of many small tensors is one write."""
+    value = {f"weights {part}": torch.randn(4000 // tensors) for part in range(tensors)}
+    whole, place = tmp_path / "whole.pt", tmp_path / "part.pt"
+    torch_save(value, whole)
+    size = whole.stat().st_size
+    for limit in (*range(0, size, 512), size - 1):
+        with files_no_larger_than(limit), pytest.raises(OSError) as failed:
+            torch_save(value, place)
+        assert failed.value.errno == errno.EFBIG, limit
+    with files_no_larger_than(size):
+        torch_save(value, place)
+    loaded = torch.load(place)
+    assert loaded.keys() == value.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in value.items())
+
+
+def test_a_place_that_cannot_be_written_says_why(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        torch_save({}, tmp_path / "gone" / "weights.pt")
+    with pytest.raises(IsADirectoryError):
+        torch_save({}, tmp_path)
+
+
+def test_what_is_no_fault_of_the_disk_stays_what_it_is(tmp_path: Path) -> None:
+    class Unwilling:
+        def __reduce__(self) -> tuple[Any, ...]:
+            raise RuntimeError("the device is lost")
+
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        torch_save({"weights": torch.ones(9), "more": Unwilling()}, tmp_path / "weights.pt")
 
 
 def test_a_kill_while_saving_leaves_the_older_one(
