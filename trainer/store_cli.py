@@ -5,8 +5,6 @@ Nothing here imports torch, except through `verify --teacher`; each action's own
 
 import argparse
 import re
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +12,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sparsekd.logit_store.manifest import read_manifest
 from sparsekd.logit_store.places.paths import StorePath, store_path
-from sparsekd.logit_store.tools.derive import Progress
 from sparsekd.trainer.config import Config, StoreConfig, require
 from sparsekd.trainer.errors import ConfigError, TypedError, typed
+from sparsekd.trainer.progress import ProgressLine
 
 if TYPE_CHECKING:
     from sparsekd.logit_store.tools.verify import VerifyResult
-
-SECONDS_BETWEEN_LINES = 5.0
-"""Between lines of progress, where there is no terminal to write over."""
 
 SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 """Words that are key=value settings, and no paths."""
@@ -166,7 +161,7 @@ def _verify(flags: argparse.Namespace, settings: list[str]) -> int:
         )
     if flags.reseal and not flags.repair:
         raise TypedError("--reseal says what --repair may do; give both, or neither.")
-    with _Progress("store verify") as progress:
+    with ProgressLine("store verify") as progress:
         result = verify_store(flags.path, jobs=flags.jobs, progress=progress)
     print(result.text())
     if not result.ok and not flags.repair:
@@ -207,7 +202,7 @@ def _stats_arguments(parser: argparse.ArgumentParser) -> None:
 def _stats(flags: argparse.Namespace, _: list[str]) -> int:
     from sparsekd.logit_store.tools.stats import store_stats
 
-    with _Progress("store stats") as progress:
+    with ProgressLine("store stats") as progress:
         stats = store_stats(
             store_path(flags.path), split=flags.split, rows=flags.rows, jobs=flags.jobs, progress=progress
         )
@@ -230,7 +225,7 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
 def _compare(flags: argparse.Namespace, _: list[str]) -> int:
     from sparsekd.logit_store.tools.compare import compare_stores
 
-    with _Progress("store compare") as progress:
+    with ProgressLine("store compare") as progress:
         result = compare_stores(
             store_path(flags.first), store_path(flags.second), rows=flags.rows, progress=progress
         )
@@ -255,7 +250,7 @@ def _merge(flags: argparse.Namespace, _: list[str]) -> int:
     *sources, target = (store_path(path) for path in flags.paths)
     if len(sources) < 2:
         raise ConfigError("store merge needs two stores or more and, as the last path, the new one.")
-    with _Progress("store merge") as progress:
+    with ProgressLine("store merge") as progress:
         digest = merge_stores(
             sources,
             target,
@@ -281,7 +276,7 @@ def _subset_arguments(parser: argparse.ArgumentParser) -> None:
 def _subset(flags: argparse.Namespace, _: list[str]) -> int:
     from sparsekd.logit_store.tools.combine import subset_store
 
-    with _Progress("store subset") as progress:
+    with ProgressLine("store subset") as progress:
         digest = subset_store(
             store_path(flags.source),
             store_path(flags.target),
@@ -312,7 +307,7 @@ def _reencode(flags: argparse.Namespace, _: list[str]) -> int:
 
     if flags.codec is None and flags.mass is None and flags.k is None and not flags.drop_draws:
         raise ConfigError("store reencode changes nothing so: give --codec, --mass, --k or --drop-draws.")
-    with _Progress("store reencode") as progress:
+    with ProgressLine("store reencode") as progress:
         digest = reencode_store(
             store_path(flags.source),
             store_path(flags.target),
@@ -367,7 +362,7 @@ def _import_details() -> str:
 def _import(flags: argparse.Namespace, _: list[str]) -> int:
     from sparsekd.trainer.store_import import run as run_import
 
-    with _Progress("store import") as progress:
+    with ProgressLine("store import") as progress:
         result = run_import(flags, progress)
     print(result.text())
     print(f"next: sparsekd store verify {flags.target}")
@@ -386,7 +381,7 @@ def _export(flags: argparse.Namespace, _: list[str]) -> int:
     from sparsekd.logit_store.places.files import size_of
     from sparsekd.logit_store.tools.export import export_store
 
-    with _Progress("store export") as progress:
+    with ProgressLine("store export") as progress:
         files = export_store(
             store_path(flags.source),
             store_path(flags.target),
@@ -432,34 +427,6 @@ ACTIONS = {
     ),
     "export": Action("plain Parquet for pandas, polars and DuckDB", _export_arguments, _export),
 }
-
-
-class _Progress:
-    """Tells how far a long action is: over one line on a terminal, otherwise now and then in a line of its
-    own."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._is_terminal = sys.stderr.isatty()
-        self._shown = False
-        self._last = time.monotonic()
-
-    def __enter__(self) -> Progress:
-        return self._tell
-
-    def __exit__(self, *_: object) -> None:
-        if self._shown and self._is_terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-    def _tell(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._last < (0.2 if self._is_terminal else SECONDS_BETWEEN_LINES):
-            return
-        self._last, self._shown = now, True
-        of = f"/{total:,} ({done / total:.0%})" if total else ""
-        line = f"{self._name}: {done:,}{of} {what}"
-        begin, end = ("\r\x1b[K", "") if self._is_terminal else ("", "\n")
-        print(f"{begin}{line}", end=end, file=sys.stderr, flush=True)
 
 
 def _source_and_target(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsekd.logit_store.codecs.frames import PlaneError
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.planes import Plane, Planes, place_count
 
@@ -29,9 +30,16 @@ class Room:
         self._counts: dict[str, int] = {}
 
     def count(self, stands: str) -> int:
-        """Returns the number of places at which planes of that set stand (see `planes`)."""
+        """Returns the number of places at which planes of that set stand (see `planes`).
+
+        Raises:
+            PlaneError: what says where they are says more than a row can have.
+        """
         if stands not in self._counts:
-            self._counts[stands] = place_count(stands, self.planes, self.manifest)
+            count, most = place_count(stands, self.planes, self.manifest), self.manifest.sequence_length
+            if not 0 <= count <= most:
+                raise PlaneError("segment_starts", f"its segments have {count} positions, at most {most} fit")
+            self._counts[stands] = count
         return self._counts[stands]
 
     def new(self, plane: Plane) -> NDArray[Any]:

@@ -22,6 +22,7 @@ from sparsekd.logit_store.tools.verify import verify_store
 
 sys.path.append(str(Path(__file__).parent))
 from forgery import Forgery, planes_of, row_of
+from kinds import manifest_of_kind
 
 
 def _schema(planes: list[str], metadata: dict[str, str] | None = None) -> pa.Schema:
@@ -191,6 +192,24 @@ def test_a_forged_batch_gives_a_sentence(tmp_path: Path, forged: Forgery, kind: 
     assert result.damaged == (("train", 0),) and len(result.problems) == 1
     with pytest.raises(StoreError):
         record_of_file(path, store.manifest, "train", 0)
+
+
+def test_segments_longer_than_the_row_are_found_before_there_is_room_for_them(tmp_path: Path) -> None:
+    """Planes that stand at every position but padding are as long as the segments say."""
+    manifest = manifest_of_kind("plain", planes=True)
+    write_synthetic_store(tmp_path / "sound", manifest, {"train": 1}, seed=0)
+    forged = Forgery.of(tmp_path / "sound")
+    shard = forged.shards["train", 0]
+    stored = planes_of(shard.messages[0], shard.planes)
+    documents = len(stored["segment_documents"]) // 8
+    assert documents > 1
+    stored["segment_starts"] = np.full(documents, -(2**31), np.int32).tobytes()
+    shard.messages[0] = row_message(0, [stored[name] for name in shard.planes])
+    path = forged.write(tmp_path / "store")
+    said = r"row 0, plane segment_starts: its segments have 2\d{9} positions, at most 16 fit"
+    with pytest.raises(DamagedStoreError, match=said):
+        open_store(path).read_row("train", 0)
+    assert not verify_store(path).ok
 
 
 def test_a_forged_header_or_footer_is_no_sound_store(tmp_path: Path, forged: Forgery) -> None:
