@@ -21,7 +21,7 @@ from sparsekd.logit_store.protocol.layout import commit_file, shard_file
 from sparsekd.logit_store.protocol.reader import LogitStore
 from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal, write_shard
 from sparsekd.logit_store.row import Row
-from sparsekd.logit_store.tools.processes import results_of
+from sparsekd.logit_store.tools.processes import require_jobs, results_of
 
 PROVENANCE = "provenance"
 
@@ -93,6 +93,7 @@ def write_store(
     Raises:
         StoreError: there is no row, the folder holds another store, or a row cannot be read or written.
     """
+    require_jobs(jobs)
     per_shard = manifest.rows_per_shard
     plan = {split: _ceil(rows.count, per_shard) for split, rows in content.items()}
     total = sum(plan.values())

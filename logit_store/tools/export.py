@@ -42,7 +42,7 @@ from sparsekd.logit_store.row import (
     weights_of_positions,
 )
 from sparsekd.logit_store.tools.derive import Progress, no_progress
-from sparsekd.logit_store.tools.processes import results_of
+from sparsekd.logit_store.tools.processes import require_jobs, results_of
 from sparsekd.logit_store.tools.spelling import spelling_tokenizer
 
 EXPORT_NAME = "EXPORT.json"
@@ -76,6 +76,7 @@ def export_store(
     Raises:
         StoreError: the folder holds something else, or the tokenizer cannot spell tokens.
     """
+    require_jobs(jobs)
     store = open_store(source)
     if split is not None:
         store.index(split)

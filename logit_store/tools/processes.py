@@ -30,6 +30,12 @@ _pickled = b""  # of a worker process: what it does, and once it was needed, as 
 _work: Callable[[Any], Any] | None = None
 
 
+def require_jobs(jobs: int) -> None:
+    """Raises StoreError for a number of processes that is not from 1 to `LARGEST_JOBS`."""
+    if not 1 <= jobs <= LARGEST_JOBS:
+        raise StoreError(f"jobs is {jobs}, expected 1 to {LARGEST_JOBS} processes.")
+
+
 def results_of(
     work: Callable[[Item], Result], items: Iterable[Item], jobs: int, *, what: str
 ) -> Iterator[Result]:
@@ -46,8 +52,7 @@ def results_of(
         StoreError: jobs is not from 1 to `LARGEST_JOBS`, or a process was killed.
         Exception: what `work` raised; nothing is begun after it.
     """
-    if not 1 <= jobs <= LARGEST_JOBS:
-        raise StoreError(f"jobs is {jobs}, expected 1 to {LARGEST_JOBS} processes.")
+    require_jobs(jobs)
     if jobs == 1:
         yield from map(work, items)
         return

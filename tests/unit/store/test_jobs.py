@@ -32,6 +32,26 @@ def _tree(path: Path) -> dict[str, bytes]:
     return {name: (path / name).read_bytes() for name in files_below(path)}
 
 
+@pytest.fixture
+def stores(tmp_path: Path) -> tuple[Path, Path]:
+    """Two stores of different corpora."""
+    for name, seed in (("a", 0), ("b", 50)):
+        manifest = synthetic_manifest(dataset={"name": name})
+        write_synthetic_store(tmp_path / name, manifest, {"train": 13, "heldout": 4}, seed=seed)
+    return tmp_path / "a", tmp_path / "b"
+
+
+def _tools(one: StorePath, other: StorePath) -> dict[str, Callable[[Path, int], object]]:
+    return {
+        "merge": lambda new, jobs: merge_stores([one, other], new, jobs=jobs),
+        "rows": lambda new, jobs: subset_store(one, new, split="train", rows=[2, 5, 6, 7, 12], jobs=jobs),
+        "documents": lambda new, jobs: subset_store(one, new, documents=range(3, 20), jobs=jobs),
+        "fraction": lambda new, jobs: subset_store(one, new, fraction=0.6, seed=1, jobs=jobs),
+        "reencode": lambda new, jobs: reencode_store(one, new, codec="plain", k=4, jobs=jobs),
+        "export": lambda new, jobs: export_store(one, new, text=True, jobs=jobs),
+    }
+
+
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_results_come_in_order_and_items_are_taken_a_few_at_a_time(tmp_path: Path, jobs: int) -> None:
     taken: list[int] = []
@@ -64,6 +84,13 @@ def test_a_killed_process_is_a_sentence(tmp_path: Path) -> None:
 def test_a_number_of_processes_that_cannot_be(tmp_path: Path, jobs: int) -> None:
     with pytest.raises(StoreError, match=f"jobs is {jobs}, expected 1 to 1024"):
         list(results_of(partial(work, tmp_path), iter([1]), jobs, what="a test"))
+
+
+@pytest.mark.parametrize("tool", sorted(_tools(Path(), Path())))
+def test_nothing_is_begun_with_such_a_number(tool: str, stores: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="jobs is 0"):
+        _tools(*stores)[tool](tmp_path / "new", 0)
+    assert not (tmp_path / "new").exists()
 
 
 def _is_alive(process: int) -> bool:
@@ -99,26 +126,6 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path, by: signal
             time.sleep(0.05)
     finally:
         started.kill()
-
-
-@pytest.fixture
-def stores(tmp_path: Path) -> tuple[Path, Path]:
-    """Two stores of different corpora."""
-    for name, seed in (("a", 0), ("b", 50)):
-        manifest = synthetic_manifest(dataset={"name": name})
-        write_synthetic_store(tmp_path / name, manifest, {"train": 13, "heldout": 4}, seed=seed)
-    return tmp_path / "a", tmp_path / "b"
-
-
-def _tools(one: StorePath, other: StorePath) -> dict[str, Callable[[Path, int], object]]:
-    return {
-        "merge": lambda new, jobs: merge_stores([one, other], new, jobs=jobs),
-        "rows": lambda new, jobs: subset_store(one, new, split="train", rows=[2, 5, 6, 7, 12], jobs=jobs),
-        "documents": lambda new, jobs: subset_store(one, new, documents=range(3, 20), jobs=jobs),
-        "fraction": lambda new, jobs: subset_store(one, new, fraction=0.6, seed=1, jobs=jobs),
-        "reencode": lambda new, jobs: reencode_store(one, new, codec="plain", k=4, jobs=jobs),
-        "export": lambda new, jobs: export_store(one, new, text=True, jobs=jobs),
-    }
 
 
 @pytest.mark.parametrize("tool", sorted(_tools(Path(), Path())))
