@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.manifest import CodecSpec, FeatureSpec, Manifest
 from sparsekd.logit_store.planes import text_planes
@@ -13,12 +14,7 @@ from sparsekd.logit_store.projections import Projection, digest_of
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import Row
-from sparsekd.logit_store.synthetic import (
-    synthetic_manifest,
-    synthetic_rows,
-    write_synthetic_store,
-    write_synthetic_tokenizer,
-)
+from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_tokenizer
 from sparsekd.logit_store.synthetic_text import text_like_rows
 from sparsekd.trainer.config import Config
 from sparsekd.trainer.errors import ConfigError

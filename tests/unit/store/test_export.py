@@ -7,13 +7,14 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import CodecSpec
 from sparsekd.logit_store.manifest_checks import OPTIONAL_PLANES
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.row import document_of_position
-from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
+from sparsekd.logit_store.synthetic import synthetic_manifest
 from sparsekd.logit_store.tools import export
 from sparsekd.logit_store.tools.export import export_schema, export_store
 

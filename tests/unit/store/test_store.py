@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.errors import DamagedStoreError, InvalidRowError, StoreError
 from sparsekd.logit_store.manifest import Manifest, manifest_digest, manifest_from_json, manifest_to_json
@@ -20,12 +21,7 @@ from sparsekd.logit_store.protocol import reader, writer
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal, write_shard
 from sparsekd.logit_store.row import Row
-from sparsekd.logit_store.synthetic import (
-    synthetic_manifest,
-    synthetic_rows,
-    write_synthetic_store,
-    write_synthetic_tokenizer,
-)
+from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_tokenizer
 
 ROWS = {"train": 7, "heldout": 2}
 

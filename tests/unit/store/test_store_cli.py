@@ -4,10 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.manifest import CodecSpec
 from sparsekd.logit_store.protocol.reader import open_store
-from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
+from sparsekd.logit_store.synthetic import synthetic_manifest
 from sparsekd.trainer.cli import main
 from sparsekd.trainer.config import ObjectiveConfig
 from sparsekd.trainer.errors import ConfigError
