@@ -81,7 +81,7 @@ def test_records_of_another_rule_and_the_other_planes_are_there(tmp_path: Path) 
         np.testing.assert_array_equal(lines["recorded"], real)
         np.testing.assert_array_equal(lines["entropy"].notna(), real)
         np.testing.assert_array_equal(lines["true_logprob"].notna(), lines["next_token_id"].notna())
-        np.testing.assert_array_equal(lines["token_types"], row.optional["token_types"])
+        np.testing.assert_array_equal(lines["token_type"], row.optional["token_types"])
         weights = np.ones(16, np.float32)
         for start, weight in zip(row.optional["weight_starts"], row.optional["weights"], strict=True):
             weights[start:] = weight
