@@ -116,6 +116,7 @@ class RemoteFiles:
             if not replace and self.exists(final):
                 self._require_same(final, digest)
                 return digest
+            self.make_folder(final.parent)
             temporary = final.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
             try:
                 spool.seek(0)
