@@ -70,6 +70,7 @@ def die_at(where: str) -> None:
 def publish_in_place(self: local_files.LocalFiles, final: Path, produce: Produce, *, replace: bool) -> str:
     """Breaks the protocol on purpose."""
     file_system.reached("opened", final)
+    final.parent.mkdir(exist_ok=True)
     with open(final, "wb") as target:
         file = HashingFile(target.fileno())
         produce(file)
