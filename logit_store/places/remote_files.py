@@ -122,7 +122,7 @@ class RemoteFiles:
                 self.forget(final)
                 self._require_same(temporary, digest)
                 self._arrow.move(temporary.key, final.key)
-            except BaseException:
+            except BaseException:  # however it was broken off, an interrupt too: no half upload stays
                 with contextlib.suppress(OSError):
                     self._arrow.delete_file(temporary.key)
                 raise

@@ -252,7 +252,7 @@ def begin(number: int, what: str, path: Path) -> tuple[int, Child]:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         warnings.simplefilter("error")
         said.write_text("said " + read_case(path, number), errors="backslashreplace")
-    except BaseException:
+    except BaseException:  # a child's end, whatever it is, is what the case is about
         said.write_text(traceback.format_exc(), errors="backslashreplace")
     finally:
         os._exit(0)
