@@ -138,7 +138,7 @@ def _take_turns(
                 steps[name](inputs)
                 if number >= warm:
                     rows[name].times.append(1e3 * (time.perf_counter() - begin))
-            except Exception as error:
+            except Exception as error:  # as above
                 rows[name].reason, rows[name].times = brief(error), []
                 marks.pop(name, None)
                 del steps[name]
@@ -201,7 +201,7 @@ def _accuracy(
         try:
             step = prepared.get(peer.name) or peer.prepare(small, device)
             row.errors = relative_errors(step(inputs), exact[peer.truth])
-        except Exception as error:
+        except Exception as error:  # as above
             row.note = f"{row.note}; accuracy not measured: {brief(error)}".lstrip("; ")
     return once, inside
 

@@ -53,14 +53,14 @@ class Layout(ABC):
     case: Case
     is_ours: bool = False
 
-    def prepare(self, folder: Path, manifest: Manifest, rows: Sequence[Row]) -> None:  # noqa: B027
+    def prepare(self, folder: Path, manifest: Manifest, rows: Sequence[Row]) -> None:  # noqa: B027 - not every layout needs it
         """What is done once for a store, not for each shard; not timed."""
 
     @abstractmethod
     def write(self, folder: Path, rows: Sequence[Row]) -> None:
         """Writes a file of rows; timed."""
 
-    def finish(self, folder: Path) -> None:  # noqa: B027
+    def finish(self, folder: Path) -> None:  # noqa: B027 - not every layout needs it
         """What makes the store readable, once; not timed."""
 
     @abstractmethod

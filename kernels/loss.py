@@ -192,7 +192,7 @@ def default_impl(device: torch.device) -> str:
     if device.type != "cuda":
         return "torch"
     try:
-        import triton  # noqa: F401
+        import triton  # noqa: F401, whether it can be imported is the question
     except ImportError:
         return "torch"
     return "triton"

@@ -124,7 +124,7 @@ TABLE: tuple[Plane, ...] = (
     Plane("weights", "run", np.float32, "numbers", "weight", present=_has_weights, is_text=True,
           column="weight"),
     Plane("token_types", "position", np.uint8, "bytes", "any", present=_has_types, is_text=True,
-          column="number"),
+          column="type"),
     Plane("labels", "counted", np.int32, "labels", "label", present=_has_labels, is_text=True,
           column="label"),
     Plane("recorded", "position", np.bool_, "recorded", "any", present=_tells_recorded, column="flag"),

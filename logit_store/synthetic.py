@@ -6,7 +6,6 @@ C positions of a chunk.
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from sparsekd.logit_store.manifest import (
 from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
 from sparsekd.logit_store.places.tokenizer_folder import digest_of_files
 from sparsekd.logit_store.positions import recorded_positions
-from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import (
     NO_ID,
     PADDING_DOCUMENT,
@@ -112,28 +110,6 @@ def synthetic_rows(manifest: Manifest, count: int, seed: int, split: str = "trai
         split: that they are for, on which it depends where records stand.
     """
     return [_row(manifest, split, np.random.default_rng([seed, index])) for index in range(count)]
-
-
-def write_synthetic_store(path: Path, manifest: Manifest, rows: Mapping[str, int], seed: int) -> str:
-    """Writes and seals a store of random rows below an existing folder; returns its digest.
-
-    Args:
-        path: of the store; the made-up tokenizer is written beside it.
-        manifest: from `synthetic_manifest`.
-        rows: number of rows of each split.
-        seed: of the rows.
-    """
-    size = manifest.tokenizer.vocabulary_size
-    tokenizer = write_synthetic_tokenizer(path.with_name(path.name + "-tokenizer"), size)
-    create_store(path, manifest, tokenizer)
-    shards = {}
-    for split, count in rows.items():
-        content = synthetic_rows(manifest, count, seed + manifest.splits.index(split), split)
-        starts = range(0, count, manifest.rows_per_shard)
-        shards[split] = len(starts)
-        for shard, start in enumerate(starts):
-            write_shard(path, manifest, split, shard, content[start : start + manifest.rows_per_shard])
-    return seal(path, {**dict.fromkeys(manifest.splits, 0), **shards})
 
 
 def _tokenizer_content(vocabulary_size: int) -> dict[str, bytes]:

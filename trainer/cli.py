@@ -167,7 +167,7 @@ def _overview() -> str:
 
 # The sections of the configuration that each verb reads, or the keys, where it reads few of a section.
 SECTIONS = {
-    "plan": ("corpus", "store", "student", "objective", "train", "engine", "plan"),
+    "plan": ("corpus", "store", "teacher.path", "student", "objective", "train", "engine", "plan"),
     "doctor": (),
     "prepare": ("corpus", "store"),
     "capture": ("store", "teacher", "launch", "engine.timeout_minutes"),

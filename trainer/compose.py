@@ -144,7 +144,7 @@ def _check_capture(config: Config) -> None:
     _check_model_path(
         require(config.teacher.path, "teacher.path", "to know which teacher to run"), "teacher.path"
     )
-    from sparsekd.trainer.teacher.feature_requests import feature_requests
+    from sparsekd.trainer.feature_requests import feature_requests
 
     if store.k == 0 and store.n == 0 and not feature_requests(store.features):
         raise ConfigError(

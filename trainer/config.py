@@ -348,6 +348,12 @@ class PlanConfig:
     hidden_size: int | None = option(
         None, "Width of the student's head, where student.config has none.", minimum=1
     )
+    teacher_hidden_size: int | None = option(
+        None,
+        "Width of the teacher's hidden states, where store.features keeps them whole and teacher.path is no "
+        "folder.",
+        minimum=1,
+    )
     teacher_tokens_per_second: float | None = option(
         None, "Measured speed of the teacher pass, for its hours."
     )

@@ -10,9 +10,10 @@ import hashlib
 import io
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from sparsekd.logit_store.errors import NameTakenError, StoreError
 from sparsekd.logit_store.places.paths import StorePath
@@ -141,6 +142,20 @@ def require_few(names: Sized, most: int | None, folder: StorePath) -> None:
 
 def reached(step: str, final: StorePath) -> None:
     """Does nothing. Called after each step of publishing `final`, so that tests can stop a writer there."""
+
+
+@contextlib.contextmanager
+def spooled(final: StorePath, produce: Produce) -> Iterator[tuple[IO[bytes], HashingFile]]:
+    """Gives a local temporary file with what is to be uploaded as `final`, and what is known of it.
+
+    Whole before anything is sent, so that little can fail while an upload is open.
+    """
+    reached("opened", final)
+    with tempfile.TemporaryFile() as spool:
+        file = HashingFile(spool.fileno())
+        produce(file)
+        reached("written", final)
+        yield spool, file
 
 
 @contextlib.contextmanager

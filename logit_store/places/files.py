@@ -34,7 +34,7 @@ def publish(final: StorePath, produce: Produce, *, replace: bool = False) -> str
     name, and no temporary file stays behind.
 
     Args:
-        final: the file to make; its folder exists.
+        final: the file to make. Its folder, where it alone is missing, is made when the content is whole.
         produce: writes the content; may be called twice.
         replace: whether a file of that name gives way.
 

@@ -101,7 +101,9 @@ class LocalFiles:
     def publish(self, final: Path, produce: Produce, *, replace: bool) -> str:
         if (digest := self._finished(final, produce, replace=replace)) is not None:
             return digest
-        temporary, descriptor = _open_temporary(final.parent)
+        folder = final.parent
+        # Beside its folder where that is not there yet: content that is refused leaves no empty one behind.
+        temporary, descriptor = _open_temporary(folder if folder.is_dir() else folder.parent)
         try:
             file_system.reached("opened", final)
             file = HashingFile(descriptor)
@@ -117,6 +119,9 @@ class LocalFiles:
                     "faulty; nothing was published, run the same command on another disk."
                 )
             file_system.reached("read back", final)
+            if temporary.parent != folder:
+                folder.mkdir(exist_ok=True)
+                sync_folder(folder.parent)
             if replace:
                 os.rename(temporary, final)
             else:
@@ -127,7 +132,7 @@ class LocalFiles:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
             os.close(descriptor)
-        sync_folder(final.parent)
+        sync_folder(folder)
         file_system.reached("folder synced", final)
         return file.hexdigest()
 

@@ -14,7 +14,6 @@ import hashlib
 import mmap
 import os
 import re
-import tempfile
 import threading
 import uuid
 from collections.abc import Iterable, Iterator
@@ -25,10 +24,10 @@ from sparsekd.logit_store.places import file_system
 from sparsekd.logit_store.places.file_system import (
     READ_BYTES,
     TEMPORARY_PREFIX,
-    HashingFile,
     Produce,
     name_taken,
     require_few,
+    spooled,
 )
 from sparsekd.logit_store.places.names import name_below
 from sparsekd.logit_store.places.paths import RemotePath
@@ -127,12 +126,8 @@ class ObjectFiles:
         pass  # there are no folders, only names with slashes in them
 
     def publish(self, final: RemotePath, produce: Produce, *, replace: bool) -> str:
-        file_system.reached("opened", final)
-        with tempfile.TemporaryFile() as spool:
-            file = HashingFile(spool.fileno())
-            produce(file)
+        with spooled(final, produce) as (spool, file):
             digest = file.hexdigest()
-            file_system.reached("written", final)
             # Looked at first, so that nothing is uploaded again over what is finished.
             present = self._digest_of_present(final)
             if present == digest:

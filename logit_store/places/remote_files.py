@@ -10,7 +10,6 @@ Tested against fsspec's `memory://` and a local disk behind pyarrow's interface;
 import contextlib
 import errno
 import hashlib
-import tempfile
 import threading
 import uuid
 from collections import OrderedDict
@@ -23,10 +22,10 @@ from sparsekd.logit_store.places import file_system
 from sparsekd.logit_store.places.file_system import (
     READ_BYTES,
     TEMPORARY_PREFIX,
-    HashingFile,
     Produce,
     name_taken,
     require_few,
+    spooled,
 )
 from sparsekd.logit_store.places.names import name_below
 from sparsekd.logit_store.places.paths import RemotePath
@@ -106,16 +105,12 @@ class RemoteFiles:
         self._arrow.create_dir(folder.key, recursive=True)
 
     def publish(self, final: RemotePath, produce: Produce, *, replace: bool) -> str:
-        file_system.reached("opened", final)
-        # To a local file first, so that little can fail while an upload is open.
-        with tempfile.TemporaryFile() as spool:
-            file = HashingFile(spool.fileno())
-            produce(file)
+        with spooled(final, produce) as (spool, file):
             digest = file.hexdigest()
-            file_system.reached("written", final)
             if not replace and self.exists(final):
                 self._require_same(final, digest)
                 return digest
+            self.make_folder(final.parent)
             temporary = final.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
             try:
                 spool.seek(0)
@@ -127,7 +122,7 @@ class RemoteFiles:
                 self.forget(final)
                 self._require_same(temporary, digest)
                 self._arrow.move(temporary.key, final.key)
-            except BaseException:
+            except BaseException:  # however it was broken off, an interrupt too: no half upload stays
                 with contextlib.suppress(OSError):
                     self._arrow.delete_file(temporary.key)
                 raise

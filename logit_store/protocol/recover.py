@@ -197,15 +197,7 @@ def adopt_shard(
 
     May be called while the file's own writer is still alive: both write the same record.
 
-    Args:
-        path: of the store.
-        manifest: of that store.
-        split: name of the row space.
-        shard: number of the shard in it.
-        text: the rows that it must be about, whatever their teacher; None takes any.
-
-    Returns:
-        Whether the shard is committed now.
+    Takes what `record_of_file` takes, and returns whether the shard is committed now.
     """
     place, commit = shard_file(path, split, shard), commit_file(path, split, shard)
     # Where uploads replace one another, a file that is read meanwhile is half of each.

@@ -188,7 +188,7 @@ def write_shard(
     if is_committed and not is_sealed:
         # Before the shard: were it there with a record of other bytes, nobody would look at the two again.
         _take_away_record(path, commit, split)
-    make_folder(final.parent)
+    make_folder(split_folder(path, split))
     records: list[CommitRecord] = []
 
     def produce(file: HashingFile) -> None:

@@ -251,6 +251,7 @@ COLUMNS: dict[str, _Column] = {
     "token": _Column(_token_fields, _tokens),
     "document": _Column(_named("document", nullable=False), _documents),
     "weight": _Column(_named("weight", nullable=False), _weights),
+    "type": _Column(_named("token_type", nullable=False), _numbers),
     "flag": _Column(_named(None, nullable=False), _numbers),
     "label": _Column(_named("label", nullable=True), _labels),
     "list": _Column(_list_fields, _lists),

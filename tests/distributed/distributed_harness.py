@@ -17,11 +17,12 @@ import numpy as np
 import psutil
 import torch
 from plain_training import student
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import narrowed
-from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_store
+from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
 from sparsekd.trainer.student.data_plan import BatchShape, step_rows
 from sparsekd.trainer.student.export import consolidated_weights
 

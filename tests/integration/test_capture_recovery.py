@@ -1,7 +1,10 @@
 """`capture` after damage, kills and failures, and on S3: the store is the one of an undisturbed capture."""
 
+import json
 import logging
+import re
 import shutil
+import subprocess
 import sys
 import urllib.request
 from dataclasses import replace
@@ -180,6 +183,61 @@ def test_capture_keeps_no_shard_of_another_text(
     capture(config)
     assert "0 units were whole and are kept, 1 were not and are in quarantine/" in capsys.readouterr().out
     assert files_of(store) == whole | {"quarantine/train/000000.arrow": stranger}
+
+
+CAPTURES = """
+import contextlib, io, json, sys, time
+from pathlib import Path
+from sparsekd.trainer.cli import main
+from sparsekd.trainer.teacher import capture
+
+create_store = capture.create_store
+here, other, rounds, *settings = sys.argv[1:]
+
+def create_at_one_moment(path, *arguments):
+    # Both are there, with the teacher loaded: a spinning wait is over within microseconds.
+    Path(f"{path}-{here}").touch()
+    began = time.monotonic()
+    while not Path(f"{path}-{other}").exists() and time.monotonic() < began + 120:
+        pass
+    create_store(path, *arguments)
+
+capture.create_store = create_at_one_moment
+for number in range(int(rounds)):
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+        code = main(["capture", f"store.path=store{number}", *settings])
+    print(json.dumps([code, said.getvalue()]), flush=True)
+"""
+
+
+def test_of_two_captures_at_one_moment_one_goes_on(tokens: Path, llama: Path, tmp_path: Path) -> None:
+    """They differ in a setting alone. Nothing of the other's is in the store."""
+    rounds = 4
+    config = config_for(tokens, llama, tmp_path)
+    settings = [f"store.n={config.store.n}", f"store.tokens={tokens}", f"teacher.path={llama}"]
+    settings += [f"teacher.{name}={getattr(config.teacher, name)}" for name in ("dtype", "micro_batch_rows")]
+    settings += [f"teacher.chunk_positions={config.teacher.chunk_positions}", "launch.device=cpu"]
+    jobs = {}
+    for k, other in ((4, 5), (5, 4)):
+        words = [str(k), str(other), str(rounds), *settings, f"store.k={k}"]
+        command = [sys.executable, "-P", "-c", CAPTURES, *words]
+        jobs[k] = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    said = {}
+    for k, job in jobs.items():
+        printed, _ = job.communicate(timeout=300)
+        said[k] = [json.loads(line) for line in printed.splitlines()]
+    expected = {}
+    for k in jobs:
+        capture(config_for(tokens, llama, tmp_path / f"alone{k}", store__k=k))
+        expected[k] = files_of(tmp_path / f"alone{k}")
+    for number in range(rounds):
+        codes = {k: said[k][number][0] for k in jobs}
+        assert sorted(codes.values()) == [0, 2], said
+        winner, loser = sorted(codes, key=lambda k: codes[k])
+        sentence = said[loser][number][1]
+        assert sentence.startswith("sparsekd capture: ") and sentence.count("\n") == 1, sentence
+        assert re.search(r"another configuration|record\.k: found", sentence), sentence
+        assert "new folder" in sentence and files_of(tmp_path / f"store{number}") == expected[winner]
 
 
 def test_repair_says_why_there_is_nothing_to_repair(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from synthetic_stores import write_synthetic_store
 
-from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
+from sparsekd.logit_store.synthetic import synthetic_manifest
 from sparsekd.trainer.config import Config
 from sparsekd.trainer.errors import CheckpointError, ConfigError
 from sparsekd.trainer.student.checkpoint import read_commit

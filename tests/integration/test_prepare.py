@@ -161,7 +161,10 @@ run(config)
 """
 
 
-def test_killed_and_started_again_gives_the_same_bytes(texts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ended_by", [signal.SIGKILL, signal.SIGTERM])
+def test_ended_and_started_again_gives_the_same_bytes(
+    texts: Path, tmp_path: Path, ended_by: signal.Signals
+) -> None:
     whole = config_for(texts, tmp_path / "whole")
     whole.store.rows_per_shard = 5
     run(whole)
@@ -180,8 +183,8 @@ def test_killed_and_started_again_gives_the_same_bytes(texts: Path, tmp_path: Pa
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     while process.poll() is None and len(list((tmp_path / "killed").rglob("*.arrow"))) < wait_for:
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, f"it ended before shard {wait_for} of {shards}"
+    process.send_signal(ended_by)
+    assert process.wait() == -ended_by, f"it ended before shard {wait_for} of {shards}"
     with pytest.raises(StoreError, match="not finished"):
         open_store(tmp_path / "killed")
     again = config_for(texts, tmp_path / "killed")

@@ -143,7 +143,7 @@ def test_a_rest_far_below_the_head(redone):
     found = record(logits, "triton", k=3)
     expected = record(logits, "torch", k=3)
     assert_alike(found, expected, tolerance=1e-5)
-    l = logits.double().log_softmax(1)  # noqa: E741
+    l = logits.double().log_softmax(1)  # noqa: E741, as above
     rest = l.scatter(1, found.head_ids.long(), -math.inf)
     assert torch.allclose(found.log_rest[:, 0].double(), rest.logsumexp(1), rtol=0, atol=1e-5)
     r = rest.softmax(1)

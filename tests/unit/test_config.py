@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.manifest import manifest_to_json
-from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
+from sparsekd.logit_store.synthetic import synthetic_manifest
 from sparsekd.trainer.cli import VERBS, main
 from sparsekd.trainer.compose import as_yaml, check_for_verb, compose_config, groups
 from sparsekd.trainer.config import Config, options, run_folder

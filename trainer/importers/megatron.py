@@ -270,11 +270,9 @@ def _micro_batches(
         samples = values.shape[1] if values.ndim == 3 else 0
         if samples % size:
             raise StoreError(f"{where} has {samples} samples, which are no micro-batches of {size}.")
-        whole = _checked(payload, where)
-        return [
-            tuple(part[:, start : start + size] for part in whole)  # type: ignore[misc]
-            for start in range(0, samples, size)
-        ]
+        values, low, high = _checked(payload, where)
+        parts = [slice(start, start + size) for start in range(0, samples, size)]
+        return [(values[:, part], low[:, part], high[:, part]) for part in parts]
     lists = [payload.get(name) for name in NAMES]
     if not all(isinstance(part, list) for part in lists) or len({len(part or ()) for part in lists}) != 1:
         raise StoreError(f"{where} does not hold three lists of equal length, as version 1 does.")

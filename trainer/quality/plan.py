@@ -1,29 +1,18 @@
 """`plan`: how large, how long and how much memory, before money is spent. Torch-free: it answers at once.
 
-Shapes: L tokens of a row, k head entries, n draws, G grid temperatures, C positions of a chunk, N positions
-of a micro-batch, H hidden, V vocabulary.
+Shapes: C positions of a chunk, N positions of a micro-batch, H hidden, V vocabulary.
 """
 
 import json
-import math
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sparsekd.kernels import memory
-from sparsekd.logit_store.codecs.codec import codec_of
-from sparsekd.logit_store.manifest import CodecSpec, Manifest, RecordSpec, TeacherIdentity, TokenizerIdentity
-from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
-from sparsekd.logit_store.planes import names_of, planes_of
-from sparsekd.logit_store.positions import SAMPLED_SPLIT
-from sparsekd.logit_store.protocol.reader import open_store
-from sparsekd.logit_store.row import Row
-from sparsekd.logit_store.synthetic import synthetic_rows
-from sparsekd.logit_store.synthetic_text import can_be_text_like, text_like_rows
-from sparsekd.logit_store.tools.inspect import RULE_NOTES
+from sparsekd.logit_store.tools.inspect import RULE_NOTES, TARGET_NOTES
 from sparsekd.trainer.config import Config
 from sparsekd.trainer.errors import ConfigError
 from sparsekd.trainer.loss_memory import cut_text, loss_memory
+from sparsekd.trainer.quality.store_size import Corpus, StoreSize, corpus_of, store_size
 
 # Decoders with gated MLPs, and the sizes without which they cannot be counted: those for which transformers
 # has a default that does not follow from the others. config.json holds them all.
@@ -34,156 +23,7 @@ COUNTED_MODEL_TYPES = {
     "qwen2": (*_SIZES, "num_key_value_heads"),
     "qwen3": (*_SIZES, "num_key_value_heads", "head_dim"),
 }
-ESTIMATE_POSITIONS = 1024
-
 RANKS_SHOWN = (1, 2, 8, 64)
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """What will be captured: all splits together.
-
-    Attributes:
-        tokens: positions, padding included, because it is stored as well.
-        recorded: positions that get a record, by the rule of store.positions; expected ones where it samples.
-        rows: packed rows.
-        shards: shards of all splits, which are the units of work of `capture`.
-        train_rows: rows of the training split.
-        sequence_length: positions of a row.
-        vocabulary_size: true vocabulary.
-        source: where these numbers are from, for people.
-    """
-
-    tokens: int
-    recorded: int
-    rows: int
-    shards: int
-    train_rows: int
-    sequence_length: int
-    vocabulary_size: int
-    source: str
-
-
-def corpus_of(config: Config) -> Corpus:
-    """Counts from the token store, or from plan.tokens and plan.vocabulary_size where there is none yet.
-
-    Raises:
-        ConfigError: Neither is given.
-    """
-    per_shard = config.store.rows_per_shard
-    if config.store.tokens is not None and Path(config.store.tokens).is_dir():
-        store = open_store(config.store.tokens)
-        manifest = store.manifest
-        rows = {split: store.rows(split) for split in manifest.splits}
-        total = sum(rows.values())
-        counts = {split: store.index(split).counts for split in manifest.splits}
-        return Corpus(
-            tokens=total * manifest.sequence_length,
-            recorded=_recorded(
-                config,
-                real=sum(count.tokens - count.tokens_padding for count in counts.values()),
-                counted=sum(count.tokens_counted for count in counts.values()),
-                counted_in_train=counts[SAMPLED_SPLIT].tokens_counted,
-            ),
-            rows=total,
-            shards=sum(store.shards(split) for split in manifest.splits),
-            train_rows=rows["train"],
-            sequence_length=manifest.sequence_length,
-            vocabulary_size=manifest.tokenizer.vocabulary_size,
-            source=f"counted in {config.store.tokens}",
-        )
-    for name in ("tokens", "vocabulary_size"):
-        if getattr(config.plan, name) is None:
-            raise ConfigError(
-                f"There is no token store to count (store.tokens={config.store.tokens}) and plan.{name} is "
-                "not set: give store.tokens=FOLDER, or plan.tokens=... and plan.vocabulary_size=..."
-            )
-    length = config.corpus.sequence_length
-    rows_needed = math.ceil(_number(config.plan.tokens) / length)
-    heldout = round(rows_needed * config.corpus.heldout_fraction)
-    tokens = rows_needed * length
-    return Corpus(
-        tokens=tokens,
-        recorded=_recorded(
-            config, real=tokens, counted=tokens, counted_in_train=(rows_needed - heldout) * length
-        ),
-        rows=rows_needed,
-        shards=math.ceil((rows_needed - heldout) / per_shard) + math.ceil(heldout / per_shard),
-        train_rows=rows_needed - heldout,
-        sequence_length=length,
-        vocabulary_size=int(_number(config.plan.vocabulary_size)),
-        source="from plan.tokens, as if every token counted: prompts and padding take no record",
-    )
-
-
-def _recorded(config: Config, *, real: int, counted: int, counted_in_train: int) -> int:
-    """Positions with a record, of those that are no padding, those that count, and those of the split that is
-    sampled."""
-    spec = config.store
-    if spec.k + spec.n == 0:
-        return 0
-    if spec.positions == "sampled":
-        return counted - counted_in_train + round(spec.share * counted_in_train)
-    return real if spec.positions == "all" else counted
-
-
-def bytes_per_token(config: Config, corpus: Corpus) -> dict[str, float]:
-    """Bytes that each plane of the store takes per position of the corpus, estimated.
-
-    The codec itself says so: it encodes a row with the statistics of text under a good teacher. A weak
-    teacher is less certain, and its draws are of more different ids. What stands at recorded positions alone
-    is taken from a row that is recorded everywhere, times the corpus's share of recorded positions.
-    """
-    manifest = _manifest(config, corpus)
-    make = text_like_rows if can_be_text_like(manifest) else synthetic_rows
-
-    def stored(manifest: Manifest) -> tuple[Row, dict[str, bytes]]:
-        row = make(manifest, 1, 0)[0]
-        return row, codec_of(manifest).encode(row, manifest)
-
-    _, planes = stored(manifest)
-    found = {name: len(plane) / manifest.sequence_length for name, plane in planes.items()}
-    if manifest.teacher is not None:
-        everywhere = replace(manifest.record, positions="all", share=1.0)
-        row, planes = stored(replace(manifest, record=everywhere))
-        assert row.teacher is not None
-        per_record = corpus.recorded / corpus.tokens / len(row.teacher.entropy)
-        found |= {name: len(planes[name]) * per_record for name in _record_planes(manifest)}
-    return found
-
-
-def _record_planes(manifest: Manifest) -> tuple[str, ...]:
-    return names_of(plane for plane in planes_of(manifest) if plane.stands == "recorded")
-
-
-def _manifest(config: Config, corpus: Corpus) -> Manifest:
-    """The manifest of a store of short rows, which the estimate encodes."""
-    spec = config.store
-    captured = spec.k + spec.n > 0
-    # A longer row costs no less per position, but makes the plan slow.
-    length = min(corpus.sequence_length, ESTIMATE_POSITIONS)
-    size = corpus.vocabulary_size
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        target="next_token",
-        sequence_length=length,
-        rows_per_shard=spec.rows_per_shard,
-        splits=("train", "heldout"),
-        dataset={},
-        tokenizer=TokenizerIdentity("plan", size, "", None, None),
-        record=RecordSpec(
-            spec.k,
-            spec.n,
-            tuple(sorted(spec.temperatures)),
-            spec.draw_temperature,
-            spec.seed,
-            tail_logprobs=spec.tail_logprobs,
-            positions=spec.positions if captured else "counted",
-            share=spec.share if captured else 1.0,
-        ),
-        teacher=TeacherIdentity("plan", None, "", "", "", "", {}) if captured else None,
-        codec=CodecSpec(spec.codec, {"mass": spec.mass} if spec.codec == "compact" else {}),
-    )
 
 
 def student_fields(config: Config) -> dict[str, Any]:
@@ -238,10 +78,10 @@ def checkpoint_bytes(parameters: int, dtype: str) -> int:
 def run(config: Config) -> None:
     """Prints the plan."""
     corpus = corpus_of(config)
-    planes = bytes_per_token(config, corpus)
+    size = store_size(config, corpus)
     for title, lines in (
         ("corpus", _corpus_lines(config, corpus)),
-        ("store, estimated on text-like rows", _store_lines(config, corpus, planes)),
+        ("store, estimated on text-like rows", _store_lines(config, corpus, size)),
         ("student", _student_lines(config, corpus)),
         ("loss of one micro-batch", _loss_lines(config, corpus)),
     ):
@@ -281,21 +121,25 @@ def _corpus_lines(config: Config, corpus: Corpus) -> list[tuple[str, str]]:
     return lines
 
 
-def _store_lines(config: Config, corpus: Corpus, planes: dict[str, float]) -> list[tuple[str, str]]:
-    total = sum(planes.values())
+def _store_lines(config: Config, corpus: Corpus, size: StoreSize) -> list[tuple[str, str]]:
+    target = corpus.manifest.target
     lines = [("record", f"k={config.store.k}, n={config.store.n}, codec {config.store.codec}")]
+    if target != "next_token":
+        lines.append(("label", TARGET_NOTES[target]))
     if corpus.recorded:
-        of_records = sum(planes[name] for name in _record_planes(_manifest(config, corpus)))
         rule = RULE_NOTES[config.store.positions].format(share=config.store.share)
         lines += [
             ("records", f"{corpus.recorded:,} of {corpus.tokens:,} positions, {rule}"),
-            ("a record", f"{of_records * corpus.tokens / corpus.recorded:8.2f} bytes"),
+            ("a record", f"{size.of_records:8.2f} bytes"),
         ]
-    lines += [(name, f"{width:8.2f} bytes per token") for name, width in planes.items()]
+    lines += [(name, f"{width:8.2f} bytes per token") for name, width in size.planes.items()]
     lines += [
-        ("all planes", f"{total:8.2f} bytes per token"),
-        ("size", f"{_size(total * corpus.tokens)} in {corpus.shards:,} shards"),
+        ("all planes", f"{sum(size.planes.values()):8.2f} bytes per token"),
+        ("around them", f"{size.around:8.2f} bytes per token"),
+        ("size", f"{_size(size.total)} in {corpus.shards:,} shards"),
     ]
+    if config.store.features:
+        lines.append(("", "hidden states as if they were normal numbers; large models' take less as int8"))
     return lines
 
 
@@ -358,11 +202,6 @@ def _loss_lines(config: Config, corpus: Corpus) -> list[tuple[str, str]]:
         lines.append((impl, f"{_size(plan.peak_bytes)} on a {where}, {cut_text(plan)}"))
     lines.append(("", f"H = {hidden:,}, {config.engine.dtype}; gradients of head and hidden states included"))
     return lines
-
-
-def _number(value: float | None) -> float:
-    assert value is not None
-    return value
 
 
 def _size(count: float) -> str:

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsekd.kernels import values
 from sparsekd.kernels.objective import Objective
-from sparsekd.kernels.targets import NOTHING, SparseTargets, take_rows
+from sparsekd.kernels.targets import NOTHING, SparseTargets
 from sparsekd.kernels.temperature import RestFormula, rest_at_temperature, rest_formula
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.row import IGNORED_LABEL, Row, labels_of, position_ids, weights_of_positions
@@ -121,6 +121,7 @@ def micro_batch(
     target: str = "next_token",
     share: float = 1.0,
     weighted: bool = True,
+    counting: int | None = None,
 ) -> MicroBatch:
     """Stacks rows into the tensors of a forward pass, on the CPU.
 
@@ -131,12 +132,15 @@ def micro_batch(
         share: Probability with which each counted position of the rows was recorded; the distillation weighs
             those that were by its inverse.
         weighted: Whether weights of documents count; held-out figures are one per counted position.
+        counting: How many of the rows count; those behind them fill a forward pass. None: all do.
     """
     token_ids = np.stack([row.token_ids for row in rows]).astype(np.int64)
     mask = np.stack([row.loss_mask for row in rows])
     weights = mask.astype(np.float32)
     if weighted:
         weights *= np.stack([weights_of_positions(row) for row in rows])
+    if counting is not None:
+        weights[counting:] = 0
     recorded, kd_weights = None, np.zeros_like(weights)
     if rest is not None:
         recorded = np.stack([row.recorded for row in rows if row.recorded is not None])
@@ -196,21 +200,6 @@ def sparse_targets(rows: Sequence[Row], rest: RestFormula, places: NDArray[np.in
         found[name] = value.new_full((len(places), *value.shape[1:]), NOTHING[name])
         found[name][rows_there] = value
     return SparseTargets(**found)
-
-
-def counting_rows(batch: MicroBatch, count: int) -> MicroBatch:
-    """The same micro-batch on the CPU, of which only the first `count` rows count; the others fill a pass."""
-    counts = batch.positions < count * batch.token_ids.shape[1]
-    ce_weights = batch.ce_weights[counts]
-    return replace(
-        batch,
-        positions=batch.positions[counts],
-        labels=batch.labels[counts],
-        ce_weights=ce_weights,
-        kd_weights=batch.kd_weights[counts],
-        targets=take_rows(batch.targets, counts),
-        weight_sum=ce_weights.sum(),
-    )
 
 
 def check_values(batch: MicroBatch, *, vocabulary_size: int, objective: Objective) -> None:

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from sparsekd.trainer.distributed import Ranks
-from sparsekd.trainer.student.batches import MicroBatch, ReadAhead, counting_rows, on_device
+from sparsekd.trainer.student.batches import MicroBatch, ReadAhead, on_device
 from sparsekd.trainer.student.sums import all_reduced, no_sums, sums_of
 
 
 def heldout_sums(
     engine: deepspeed.DeepSpeedEngine,
     rows: Sequence[int],
-    read: Callable[[Sequence[int]], MicroBatch],
+    read: Callable[[Sequence[int], int], MicroBatch],
     *,
     micro_rows: int,
     here: Ranks,
@@ -27,7 +27,7 @@ def heldout_sums(
     Args:
         engine: The engine; left in training mode.
         rows: Numbers of the held-out rows.
-        read: Makes a micro-batch of rows.
+        read: Makes a micro-batch of rows, of which only as many count as its second argument says.
         micro_rows: Rows in one forward pass.
         here: This rank.
     """
@@ -47,7 +47,7 @@ def _passes(rows: Sequence[int], *, micro_rows: int, here: Ranks) -> int:
 
 def _batches(
     rows: Sequence[int],
-    read: Callable[[Sequence[int]], MicroBatch],
+    read: Callable[[Sequence[int], int], MicroBatch],
     *,
     micro_rows: int,
     here: Ranks,
@@ -56,4 +56,4 @@ def _batches(
         first = (number * here.world_size + here.rank) * micro_rows
         mine = list(rows[first : first + micro_rows])
         filler = [rows[0]] * (micro_rows - len(mine))
-        yield counting_rows(read(mine + filler), len(mine))
+        yield read(mine + filler, len(mine))

@@ -293,7 +293,13 @@ def _steps_ahead(
 
 
 def _batch_of(
-    read: Callable[[int], Row], plan: Plan, here: Ranks, rows: Sequence[int], *, heldout: bool = False
+    read: Callable[[int], Row],
+    plan: Plan,
+    here: Ranks,
+    rows: Sequence[int],
+    counting: int | None = None,
+    *,
+    heldout: bool = False,
 ) -> MicroBatch:
     manifest = plan.store.manifest
     batch = micro_batch(
@@ -302,6 +308,7 @@ def _batch_of(
         target=manifest.target,
         share=1.0 if heldout else manifest.record.share,
         weighted=not heldout,
+        counting=counting,
     )
     return pinned(batch) if here.device.type == "cuda" else batch
 

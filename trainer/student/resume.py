@@ -127,6 +127,12 @@ def check_fits(commit: Commit, now: Commit, place: Path) -> None:
     Raises:
         CheckpointError: naming what changed, both values, and what to do.
     """
+    if len(commit.sums) != len(now.sums):
+        raise CheckpointError(
+            f"{place} was written by another version of sparsekd: it carries {len(commit.sums)} running sums "
+            f"of the metrics, this version has {len(now.sums)}; go on with the version that wrote it, or "
+            "begin anew under another run.name."
+        )
     if commit.store_digest != now.store_digest:
         raise CheckpointError(
             f"{place} was trained on another store (digest {commit.store_digest[:12]}, store.path now has "

@@ -84,7 +84,7 @@ def failures_recorded(folder: Path, here: Ranks) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # whatever it is, the record of it is all that outlives the job
         record = {
             "rank": here.rank,
             "error": type(error).__name__,

@@ -37,7 +37,7 @@ from sparsekd.logit_store.tools.inspect import RULE_NOTES, evenly
 from sparsekd.trainer.config import Config, TeacherConfig, require
 from sparsekd.trainer.distributed import Ranks, broadcast_object, ranks, together
 from sparsekd.trainer.errors import ConfigError, DataError
-from sparsekd.trainer.teacher.feature_requests import feature_requests, request_of
+from sparsekd.trainer.feature_requests import feature_requests, request_of
 from sparsekd.trainer.teacher.features import make_features, read_projections
 from sparsekd.trainer.teacher.model import Teacher, check_teacher_tokenizer, load_teacher
 from sparsekd.trainer.teacher.records import recorded_rows

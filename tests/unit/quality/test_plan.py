@@ -1,24 +1,11 @@
-"""The plan's numbers against what is really built, and that it costs no torch."""
+"""The plan's numbers against what is really built (stores: `test_store_size`), and that it costs no torch."""
 
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sparsekd.logit_store.manifest import CodecSpec, Manifest
-from sparsekd.logit_store.protocol.reader import open_store
-from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
-from sparsekd.logit_store.row import Row
-from sparsekd.logit_store.synthetic import (
-    synthetic_manifest,
-    synthetic_rows,
-    write_synthetic_store,
-    write_synthetic_tokenizer,
-)
-from sparsekd.logit_store.synthetic_text import text_like_rows
 from sparsekd.trainer.config import Config
 from sparsekd.trainer.errors import ConfigError
 from sparsekd.trainer.quality import plan
@@ -38,59 +25,6 @@ def _config(**fields: float) -> Config:
     for name, value in fields.items():
         setattr(config.plan, name, value)
     return config
-
-
-@pytest.mark.parametrize("codec", ["tkq8", "compact", "exact"])
-@pytest.mark.parametrize(
-    ("k", "n", "vocabulary"), [(4, 6, 300), (0, 50, 2000), (16, 0, 70_000), (0, 0, 2000)]
-)
-def test_bytes_per_token_are_those_of_a_store(
-    tmp_path: Path, k: int, n: int, vocabulary: int, codec: str
-) -> None:
-    """Prompts, padding and document ends have no record: how many there are, the token store knows."""
-    manifest = _manifest(k, n, vocabulary, codec)
-    rows = (text_like_rows if vocabulary > 300 else synthetic_rows)(manifest, 3, seed=7)
-    _assert_planned(tmp_path, manifest, rows)
-
-
-@pytest.mark.parametrize(("positions", "share"), [("all", 1.0), ("sampled", 0.25)])
-@pytest.mark.parametrize("codec", ["tkq8", "plain"])
-def test_bytes_per_token_go_by_the_rule(tmp_path: Path, codec: str, positions: str, share: float) -> None:
-    manifest = _manifest(8, 12, 70_000, codec, positions=positions, share=share, rows_per_shard=9)
-    _assert_planned(tmp_path, manifest, text_like_rows(manifest, 9, seed=7))
-
-
-def _manifest(k: int, n: int, vocabulary: int, codec: str, **fields: object) -> Manifest:
-    sizes = {"k": k, "n": n, "vocabulary_size": vocabulary, "sequence_length": 256}
-    return synthetic_manifest(**sizes, splits=("train",), codec=CodecSpec(codec, {}), **fields)
-
-
-def _assert_planned(folder: Path, manifest: Manifest, rows: list[Row]) -> None:
-    """Plans from the token store of these rows, and compares with the store of their records."""
-    vocabulary = manifest.tokenizer.vocabulary_size
-    bare = synthetic_manifest(
-        k=0, n=0, vocabulary_size=vocabulary, sequence_length=256, splits=("train",), rows_per_shard=len(rows)
-    )
-    tokenizer = write_synthetic_tokenizer(folder / "tokenizer", vocabulary)
-    contents = {"tokens": (bare, [replace(row, teacher=None) for row in rows]), "store": (manifest, rows)}
-    for name, (kind, content) in contents.items():
-        create_store(folder / name, kind, tokenizer)
-        write_shard(folder / name, kind, "train", 0, content)
-        seal(folder / name, {"train": 1})
-    config = Config()
-    config.store.tokens = str(folder / "tokens")
-    for name in ("k", "n", "positions", "share"):
-        setattr(config.store, name, getattr(manifest.record, name))
-    config.store.codec = manifest.codec.name
-    corpus = plan.corpus_of(config)
-    index = open_store(folder / "store").index("train")
-    assert corpus.recorded == pytest.approx(index.counts.tokens_recorded, rel=0.1)
-    if manifest.record.positions != "sampled":
-        assert corpus.recorded == index.counts.tokens_recorded < corpus.tokens == index.counts.tokens
-    found = plan.bytes_per_token(config, corpus)
-    assert set(found) == set(index.plane_bytes)
-    tokens = len(rows) * 256
-    assert sum(found.values()) == pytest.approx(sum(index.plane_bytes.values()) / tokens, rel=0.15)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -121,29 +55,6 @@ def test_model_states_by_stage() -> None:
     assert plan.model_state_bytes(1000, stage=3, dtype="float32", ranks=1) == 20_000
 
 
-def test_a_token_store_is_counted(tmp_path: Path) -> None:
-    manifest = synthetic_manifest(k=0, n=0, vocabulary_size=77)
-    write_synthetic_store(tmp_path / "tokens", manifest, {"train": 7, "heldout": 2}, seed=0)
-    config = Config()
-    config.store.tokens = str(tmp_path / "tokens")
-    corpus = plan.corpus_of(config)
-    assert (corpus.rows, corpus.train_rows, corpus.tokens, corpus.shards) == (9, 7, 9 * 16, 3 + 1)
-    counts = {split: open_store(tmp_path / "tokens").index(split).counts for split in manifest.splits}
-    counted = {split: count.tokens_counted for split, count in counts.items()}
-    real = sum(count.tokens - count.tokens_padding for count in counts.values())
-    assert 0 < corpus.recorded == counted["train"] + counted["heldout"] < real < corpus.tokens
-    for positions, expected in (
-        ("all", real),
-        ("sampled", round(counted["train"] * 0.25) + counted["heldout"]),
-    ):
-        config.store.positions = positions
-        config.store.share = 0.25 if positions == "sampled" else 1.0
-        assert plan.corpus_of(config).recorded == expected
-    config.store.k = config.store.n = 0
-    assert plan.corpus_of(config).recorded == 0
-    assert (corpus.vocabulary_size, corpus.sequence_length) == (77, 16)
-
-
 def test_without_numbers_it_says_which(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match=r"plan\.tokens is not set"):
         plan.run(Config())
@@ -167,14 +78,16 @@ def test_a_record_costs_the_same_wherever_it_stands(capsys: pytest.CaptureFixtur
     quarter = printed()
     config.store.positions, config.store.share = "counted", 1.0
     whole = printed()
-    assert quarter["a record"] == whole["a record"]
-    tokens = plan.corpus_of(config).tokens
+    # But for the beginnings of frames, which fewer records in a row share.
+    each = {name: float(lines["a record"].split()[0]) for name, lines in (("q", quarter), ("w", whole))}
+    assert each["w"] < each["q"] < 1.06 * each["w"]
+    tokens = 977 * 1024
     assert quarter["records"].startswith(f"{tokens // 4:,} of {tokens:,} positions, at 0.25 of the positions")
     bytes_of = {
         name: float(lines["head_logprobs"].split()[0])
         for name, lines in (("quarter", quarter), ("whole", whole))
     }
-    assert bytes_of["quarter"] == pytest.approx(bytes_of["whole"] / 4, rel=0.01)
+    assert bytes_of["quarter"] == pytest.approx(bytes_of["whole"] / 4, rel=0.06)
 
 
 def test_the_loss_has_a_line_for_each_implementation(capsys: pytest.CaptureFixture[str]) -> None:

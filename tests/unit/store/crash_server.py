@@ -57,19 +57,20 @@ def die_at(where: str) -> None:
     plain = HashingFile.write
 
     def write_some(file: HashingFile, data: object) -> int:
-        view = memoryview(data).cast("B")  # type: ignore[arg-type]
+        view = memoryview(data).cast("B")
         done = plain(file, view[: len(view) // 2])
         count("half written", current)
         return done + plain(file, view[len(view) // 2 :])
 
     file_system.reached = reached
     if step == "half written":
-        HashingFile.write = write_some  # type: ignore[method-assign]
+        HashingFile.write = write_some
 
 
 def publish_in_place(self: local_files.LocalFiles, final: Path, produce: Produce, *, replace: bool) -> str:
     """Breaks the protocol on purpose."""
     file_system.reached("opened", final)
+    final.parent.mkdir(exist_ok=True)
     with open(final, "wb") as target:
         file = HashingFile(target.fileno())
         produce(file)
@@ -96,13 +97,13 @@ def main() -> None:
         try:
             path, tokenizer, rank, world, where = words
             if where.startswith("in place "):
-                local_files.LocalFiles.publish = publish_in_place  # type: ignore[method-assign]
+                local_files.LocalFiles.publish = publish_in_place
                 where = where.removeprefix("in place ")
             if where:
                 die_at(where)
             write(store_path(path), Path(tokenizer), int(rank), int(world))
             code = 0
-        except BaseException:
+        except BaseException:  # the child must not go on as its parent, whatever ends it
             traceback.print_exc()
         os._exit(code)
 

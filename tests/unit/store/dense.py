@@ -25,7 +25,7 @@ def dense_manifest(k: int, **overrides: object) -> Manifest:
         "temperatures": GRID,
         "codec": CodecSpec("exact", {}),
     }
-    return synthetic_manifest(k=k, **{**settings, **overrides})  # type: ignore[arg-type]
+    return synthetic_manifest(k=k, **{**settings, **overrides})
 
 
 def dense_logprobs(rows: int, seed: int) -> NDArray[np.float64]:

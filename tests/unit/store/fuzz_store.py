@@ -30,9 +30,10 @@ from typing import Any
 
 import numpy as np
 
-sys.path.append(str(Path(__file__).parent))
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 from forgery import Forgery
 from mutators import MUTATORS
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.codecs.frequency import compact_parameters
 from sparsekd.logit_store.errors import StoreError
@@ -41,12 +42,7 @@ from sparsekd.logit_store.projections import Projection, digest_of, projected, p
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.recover import record_of_file
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
-from sparsekd.logit_store.synthetic import (
-    synthetic_manifest,
-    synthetic_rows,
-    write_synthetic_store,
-    write_synthetic_tokenizer,
-)
+from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_tokenizer
 from sparsekd.logit_store.tools.combine import merge_stores, subset_store
 from sparsekd.logit_store.tools.compare import compare_stores
 from sparsekd.logit_store.tools.export import export_store
@@ -256,7 +252,7 @@ def begin(number: int, what: str, path: Path) -> tuple[int, Child]:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         warnings.simplefilter("error")
         said.write_text("said " + read_case(path, number), errors="backslashreplace")
-    except BaseException:
+    except BaseException:  # a child's end, whatever it is, is what the case is about
         said.write_text(traceback.format_exc(), errors="backslashreplace")
     finally:
         os._exit(0)

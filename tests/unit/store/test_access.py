@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
 from sparsekd.logit_store.json_text import signed_json
@@ -18,7 +19,7 @@ from sparsekd.logit_store.manifest import manifest_digest
 from sparsekd.logit_store.planes import names_of, planes_of
 from sparsekd.logit_store.protocol.commit import RowCounts
 from sparsekd.logit_store.protocol.reader import open_store
-from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
+from sparsekd.logit_store.synthetic import synthetic_manifest
 
 SHARDS, ROWS_PER_SHARD = 1_000_000, 256
 LARGEST_BYTES = 20 * 10**6

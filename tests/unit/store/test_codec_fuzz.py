@@ -12,6 +12,7 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from synthetic_stores import write_synthetic_store
 from whole import whole_manifest, whole_row
 
 from sparsekd.logit_store.checks import check_row
@@ -28,7 +29,6 @@ from sparsekd.logit_store.errors import DamagedStoreError, InvalidRowError
 from sparsekd.logit_store.manifest import CodecSpec, Manifest
 from sparsekd.logit_store.planes import names_of, planes_of
 from sparsekd.logit_store.protocol.reader import open_store
-from sparsekd.logit_store.synthetic import write_synthetic_store
 
 KINDS = [*sorted(CODECS), "compact with mass"]
 ZIPPED = [kind for kind in KINDS if kind != "plain"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dense import write_rows
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.planes import names_of, planes_of
@@ -14,7 +15,7 @@ from sparsekd.logit_store.protocol.message import read_batch
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import Row, document_of_position
-from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_store
+from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
 from sparsekd.logit_store.tools.combine import merge_stores, row_key, subset_store
 from sparsekd.logit_store.tools.verify import verify_store
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dense import GRID, L, dense_logprobs, dense_manifest, dense_rows, write_rows
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
+from sparsekd.logit_store.synthetic import synthetic_manifest
 from sparsekd.logit_store.tools.compare import compare_stores
 from sparsekd.logit_store.tools.reencode import reencode_store
 

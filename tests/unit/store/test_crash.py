@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import Manifest
@@ -23,12 +24,7 @@ from sparsekd.logit_store.places.file_system import STEPS
 from sparsekd.logit_store.places.files import TEMPORARY_PREFIX, publish_bytes
 from sparsekd.logit_store.protocol import writer
 from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal, write_shard
-from sparsekd.logit_store.synthetic import (
-    synthetic_manifest,
-    synthetic_rows,
-    write_synthetic_store,
-    write_synthetic_tokenizer,
-)
+from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_tokenizer
 from sparsekd.logit_store.tools.verify import verify_store
 
 KILLS = int(os.environ.get("SPARSEKD_SOAK_KILLS", "50"))

@@ -7,18 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
 from sparsekd.logit_store.planes import names_of, planes_of
 from sparsekd.logit_store.protocol.message import decode_row, read_batch
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
-from sparsekd.logit_store.synthetic import (
-    synthetic_manifest,
-    synthetic_rows,
-    write_synthetic_store,
-    write_synthetic_tokenizer,
-)
+from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_tokenizer
 from sparsekd.logit_store.tools.verify import verify_store
 
 SHARD = "shards/train/000/000000.arrow"

@@ -7,13 +7,14 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import CodecSpec
 from sparsekd.logit_store.manifest_checks import OPTIONAL_PLANES
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.row import document_of_position
-from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
+from sparsekd.logit_store.synthetic import synthetic_manifest
 from sparsekd.logit_store.tools import export
 from sparsekd.logit_store.tools.export import export_schema, export_store
 
@@ -80,7 +81,7 @@ def test_records_of_another_rule_and_the_other_planes_are_there(tmp_path: Path) 
         np.testing.assert_array_equal(lines["recorded"], real)
         np.testing.assert_array_equal(lines["entropy"].notna(), real)
         np.testing.assert_array_equal(lines["true_logprob"].notna(), lines["next_token_id"].notna())
-        np.testing.assert_array_equal(lines["token_types"], row.optional["token_types"])
+        np.testing.assert_array_equal(lines["token_type"], row.optional["token_types"])
         weights = np.ones(16, np.float32)
         for start, weight in zip(row.optional["weight_starts"], row.optional["weights"], strict=True):
             weights[start:] = weight

@@ -8,18 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
 from sparsekd.logit_store.places.file_system import TEMPORARY_PREFIX
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.recover import adopt_orphans
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
-from sparsekd.logit_store.synthetic import (
-    synthetic_manifest,
-    synthetic_rows,
-    write_synthetic_store,
-    write_synthetic_tokenizer,
-)
+from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_tokenizer
 
 NOBODY = 65534
 PLAN = {"train": 2, "heldout": 0}

@@ -25,7 +25,7 @@ def spin():
     while True:
         pass
 
-def misbehave(path):
+def misbehave(path, number):
     {what}
 
 fuzz_store.read_case = misbehave

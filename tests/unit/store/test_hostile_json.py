@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.writer import seal
-from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
+from sparsekd.logit_store.synthetic import synthetic_manifest
 from sparsekd.logit_store.tools.combine import merge_stores, subset_store
 from sparsekd.logit_store.tools.export import export_store
 from sparsekd.logit_store.tools.stats import store_stats

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store import protocol
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
@@ -17,7 +18,7 @@ from sparsekd.logit_store.protocol.arrow_layout import batch_message, file_foote
 from sparsekd.logit_store.protocol.message import row_message, shard_header
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.recover import record_of_file
-from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
+from sparsekd.logit_store.synthetic import synthetic_manifest
 from sparsekd.logit_store.tools.verify import verify_store
 
 sys.path.append(str(Path(__file__).parent))

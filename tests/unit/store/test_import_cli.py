@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.row import document_of_position
-from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
+from sparsekd.logit_store.synthetic import synthetic_manifest
 from sparsekd.trainer.cli import main
 from sparsekd.trainer.importers.formats import FORMATS
 

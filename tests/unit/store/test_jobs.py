@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from slow_work import work
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.places.files import TEMPORARY_PREFIX, files_below, publish_bytes
 from sparsekd.logit_store.places.paths import RemotePath, StorePath
 from sparsekd.logit_store.protocol.reader import open_store
-from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
+from sparsekd.logit_store.synthetic import synthetic_manifest
 from sparsekd.logit_store.tools.combine import merge_stores, subset_store
 from sparsekd.logit_store.tools.export import export_store
 from sparsekd.logit_store.tools.processes import ITEMS_AHEAD, results_of

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from forgery import Forgery
 from kinds import CODEC_KINDS, FEATURES, TARGETS_AND_RULES, manifest_of_kind
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.codecs.codec import codec_of
 from sparsekd.logit_store.codecs.frequency import compact_parameters
@@ -27,7 +28,7 @@ from sparsekd.logit_store.manifest_checks import (
 )
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.row import planes_of_row
-from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_store
+from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
 
 MOST_BYTES_ALLOCATED = 1 << 20
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.errors import NameTakenError, StoreError
 from sparsekd.logit_store.places import object_stores
@@ -30,7 +31,7 @@ from sparsekd.logit_store.places.files import (
 from sparsekd.logit_store.places.paths import RemotePath, store_path
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal, write_shard
-from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_store
+from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
 from sparsekd.logit_store.tools.verify import verify_store
 
 sys.path.append(str(Path(__file__).parent))

@@ -5,17 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from synthetic_stores import write_synthetic_store
 from whole import whole_manifest, whole_rows
 
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import Row, TeacherRecord
-from sparsekd.logit_store.synthetic import (
-    synthetic_manifest,
-    synthetic_rows,
-    write_synthetic_store,
-    write_synthetic_tokenizer,
-)
+from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_tokenizer
 from sparsekd.logit_store.tools.inspect import inspect_text, record_means, tail_masses
 from sparsekd.logit_store.tools.verify import verify_store
 

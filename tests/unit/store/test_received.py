@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.errors import DamagedStoreError, StoreError
 from sparsekd.logit_store.places import tokenizer_folder
@@ -21,7 +22,7 @@ from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.recover import adopt_shard
 from sparsekd.logit_store.protocol.repair import repair_store
 from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal, write_shard
-from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_store
+from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
 from sparsekd.logit_store.tools.verify import verify_store
 
 sys.path.append(str(Path(__file__).parent))

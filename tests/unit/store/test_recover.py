@@ -12,6 +12,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import Manifest
@@ -25,12 +26,7 @@ from sparsekd.logit_store.protocol.recover import adopt_orphans, record_of_file
 from sparsekd.logit_store.protocol.repair import repair_store
 from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal, write_shard
 from sparsekd.logit_store.row import Row, narrowed
-from sparsekd.logit_store.synthetic import (
-    synthetic_manifest,
-    synthetic_rows,
-    write_synthetic_store,
-    write_synthetic_tokenizer,
-)
+from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_tokenizer
 from sparsekd.logit_store.tools import verify
 from sparsekd.logit_store.tools.verify import verify_store
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.codecs.codec import CODECS
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import CodecSpec
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
-from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
+from sparsekd.logit_store.synthetic import synthetic_manifest
 from sparsekd.logit_store.tools.reencode import narrowed_record, reencode_store
 
 sys.path.append(str(Path(__file__).parent))

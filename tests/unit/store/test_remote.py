@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from pyarrow.fs import LocalFileSystem
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.errors import DamagedStoreError, NameTakenError, StoreError
 from sparsekd.logit_store.manifest import Manifest
@@ -25,7 +26,7 @@ from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.repair import repair_store
 from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal, write_shard
 from sparsekd.logit_store.row import Row
-from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_store
+from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
 from sparsekd.logit_store.tools.verify import verify_store
 from sparsekd.trainer.cli import main
 

@@ -11,13 +11,14 @@ import pytest
 from dense import write_rows
 from forgery import swap_row
 from kinds import TARGETS_AND_RULES, manifest_of_kind
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.errors import InvalidRowError, StoreError
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.positions import content_uniforms, recorded_positions
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.row import Row, take_records
-from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_store
+from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
 from sparsekd.logit_store.tools.combine import merge_stores, subset_store
 from sparsekd.logit_store.tools.verify import verify_store
 

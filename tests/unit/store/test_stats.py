@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from synthetic_stores import write_synthetic_store
 from whole import whole_manifest, whole_row
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_store
+from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
 from sparsekd.logit_store.tools.spread import Spread
 from sparsekd.logit_store.tools.stats import store_stats, support_overlap
 from sparsekd.logit_store.tools.stats_plot import plot_stats

@@ -4,10 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.manifest import CodecSpec
 from sparsekd.logit_store.protocol.reader import open_store
-from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_store
+from sparsekd.logit_store.synthetic import synthetic_manifest
 from sparsekd.trainer.cli import main
 from sparsekd.trainer.config import ObjectiveConfig
 from sparsekd.trainer.errors import ConfigError
@@ -117,7 +118,7 @@ def test_progress_goes_to_stderr_now_and_then(
 def test_training_asks_an_imported_store_only_for_what_it_holds() -> None:
     def asked(rest: str, **settings: object) -> str:
         record = synthetic_manifest(k=4, n=0, temperatures=(1.0,)).record
-        config = ObjectiveConfig(**settings)  # type: ignore[arg-type]
+        config = ObjectiveConfig(**settings)
         return resolved_objective(config, dataclasses.replace(record, rest=rest)).target_mode
 
     assert asked("exact") == asked("derived") == "tail_bucket"

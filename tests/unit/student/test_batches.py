@@ -27,7 +27,6 @@ from sparsekd.trainer.student.batches import (
     IGNORED_LABEL,
     ReadAhead,
     check_values,
-    counting_rows,
     head_positions,
     micro_batch,
     rest_formula_of,
@@ -214,23 +213,38 @@ def test_losses_of_short_heads_are_those_of_the_dense_reference(
         assert float(left.norm()) > 0
 
 
-def test_rows_that_fill_a_pass_do_not_count() -> None:
-    some = rows(3)
-    batch = micro_batch(some, rest=rest_formula_of(objective(), MANIFEST))
-    for count in (0, 1, 3):
-        only = counting_rows(batch, count)
-        # As a micro-batch of these rows alone, but for the tokens of the forward pass.
-        kept = int((batch.positions < 12 * count).sum())
-        assert torch.equal(only.token_ids, batch.token_ids) and len(only.positions) == kept
-        assert only.weight_sum == only.ce_weights.sum() == kept and only.weight_sum.dtype == torch.float32
-        expected = micro_batch(some[:count], rest=rest_formula_of(objective(), MANIFEST)) if count else None
-        if expected is not None:
-            assert only.targets is not None and expected.targets is not None
-            for one, other in zip(only.targets, expected.targets, strict=True):
-                assert torch.equal(one, other)
-            for name in ("positions", "labels", "ce_weights", "kd_weights", "weight_sum"):
-                assert torch.equal(getattr(only, name), getattr(expected, name)), name
-    assert len(counting_rows(batch, 0).positions) == 0 < len(batch.positions)
+def rows_of_target(target: str, count: int) -> tuple[Manifest, list[Row]]:
+    """Rows of which, where labels are stored, the first counted position has none."""
+    outcomes = ("a", "b", "c", "d", "e") if target == "class" else None
+    manifest = synthetic_manifest(
+        vocabulary_size=50, sequence_length=40, k=3, n=0, target=target, outcomes=outcomes
+    )
+    some = synthetic_rows(manifest, count, seed=2)
+    if target != "next_token":
+        some[0].optional["labels"][0] = NO_ID
+    return manifest, some
+
+
+@pytest.mark.parametrize("target", ["next_token", "masked_token", "class"])
+def test_rows_that_fill_a_pass_do_not_count(target: str) -> None:
+    """The others give what they give alone, positions without a label included, but for the forward pass."""
+    manifest, some = rows_of_target(target, 3)
+    rest = rest_formula_of(objective(), manifest)
+    whole = micro_batch(some, rest=rest, target=target)
+    for count in (0, 1, 2, 3):
+        only = micro_batch(some, rest=rest, target=target, counting=count)
+        assert torch.equal(only.token_ids, whole.token_ids)
+        assert only.weight_sum == sum(int(row.loss_mask.sum()) for row in some[:count])
+        assert only.weight_sum.dtype == torch.float32
+        if count == 0:
+            assert len(only.positions) == 0 < len(whole.positions)
+            continue
+        expected = micro_batch(some[:count], rest=rest, target=target)
+        assert only.targets is not None and expected.targets is not None
+        for one, other in zip(only.targets, expected.targets, strict=True):
+            assert torch.equal(one, other)
+        for name in ("positions", "labels", "ce_weights", "kd_weights", "weight_sum"):
+            assert torch.equal(getattr(only, name), getattr(expected, name)), name
 
 
 def test_which_positions_reach_the_head() -> None:
@@ -340,12 +354,7 @@ def test_weights_shares_and_labels_of_a_batch() -> None:
 
 @pytest.mark.parametrize("target", ["masked_token", "class"])
 def test_labels_of_other_targets(target: str) -> None:
-    outcomes = ("a", "b", "c", "d", "e") if target == "class" else None
-    manifest = synthetic_manifest(
-        vocabulary_size=50, sequence_length=40, k=3, n=0, target=target, outcomes=outcomes
-    )
-    some = synthetic_rows(manifest, 4, seed=2)
-    some[0].optional["labels"][0] = NO_ID
+    manifest, some = rows_of_target(target, 4)
     batch = micro_batch(some, rest=rest_formula_of(objective(), manifest), target=target)
     stored = np.concatenate([row.optional["labels"] for row in some]).tolist()
     assert batch.labels.tolist() == [IGNORED_LABEL, *stored[1:]]

@@ -28,6 +28,7 @@ from sparsekd.trainer.student.checkpoint import (
 )
 from sparsekd.trainer.student.checks import objective_of
 from sparsekd.trainer.student.resume import check_fits, choose_start, first_other_rate, settings_of
+from sparsekd.trainer.student.sums import no_sums
 
 
 class FileWriter:
@@ -78,7 +79,7 @@ def commit(step: int, **changes: Any) -> Commit:
         step=step,
         rows_consumed=8 * step,
         tokens=80 * step,
-        sums=[0.1, 1 / 3, 0.0, 0.0, 5.0],
+        sums=[0.1, 1 / 3, 0.0, 0.0, 5.0, 5.0, 4.0],
         world_size=1,
         threads_per_rank=1,
         store_digest="a" * 64,
@@ -244,6 +245,18 @@ def test_what_would_change_the_numbers_is_refused() -> None:
     shorter = {"numbers": {"train": {"seed": 0}}, "bits": {}, "course": course(steps=4)}
     with pytest.raises(CheckpointError, match=r"beyond train\.steps=4"):
         check_fits(commit(5), commit(0, settings=shorter), place)
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_words(tmp_path: Path, here: Ranks) -> None:
+    """From before the sums of weights were two more: 5 in place of 7."""
+    older = commit(2, sums=[0.1, 1 / 3, 0.0, 0.0, 5.0])
+    place = save(FilesOnly(), tmp_path / "checkpoints", older, here)
+    now = commit(0, sums=no_sums(here.device).tolist())
+    named = Config()
+    named.train.resume = str(place)
+    for config in (Config(), named):
+        with pytest.raises(CheckpointError, match=r"step-00000002 was .* carries 5 .* version has 7; go on"):
+            choose_start(tmp_path, config, now, here)
 
 
 def test_the_schedule_may_change_ahead_only() -> None:

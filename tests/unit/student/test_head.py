@@ -19,7 +19,6 @@ from sparsekd.trainer.errors import ModelError
 from sparsekd.trainer.student import head as head_module
 from sparsekd.trainer.student.batches import (
     MicroBatch,
-    counting_rows,
     head_positions,
     micro_batch,
     rest_formula_of,
@@ -68,9 +67,9 @@ def settings(kd_weight: float = 0.5, softcap: float | None = None) -> LossSettin
     )
 
 
-def batch(count: int = 2) -> MicroBatch:
+def batch(count: int = 2, counting: int | None = None) -> MicroBatch:
     rest = rest_formula_of(settings().objective, MANIFEST)
-    return micro_batch(synthetic_rows(MANIFEST, count, seed=5), rest=rest)
+    return micro_batch(synthetic_rows(MANIFEST, count, seed=5), rest=rest, counting=counting)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -207,7 +206,7 @@ def test_few_recorded_positions_are_together_all_of_them(ce_weight: float) -> No
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 @pytest.mark.parametrize("kd_weight", [0.0, 0.5])
 def test_a_micro_batch_of_padding_has_a_loss_of_0_and_gradients_of_0(impl: str, kd_weight: float) -> None:
-    none = counting_rows(batch(), 0)
+    none = batch(counting=0)
     assert len(none.positions) == 0
     student = Student(llama(), replace(settings(kd_weight), impl=impl))
     loss, parts = student(none)
