@@ -8,20 +8,31 @@ import numpy as np
 from store_data import DRAWN, SPLIT, THINNED, TOP_K, Case
 from store_layout import Decoded, Layout, Read
 
+from sparsekd.kernels.objective import Objective, needed_planes
 from sparsekd.logit_store.codecs.codec import codec_of
 from sparsekd.logit_store.codecs.frequency import compact_parameters
-from sparsekd.logit_store.manifest import CodecSpec, Manifest
+from sparsekd.logit_store.manifest import CodecSpec, Manifest, RecordSpec
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import Row, TeacherRecord
 from sparsekd.logit_store.synthetic import write_synthetic_tokenizer
 
 RAGGED_MASS = 0.99
-SAMPLED_PLANES = (
-    "token_ids", "segment_starts", "loss_mask", "head_ids", "head_logprobs", "tail_ids", "tail_counts",
-    "log_rest", "entropy",
-)  # fmt: skip
-"""What training with the target mode `sampled` reads of a row."""
+
+
+def sampled_planes(record: RecordSpec) -> frozenset[str]:
+    """What training with the target mode `sampled` reads of a record, besides the row's text."""
+    objective = Objective(
+        kd_weight=1.0,
+        ce_weight=1.0,
+        divergence="forward_kl",
+        mixture=0.5,  # not read
+        target_mode="sampled",
+        temperature=record.draw_temperature,
+        label_smoothing=0.0,
+        z_loss=0.0,
+    )
+    return needed_planes(objective, k=record.k, n=record.n, on_grid=True)
 
 
 class Ours(Layout):
@@ -71,17 +82,12 @@ class Ours(Layout):
 
 
 class OursInPart(Ours):
-    """The same, but a reader asks for some planes only."""
+    """The same, but a reader asks for some planes only, as training does."""
 
     def open(self, folder: Path) -> Read:
         store = open_store(folder / "store")
-
-        def read(index: int) -> Decoded:
-            planes = store.read_planes(SPLIT, index, SAMPLED_PLANES)
-            names = ("head_ids", "head_logprobs", "log_rest", "tail_ids", "tail_counts")
-            return Decoded(*(planes[name] for name in names))
-
-        return read
+        names = sampled_planes(store.manifest.record)
+        return lambda index: _as_decoded(store.read_part(SPLIT, index, names).teacher)
 
 
 def _as_decoded(record: TeacherRecord | None) -> Decoded:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.codecs.codec import CODECS, Arrays, stored_record
-from sparsekd.logit_store.codecs.quantise import HALF_ROUNDING, LAST_CODE, LEAST_SPAN
+from sparsekd.logit_store.codecs.quantise import HALF_ROUNDING, LAST_CODE, LEAST_SPAN, running_sums
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.planes import planes_of
 from sparsekd.logit_store.row import NO_ID, Row, planes_of_row
@@ -33,15 +33,16 @@ def first_difference(row: Row, decoded: Arrays, manifest: Manifest) -> str | Non
         left, right = given[plane.name], decoded[plane.name]
         if left.shape != right.shape:
             return f"{plane.name}, whose shape is {list(right.shape)}, expected {list(left.shape)}"
-        if np.array_equal(left, right):
+        in_steps = plane.is_rounded and codec.drops_deep and plane.coding in ("head", "tail")
+        if in_steps and _range_holds(left, right, descending=plane.coding == "head"):
+            continue
+        same = left == right
+        if same.all():
             continue
         if plane.name == "head_ids":
             left = _ordered_as_stored(left, decoded["head_logprobs"], manifest)
-        same = left == right
+            same = left == right
         if plane.is_rounded:
-            in_steps = codec.drops_deep and plane.coding in ("head", "tail")
-            if in_steps and _range_holds(left, right, descending=plane.coding == "head"):
-                continue
             same |= _within(left, right, codec.error_of(plane, right, manifest))
         if not same.all():
             place = tuple(int(index) for index in np.argwhere(~same)[0])
@@ -58,16 +59,25 @@ def _ordered_as_stored(
     have moved.
     """
     beyond = manifest.outcome_count  # stands for -1
-    bits = beyond.bit_length()
-    kind = np.uint32 if bits + given.shape[1].bit_length() <= 32 else np.uint64
-    keys = np.zeros(given.shape, kind)
-    np.cumsum(values[:, 1:] != values[:, :-1], axis=1, out=keys[:, 1:], dtype=kind)
-    np.left_shift(keys, kind(bits), out=keys)
-    ids = given if given.min(initial=0) >= 0 else np.where(given == NO_ID, beyond, given)
-    keys |= ids.view(np.uint32)
+    bits, k = beyond.bit_length(), given.shape[1]
+    kind = np.uint32 if bits + k.bit_length() <= 32 else np.uint64
+    differs = np.empty(values.shape, np.bool_)
+    flat = values.reshape(-1)
+    np.not_equal(flat[1:], flat[:-1], out=differs.reshape(-1)[1:])
+    steps = differs[:, 1:].view(np.uint8)
+    # Groups of equal values are numbered.
+    groups = running_sums(steps, k) if k <= 256 else np.pad(np.cumsum(steps, axis=1), ((0, 0), (1, 0)))
+    above: NDArray[Any] = groups.astype(kind)
+    np.left_shift(above, kind(bits), out=above)
+    is_short = int(given.min(initial=0)) < 0
+    ids = np.where(given == NO_ID, beyond, given) if is_short else given
+    keys: NDArray[Any] = np.bitwise_or(above, ids.view(np.uint32))
     keys.sort(axis=1)
-    found = (keys & kind((1 << bits) - 1)).astype(np.int32)
-    found[found == beyond] = NO_ID
+    # At each place stands an entry of the same group as before.
+    np.subtract(keys, above, out=keys)
+    found = keys.astype(np.int32, copy=False)
+    if is_short:
+        found[found == beyond] = NO_ID
     return found
 
 
@@ -96,7 +106,7 @@ def _range_holds(given: NDArray[np.float32], decoded: NDArray[np.float32], *, de
     excess = np.subtract(decoded, given)
     np.abs(excess, out=excess)
     np.subtract(excess, (shift + rounding + step)[:, None], out=excess)
-    np.maximum(excess, 0, out=excess)
+    np.clip(excess, 0, np.inf, out=excess)
     np.multiply(excess, excess, out=excess)
     allowed = np.subtract(highest[:, None], given)
     np.multiply(allowed, step[:, None], out=allowed)

@@ -47,8 +47,8 @@ def id_parts(ids: NDArray[np.int32], vocabulary: int) -> list[NDArray[np.uint8]]
         vocabulary: every id is below it.
     """
     byte_planes, bit_planes = id_widths(vocabulary)
-    quads = np.ascontiguousarray(ids, "<i4").reshape(-1).view(np.uint8).reshape(-1, 4)
-    parts = [np.ascontiguousarray(quads[:, plane]) for plane in range(byte_planes)]
+    low = ids.astype("<u2").reshape(-1)  # casts keep the lowest bytes
+    parts = [(low >> 8 * plane).astype(np.uint8) for plane in range(byte_planes)]
     if bit_planes:
         parts.append(pack_high_bits(ids, bit_planes))
     return parts
@@ -56,11 +56,7 @@ def id_parts(ids: NDArray[np.int32], vocabulary: int) -> list[NDArray[np.uint8]]
 
 def pack_high_bits(ids: NDArray[np.int32], bit_planes: int) -> NDArray[np.uint8]:
     """Returns the bits from the 17th on, a packed plane for each, one behind the other."""
-    quads = np.ascontiguousarray(ids, "<i4").reshape(-1).view(np.uint8).reshape(-1, 4)
-    planes = [
-        np.packbits(quads[:, 2 + plane // 8] & np.uint8(1 << plane % 8), bitorder="little")
-        for plane in range(bit_planes)
-    ]
+    planes = [np.packbits(ids & (1 << 16 + plane) != 0, bitorder="little") for plane in range(bit_planes)]
     return planes[0] if bit_planes == 1 else np.concatenate(planes)
 
 
@@ -92,7 +88,8 @@ def join_high_bits(low: NDArray[np.uint16], bits: Any, bit_planes: int, out: NDA
     if low.size % 8 == 0 and out.flags.c_contiguous:
         np.take(_BIT_16, packed[0], axis=0, out=out.reshape(-1, 8), mode="clip")
     else:
-        out[...] = _BIT_16[packed[0]].reshape(-1)[: low.size].reshape(out.shape)
+        bits_16 = np.take(_BIT_16, packed[0], axis=0, mode="clip")
+        out[...] = bits_16.reshape(-1)[: low.size].reshape(out.shape)
     for plane in range(1, bit_planes):
         ones = np.left_shift(_BIT_16[packed[plane]], plane).reshape(-1)[: low.size]
         np.bitwise_or(out, ones.reshape(out.shape), out=out)
@@ -149,8 +146,8 @@ def read_parts(stored: Any, plane: str, sizes: Sequence[int], *, skip: int = 0) 
 
 def read_flattened_ids(
     stored: Any, plane: str, positions: int, vocabulary: int, width: int
-) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
-    """Returns (bool [M, width] of the places used, int32 [D] ids) of a plane of sizes and flattened ids.
+) -> tuple[NDArray[Any], NDArray[np.int32]]:
+    """Returns (number of entries [M], unsigned; int32 [D] ids) of a plane of sizes and flattened ids.
 
     Raises:
         PlaneError: a frame is bad, or a position has more than `width` entries.
@@ -165,9 +162,9 @@ def read_flattened_ids(
     ids = np.empty(int(sizes.sum(dtype=np.int64)), np.int32)
     parts = read_parts(stored, plane, [size, *id_part_sizes(ids.size, vocabulary)], skip=1)
     ids_from_parts(parts, vocabulary, ids)
-    return used_places(sizes, width), ids
+    return sizes, ids
 
 
 def used_places(sizes: NDArray[Any], width: int) -> NDArray[np.bool_]:
     """Returns bool [M, width], true for the first `sizes[m]` entries of each position."""
-    return np.arange(width) < sizes[:, None]
+    return np.arange(width, dtype=sizes.dtype) < sizes[:, None]

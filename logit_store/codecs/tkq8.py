@@ -36,9 +36,9 @@ from sparsekd.logit_store.codecs.quantise import (
     decode_range,
     encode_range,
     half_below,
+    never_falls,
     range_error,
     running_sums,
-    steps_fit,
 )
 from sparsekd.logit_store.codecs.room import Coding, Room, Stored
 from sparsekd.logit_store.codecs.text import FRAMED_TEXT
@@ -128,7 +128,8 @@ def sorted_by_depth(
     mask = kind((1 << bits) - 1)
     short = int(ids.min(initial=0)) < 0
     unsigned = ids.view(np.uint32) & np.uint32(mask) if short else ids.view(np.uint32)
-    keys = np.left_shift(depth, kind(bits), dtype=kind)
+    keys: NDArray[Any] = depth.astype(kind)
+    np.left_shift(keys, kind(bits), out=keys)
     np.bitwise_or(keys, unsigned, out=keys)
     keys.sort(axis=1)
     found = (keys & mask).view(signed).astype(np.int32, copy=False)
@@ -143,7 +144,7 @@ def _encode_tail(planes: Planes, members: tuple[Plane, ...], manifest: Manifest)
     used = counts > 0
     sizes = used.sum(axis=1)
     gaps = np.diff(planes["tail_ids"], axis=1, prepend=np.int32(0))
-    told = _told(used)
+    told = used_places(_told(sizes), n)
     parts: dict[str, Sequence[Any]] = {
         "tail_ids": [sizes.astype(smallest_unsigned(n)), *id_parts(gaps[used], manifest.outcome_count)],
         "tail_counts": [counts[told].astype(smallest_unsigned(n))],
@@ -158,12 +159,9 @@ def _encode_tail(planes: Planes, members: tuple[Plane, ...], manifest: Manifest)
     return {name: join_parts(part) for name, part in parts.items()}
 
 
-def _told(used: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Returns which counts [M, n] are stored: all but a position's last, as its counts sum to n."""
-    told = used.copy()
-    told[:, :-1] &= used[:, 1:]
-    told[:, -1] = False
-    return told
+def _told(sizes: NDArray[Any]) -> NDArray[Any]:
+    """Returns how many counts [M] are stored: all but a position's last, as its counts sum to n."""
+    return np.maximum(sizes, 1) - 1
 
 
 def _decode_head(stored: Stored, members: tuple[Plane, ...], room: Room) -> None:
@@ -171,7 +169,8 @@ def _decode_head(stored: Stored, members: tuple[Plane, ...], room: Room) -> None
     vocabulary, k = manifest.outcome_count, manifest.record.k
     used, numbers = None, None
     if mass_of(manifest) is not None:
-        used, numbers = read_flattened_ids(stored["head_ids"], "head_ids", positions, vocabulary, k)
+        sizes, numbers = read_flattened_ids(stored["head_ids"], "head_ids", positions, vocabulary, k)
+        used = used_places(sizes, k)
     for plane in members:
         out = room.new(plane)
         if plane.name == "head_logprobs":
@@ -210,11 +209,12 @@ def _decode_values(
         padded = np.zeros((positions, k - 1), np.uint8)
         padded[used[:, 1:]] = steps
         steps = padded
-    if not steps_fit(steps):
-        raise PlaneError(plane, "the code differences of a position sum to more than 255")
     for start in range(0, positions, BLOCK_POSITIONS):
         block = slice(start, start + BLOCK_POSITIONS)
-        decode_range(top[block], span[block], running_sums(steps[block], k), out[block])
+        codes = running_sums(steps[block], k)
+        if not never_falls(codes):
+            raise PlaneError(plane, "the code differences of a position sum to more than 255")
+        decode_range(top[block], span[block], codes, out[block])
     if used is not None:
         np.copyto(out, -np.inf, where=~used)
 
@@ -233,28 +233,40 @@ def _ranges(parts: Sequence[bytes], plane: str) -> tuple[NDArray[np.float32], ND
 def _decode_tail(stored: Stored, members: tuple[Plane, ...], room: Room) -> None:
     manifest, positions = room.manifest, room.count("recorded")
     n = manifest.record.n
-    used, gaps = read_flattened_ids(stored["tail_ids"], "tail_ids", positions, manifest.outcome_count, n)
+    sizes, gaps = read_flattened_ids(stored["tail_ids"], "tail_ids", positions, manifest.outcome_count, n)
+    used = used_places(sizes, n)
     for plane in members:
         out = room.new(plane)
         if plane.name == "tail_ids":
-            out.fill(0)
-            out[used] = gaps
-            np.cumsum(out, axis=1, out=out)
-            np.copyto(out, NO_ID, where=~used)
+            out.fill(NO_ID)
+            out[used] = _sums_of_positions(gaps, sizes)
         elif plane.name == "tail_counts":
-            _decode_counts(stored[plane.name], plane.name, used, out)
+            _decode_counts(stored[plane.name], plane.name, sizes, out)
         else:
             _decode_tail_logprobs(stored[plane.name], plane.name, used, out, manifest)
 
 
-def _decode_counts(stored: Any, plane: str, used: NDArray[np.bool_], out: NDArray[np.int32]) -> None:
-    n, told = out.shape[1], _told(used)
+def _sums_of_positions(gaps: NDArray[np.int32], sizes: NDArray[Any]) -> NDArray[np.int32]:
+    """Returns the sum of each entry [D] and those before it in its position, of which there are `sizes` [M].
+
+    The sums of all entries, less those of the positions before: modulo 2^32, and so right where these exceed
+    it.
+    """
+    sums = np.zeros(len(gaps) + 1, np.int32)
+    np.cumsum(gaps, out=sums[1:])
+    begins = np.cumsum(sizes, dtype=np.int64) - sizes
+    return sums[1:] - np.repeat(sums[begins], sizes)
+
+
+def _decode_counts(stored: Any, plane: str, sizes: NDArray[Any], out: NDArray[np.int32]) -> None:
+    n, told = out.shape[1], _told(sizes)
     width = smallest_unsigned(n)
-    (plain,) = read_parts(stored, plane, [int(told.sum()) * width.itemsize])
+    (plain,) = read_parts(stored, plane, [int(told.sum(dtype=np.int64)) * width.itemsize])
     out.fill(0)
-    out[told] = np.frombuffer(plain, width)
-    left = n - out.sum(axis=1, dtype=np.int64)
-    out[used & ~told] = np.clip(left[used.any(axis=1)], NO_ID, n)
+    out[used_places(told, n)] = np.frombuffer(plain, width)
+    left = n - np.einsum("ij->i", out, dtype=np.int64, casting="safe")
+    drawn = np.flatnonzero(sizes)
+    out[drawn, told[drawn]] = np.clip(left[drawn], NO_ID, n)
 
 
 def _decode_tail_logprobs(

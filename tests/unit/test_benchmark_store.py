@@ -9,6 +9,7 @@ import store
 import store_data
 import store_fidelity as fidelity
 import store_measure
+import store_ours
 import store_peers
 import store_targets
 import store_teacher
@@ -20,6 +21,13 @@ from sparsekd.kernels.objective import HeadTransform, Objective
 from sparsekd.kernels.targets import SparseTargets
 
 CODE = Code("of commit `abc`", "0123456789ab")
+
+
+def test_what_is_read_in_part_is_what_the_loss_needs():
+    named = {"tail_ids", "tail_counts", "entropy"}
+    for case, more in {(8, 12): {"head_ids", "head_logprobs", "log_rest"}, (0, 50): set()}.items():
+        record = store_data.manifest_of(store_data.Case(*case), vocabulary=2048, length=64).record
+        assert store_ours.sampled_planes(record) == named | more
 
 
 @pytest.mark.parametrize(

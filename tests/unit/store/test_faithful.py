@@ -64,6 +64,13 @@ def _swapped_ids(arrays: Arrays) -> None:
     arrays["head_ids"][AT, [0, -1]] = arrays["head_ids"][AT, [-1, 0]]
 
 
+def _swapped_neighbours(arrays: Arrays) -> None:
+    """The last two ids whose values differ change places."""
+    values, ids = arrays["head_logprobs"][AT], arrays["head_ids"][AT]
+    last = int(np.flatnonzero((ids[1:] >= 0) & (values[1:] < values[:-1]))[-1])
+    ids[[last, last + 1]] = ids[[last + 1, last]]
+
+
 def _reversed_ids(arrays: Arrays) -> None:
     arrays["head_ids"][AT] = arrays["head_ids"][AT, ::-1]
 
@@ -217,6 +224,22 @@ def test_a_head_stands_in_the_order_of_its_stored_values(store_of: StoreOf, kind
     is_exact = CODECS[store.manifest.codec.name].is_lossless
     assert found.head_ids[AT].tolist() == ([50, 9, 3] if is_exact else [50, 3, 9])
     assert (found.head_logprobs[AT, 1] == found.head_logprobs[AT, 2]) != is_exact
+
+
+@pytest.mark.parametrize("kind", CODEC_KINDS)
+def test_so_does_one_with_more_values_than_a_byte_counts(store_of: StoreOf, kind: str) -> None:
+    store = store_of(kind, k=290, n=0, tail_logprobs=False)
+    (row,) = synthetic_rows(store.manifest, 1, 0)
+    record = row.teacher
+    assert record is not None and len(record.entropy) > AT
+    record.head_logprobs[:] = np.linspace(-2.0, -8.0, 290, dtype=np.float32)
+    # Two of the last are stored as equal, and so change places.
+    record.head_logprobs[:, 281] = record.head_logprobs[:, 280] - 1e-5
+    record.head_ids[AT, [280, 281]] = np.sort(record.head_ids[AT, [280, 281]])[::-1]
+    record.log_rest[:] = -20.0
+    record.head_logprobs[:] -= np.log(np.exp(record.head_logprobs[AT]).sum() + 1e-6)
+    store.write(row)
+    store.refuses("head_ids", row, decode=_swapped_neighbours)
 
 
 @pytest.mark.parametrize("kind", CODEC_KINDS)
