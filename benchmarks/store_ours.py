@@ -112,4 +112,6 @@ def ours() -> list[Ours]:
         for case in (kept, replace(kept, tail_logprobs=True)):
             named.append(Ours(f"tkq8, {case}", "tkq8", case))
     named += [Ours(f"tkq8, {case}", "tkq8", case) for case in THINNED]
-    return [*named, OursInPart(f"tkq8, {DRAWN[0]}, planes of `sampled`", "tkq8", DRAWN[0])]
+    for case in (DRAWN[0], replace(DRAWN[0], tail_logprobs=True)):
+        named.append(OursInPart(f"tkq8, {case}, planes of `sampled`", "tkq8", case))
+    return named
