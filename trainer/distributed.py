@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -47,11 +47,32 @@ def ranks(launch: LaunchConfig, *, timeout_minutes: float) -> Iterator[Ranks]:
     """
     under_srun = "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ
     try:
-        os.environ.update(torch_variables(os.environ))
+        variables = torch_variables(os.environ)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if os.environ["MASTER_PORT"] == "0":
-        os.environ["MASTER_PORT"] = str(_free_port())
+    if variables.get("MASTER_PORT", os.environ.get("MASTER_PORT")) == "0":
+        variables["MASTER_PORT"] = str(_free_port())
+    with _environment(variables):
+        yield from _joined(launch, timeout_minutes, under_srun=under_srun)
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables for a while: a job that this process starts later must not meet at this one's port."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _joined(launch: LaunchConfig, timeout_minutes: float, *, under_srun: bool) -> Iterator[Ranks]:
+    """Joins the group that the variables name, and leaves it."""
     use_cuda = launch.device == "cuda" or (launch.device == "auto" and torch.cuda.is_available())
     if use_cuda and not torch.cuda.is_available():
         raise UserError(

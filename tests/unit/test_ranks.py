@@ -1,8 +1,11 @@
 """Which GPU a rank takes, where no GPU is needed to say so."""
 
+import os
+
 import pytest
 
-from sparsekd.trainer.distributed import gpu_index
+from sparsekd.trainer.config import LaunchConfig
+from sparsekd.trainer.distributed import gpu_index, ranks
 from sparsekd.trainer.errors import UserError
 
 
@@ -17,3 +20,18 @@ def test_more_ranks_than_gpus_are_refused() -> None:
         gpu_index(2, visible=2, under_srun=True)
     with pytest.raises(UserError, match="torch sees 1 here"):
         gpu_index(1, visible=1, under_srun=False)
+
+
+def test_a_job_that_is_started_after_one_of_this_process_does_not_meet_at_its_port(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    before = dict(os.environ)
+    with ranks(LaunchConfig(device="cpu"), timeout_minutes=1) as here:
+        assert here.world_size == 1 and os.environ["WORLD_SIZE"] == "1" and os.environ["MASTER_PORT"] != "0"
+    assert dict(os.environ) == before
+    with pytest.raises(ZeroDivisionError), ranks(LaunchConfig(device="cpu"), timeout_minutes=1):
+        raise ZeroDivisionError
+    assert dict(os.environ) == before
