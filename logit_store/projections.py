@@ -88,7 +88,8 @@ def read_projection(path: StorePath, spec: FeatureSpec) -> bytes:
     with explained(place):
         found = size_of(place)
         content = read_range(place, 0, size) if found == size else b""
-    if digest_of(content) != spec.projection_digest:
+    # The length, too: of an empty file the manifest may have the right digest.
+    if found != size or digest_of(content) != spec.projection_digest:
         raise DamagedStoreError(
             f"{place} is not the projection that the manifest names ({found:,} bytes, expected {size:,}): "
             "restore it from a copy."

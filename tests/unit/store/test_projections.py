@@ -43,6 +43,12 @@ def test_a_stranger_s_projection_has_finite_numbers(tmp_path: Path, number: floa
         projection_of(tmp_path / "store", manifest.features[0])
 
 
+def test_a_stranger_s_projection_has_the_size_that_the_manifest_asks_for(tmp_path: Path) -> None:
+    manifest = store_with(tmp_path / "store", b"")
+    with pytest.raises(DamagedStoreError, match=r"not the projection that the manifest names \(0 bytes"):
+        projection_of(tmp_path / "store", manifest.features[0])
+
+
 @pytest.mark.parametrize("damage", ["cut", "long", "flipped", "gone"])
 def test_a_damaged_projection_is_one_sentence(tmp_path: Path, damage: str) -> None:
     manifest = store_with(tmp_path / "store", some_projection().to_bytes())
