@@ -27,8 +27,8 @@ from verbs import sparsekd
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.row import RECORD_NAMES, TEXT_NAMES, Row, planes_of_row, position_ids, row_of_planes
-from sparsekd.trainer.causal_lm import hidden_states
-from sparsekd.trainer.config import TeacherConfig
+from sparsekd.trainer.config.schema import TeacherConfig
+from sparsekd.trainer.models.causal_lm import hidden_states
 from sparsekd.trainer.teacher.capture import captured_rows
 from sparsekd.trainer.teacher.model import load_teacher
 from sparsekd.trainer.teacher.settings import resolved_settings

@@ -1,1 +1,1 @@
-"""Hydra groups. They only override: every default lives in sparsekd.trainer.config."""
+"""Hydra groups. They only override: every default lives in sparsekd.trainer.config.schema."""

@@ -23,8 +23,8 @@ from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import narrowed
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
-from sparsekd.trainer.student.data_plan import BatchShape, step_rows
-from sparsekd.trainer.student.export import consolidated_weights
+from sparsekd.trainer.data.order import BatchShape, step_rows
+from sparsekd.trainer.export.export import consolidated_weights
 
 Values = dict[str, Any]
 

@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 
 from sparsekd.logit_store.protocol.reader import LogitStore
 from sparsekd.logit_store.row import Row, TeacherRecord, position_ids
-from sparsekd.trainer.student.data_plan import row_at
+from sparsekd.trainer.data.order import row_at
 
 
 @dataclass

@@ -14,7 +14,7 @@ import pytest
 from distributed_harness import VOCABULARY, Workplace
 
 from sparsekd.logit_store.protocol.reader import open_store
-from sparsekd.trainer.student.data_plan import BatchShape, micro_batches
+from sparsekd.trainer.data.order import BatchShape, micro_batches
 
 pytestmark = pytest.mark.distributed
 
@@ -36,7 +36,7 @@ def started(store: Path, root: Path, *more: str) -> tuple[list[int], str]:
     No launcher: one would kill the other rank before it can show that it ends by itself.
     """
     words = [
-        *(sys.executable, "-m", "sparsekd.trainer.cli", "train"),
+        *(sys.executable, "-m", "sparsekd.trainer.door.cli", "train"),
         *(f"store.path={store}", f"run.root={root}", "run.name=run", "launch=cpu", "tracking=disabled"),
         *("engine.dtype=float32", "engine.zero_stage=3", "objective=kd", "schedule.warmup_steps=1"),
         *(f"train.steps={STEPS}", f"train.global_batch_rows={ROWS}", "train.micro_batch_rows=2"),

@@ -13,10 +13,10 @@ from distributed_harness import LONG_STEPS, STEPS, VOCABULARY, Workplace, all_ru
 from plain_training import relative_difference, student
 from worker import configured
 
-from sparsekd.trainer.config import Config, LaunchConfig
-from sparsekd.trainer.distributed import ranks
-from sparsekd.trainer.errors import CheckpointError
-from sparsekd.trainer.student.checkpoint import read_commit
+from sparsekd.trainer.config.schema import Config, LaunchConfig
+from sparsekd.trainer.run.errors import CheckpointError
+from sparsekd.trainer.run.ranks import ranks
+from sparsekd.trainer.state.checkpoint import read_commit
 from sparsekd.trainer.student.loop import train_on
 
 pytestmark = pytest.mark.distributed

@@ -10,10 +10,10 @@ from distributed_harness import TRAIN_ROWS, Workplace, masked_store
 
 from sparsekd.logit_store.errors import DamagedStoreError
 from sparsekd.logit_store.protocol.reader import open_store
-from sparsekd.trainer.errors import CheckpointError, DataError
-from sparsekd.trainer.student.checkpoint import read_commit
-from sparsekd.trainer.student.data_plan import BatchShape, step_rows
-from sparsekd.trainer.student.skipping import RowsOrNothing, check_left_out
+from sparsekd.trainer.data.order import BatchShape, step_rows
+from sparsekd.trainer.data.skipping import RowsOrNothing, check_left_out
+from sparsekd.trainer.run.errors import CheckpointError, DataError
+from sparsekd.trainer.state.checkpoint import read_commit
 
 pytestmark = pytest.mark.distributed
 

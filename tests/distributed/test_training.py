@@ -19,7 +19,7 @@ from plain_training import relative_difference, row_sums, student, train
 
 from sparsekd.kernels.memory import LossShape, plan_memory
 from sparsekd.logit_store.protocol.reader import open_store
-from sparsekd.trainer.student.data_plan import BatchShape, micro_batches
+from sparsekd.trainer.data.order import BatchShape, micro_batches
 
 pytestmark = pytest.mark.distributed
 

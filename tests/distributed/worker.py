@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.trainer.config import Config
-from sparsekd.trainer.ending import run_as_process
-from sparsekd.trainer.errors import UserError
+from sparsekd.trainer.config.schema import Config
+from sparsekd.trainer.run.ending import run_as_process
+from sparsekd.trainer.run.errors import UserError
 
 
 def configured(node: Any, values: dict[str, Any]) -> Any:
@@ -29,7 +29,7 @@ def configured(node: Any, values: dict[str, Any]) -> Any:
 
 
 def main() -> int:
-    from sparsekd.trainer.distributed import ranks
+    from sparsekd.trainer.run.ranks import ranks
     from sparsekd.trainer.student.loop import train_on
 
     # A job that hangs says where, in every process, before the test gives up on it.

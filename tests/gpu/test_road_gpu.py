@@ -25,7 +25,7 @@ def sparsekd(*words: str) -> str:
     """Runs one verb in a process of its own and returns what it printed."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "sparsekd.trainer.cli", *words],
+        [sys.executable, "-m", "sparsekd.trainer.door.cli", *words],
         env=environment | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sparsekd.trainer.config import Config
+from sparsekd.trainer.config.schema import Config
 from sparsekd.trainer.corpus.prepare import run as prepare
 
 VOCABULARY = 280

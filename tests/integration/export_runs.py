@@ -11,10 +11,11 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
-from sparsekd.trainer.config import Config, LaunchConfig
-from sparsekd.trainer.distributed import Ranks, ranks
-from sparsekd.trainer.ending import run_as_process
-from sparsekd.trainer.student import checkpoint, train
+from sparsekd.trainer.config.schema import Config, LaunchConfig
+from sparsekd.trainer.run.ending import run_as_process
+from sparsekd.trainer.run.ranks import Ranks, ranks
+from sparsekd.trainer.state import checkpoint
+from sparsekd.trainer.student import train
 
 # (name, ZeRO stage, dtype of the engine, tied)
 CASES = (

@@ -21,9 +21,9 @@ from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.positions import content_uniforms
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.row import segment_lengths
-from sparsekd.trainer.config import Config
+from sparsekd.trainer.config.schema import Config
 from sparsekd.trainer.corpus.tokenizer import save_tokenizer, train_tokenizer
-from sparsekd.trainer.errors import ConfigError, DataError, ModelError
+from sparsekd.trainer.run.errors import ConfigError, DataError, ModelError
 from sparsekd.trainer.teacher.capture import run as capture
 from sparsekd.trainer.teacher.verify import run as verify
 

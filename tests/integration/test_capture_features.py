@@ -16,8 +16,8 @@ from sparsekd.logit_store.tools.combine import subset_store
 from sparsekd.logit_store.tools.inspect import inspect_text
 from sparsekd.logit_store.tools.stats import store_stats
 from sparsekd.logit_store.tools.verify import verify_store
-from sparsekd.trainer.errors import ConfigError, ModelError
-from sparsekd.trainer.feature_requests import feature_requests
+from sparsekd.trainer.config.feature_requests import feature_requests
+from sparsekd.trainer.run.errors import ConfigError, ModelError
 from sparsekd.trainer.teacher.capture import run as capture
 from sparsekd.trainer.teacher.verify import run as verify
 

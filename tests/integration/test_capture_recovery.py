@@ -19,10 +19,10 @@ from sparsekd.logit_store.places.paths import store_path
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.writer import write_shard
 from sparsekd.logit_store.tools.verify import AlignmentCheck, VerifyResult
-from sparsekd.trainer.cli import main
-from sparsekd.trainer.config import Config
+from sparsekd.trainer.config.schema import Config
 from sparsekd.trainer.corpus.prepare import run as prepare
-from sparsekd.trainer.errors import DataError
+from sparsekd.trainer.door.cli import main
+from sparsekd.trainer.run.errors import DataError
 from sparsekd.trainer.teacher.capture import run as capture
 from sparsekd.trainer.teacher.repair import run as repair
 from sparsekd.trainer.teacher.verify import run as verify
@@ -188,7 +188,7 @@ def test_capture_keeps_no_shard_of_another_text(
 CAPTURES = """
 import contextlib, io, json, sys, time
 from pathlib import Path
-from sparsekd.trainer.cli import main
+from sparsekd.trainer.door.cli import main
 from sparsekd.trainer.teacher import capture
 
 create_store = capture.create_store

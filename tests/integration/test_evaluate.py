@@ -11,11 +11,11 @@ import pytest
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from sparsekd.logit_store.protocol.reader import open_store
-from sparsekd.trainer.config import Config
-from sparsekd.trainer.errors import ConfigError, DataError, ModelError
+from sparsekd.trainer.config.schema import Config
 from sparsekd.trainer.quality import evaluate, score
 from sparsekd.trainer.quality.result import Evaluation, load_evaluation
 from sparsekd.trainer.quality.table import headline, result_table
+from sparsekd.trainer.run.errors import ConfigError, DataError, ModelError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from quality_world import log_probabilities, make_world

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.synthetic import synthetic_manifest
-from sparsekd.trainer.config import Config
-from sparsekd.trainer.errors import CheckpointError, ConfigError
-from sparsekd.trainer.student.checkpoint import read_commit
-from sparsekd.trainer.student.export import EXPORT_NAME, run
+from sparsekd.trainer.config.schema import Config
+from sparsekd.trainer.export.export import EXPORT_NAME, run
+from sparsekd.trainer.run.errors import CheckpointError, ConfigError
+from sparsekd.trainer.state.checkpoint import read_commit
 
 pytestmark = pytest.mark.integration
 

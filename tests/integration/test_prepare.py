@@ -19,12 +19,12 @@ from transformers import AutoTokenizer
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.row import document_of_position
-from sparsekd.trainer.config import Config
+from sparsekd.trainer.config.schema import Config
 from sparsekd.trainer.corpus.documents import read_documents
 from sparsekd.trainer.corpus.prepare import run
 from sparsekd.trainer.corpus.split import is_heldout
 from sparsekd.trainer.corpus.tokenizer import save_tokenizer, tokenize, train_tokenizer
-from sparsekd.trainer.errors import ConfigError, DataError
+from sparsekd.trainer.run.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.integration
 
@@ -150,7 +150,7 @@ def test_two_machines_write_equal_stores(texts: Path, tmp_path: Path) -> None:
 
 SCRIPT = """
 import json, sys
-from sparsekd.trainer.config import Config
+from sparsekd.trainer.config.schema import Config
 from sparsekd.trainer.corpus.prepare import run
 config = Config()
 for key, value in json.loads(sys.argv[1]).items():

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from sparsekd.trainer import quality
-from sparsekd.trainer.compose import as_yaml
-from sparsekd.trainer.config import Config
-from sparsekd.trainer.errors import ConfigError, DataError
-from sparsekd.trainer.quality import evaluate, report
+from sparsekd.trainer import report as room
+from sparsekd.trainer.config.compose import as_yaml
+from sparsekd.trainer.config.schema import Config
+from sparsekd.trainer.quality import evaluate
 from sparsekd.trainer.quality.result import load_evaluation
 from sparsekd.trainer.quality.table import headline, result_table
+from sparsekd.trainer.report import report
+from sparsekd.trainer.run.errors import ConfigError, DataError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from quality_world import make_world
@@ -173,8 +174,8 @@ def test_what_is_refused(world: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
 def test_without_a_package_that_draws(world: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     for name in ("page", "figures"):
-        monkeypatch.delitem(sys.modules, f"sparsekd.trainer.quality.{name}", raising=False)
-        monkeypatch.delattr(quality, name, raising=False)
+        monkeypatch.delitem(sys.modules, f"sparsekd.trainer.report.{name}", raising=False)
+        monkeypatch.delattr(room, name, raising=False)
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(ConfigError, match=rf"needs {package}, .*pip install 'sparsekd\[eval\]'"):
         report.run(_config(world))

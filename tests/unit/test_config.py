@@ -10,10 +10,10 @@ from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.manifest import manifest_to_json
 from sparsekd.logit_store.synthetic import synthetic_manifest
-from sparsekd.trainer.cli import VERBS, main
-from sparsekd.trainer.compose import as_yaml, check_for_verb, compose_config, groups
-from sparsekd.trainer.config import Config, options, run_folder
-from sparsekd.trainer.errors import ConfigError
+from sparsekd.trainer.config.compose import as_yaml, check_for_verb, compose_config, groups
+from sparsekd.trainer.config.schema import Config, options, run_folder
+from sparsekd.trainer.door.cli import VERBS, main
+from sparsekd.trainer.run.errors import ConfigError
 
 TRAIN = ["store.path=STORE/tokens", "student=llama_1m"]
 CAPTURE = ["store.tokens=STORE/tokens", "store.path=x", "teacher.path=y"]
@@ -258,7 +258,7 @@ def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sparsekd.trainer.cli._dispatch", interrupted)
+    monkeypatch.setattr("sparsekd.trainer.door.cli._dispatch", interrupted)
     assert main(["train"]) == 130
 
 
@@ -266,7 +266,7 @@ def test_a_training_run_s_settings_are_checked_without_torch(tmp_path: Path) -> 
     (tmp_path / "MANIFEST.json").write_text(manifest_to_json(synthetic_manifest()))
     words = ["train", f"store.path={tmp_path}", "student=llama_1m", "objective.temperature=3"]
     code = (
-        f"from sparsekd.trainer.cli import main; assert main({words!r}) == 2\n"
+        f"from sparsekd.trainer.door.cli import main; assert main({words!r}) == 2\n"
         "import sys; assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsekd.trainer import doctor
+from sparsekd.trainer.door import doctor
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,7 +21,10 @@ def test_doctor_prints_versions_and_every_problem_has_a_remedy(capsys: pytest.Ca
 
 @pytest.mark.parametrize("safe_path", [True, False])
 def test_doctor_sees_the_kernels_collision_when_the_folder_is_searched_first(safe_path: bool) -> None:
-    code = "from sparsekd.trainer.doctor import kernels_collision as k; print(k().problem or 'no collision')"
+    code = (
+        "from sparsekd.trainer.door.doctor import kernels_collision as k; "
+        "print(k().problem or 'no collision')"
+    )
     environment = {"PATH": "/usr/bin:/bin", **({"PYTHONSAFEPATH": "1"} if safe_path else {})}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment, check=True

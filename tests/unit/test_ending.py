@@ -43,7 +43,7 @@ def work():
     threading.Thread(target=lambda: time.sleep(0.3) or print("waited for")).start()
     print("worked")
 """
-END = "from sparsekd.trainer.ending import run_as_process\nrun_as_process(work)"
+END = "from sparsekd.trainer.run.ending import run_as_process\nrun_as_process(work)"
 
 
 def ended(program: str, last: str, output: int = subprocess.PIPE) -> "subprocess.CompletedProcess[str]":

@@ -7,9 +7,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.synthetic import synthetic_manifest
-from sparsekd.trainer.causal_lm import decoder_and_head, dense_logits, head_transform, hidden_states
-from sparsekd.trainer.errors import ModelError
-from sparsekd.trainer.probe import check_probe, probe_rows
+from sparsekd.trainer.models.causal_lm import decoder_and_head, dense_logits, head_transform, hidden_states
+from sparsekd.trainer.models.probe import check_probe, probe_rows
+from sparsekd.trainer.run.errors import ModelError
 
 VOCABULARY = 97
 LLAMA = {

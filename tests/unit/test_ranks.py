@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from sparsekd.trainer.config import LaunchConfig
-from sparsekd.trainer.distributed import gpu_index, ranks
-from sparsekd.trainer.errors import UserError
+from sparsekd.trainer.config.schema import LaunchConfig
+from sparsekd.trainer.run.errors import UserError
+from sparsekd.trainer.run.ranks import gpu_index, ranks
 
 
 def test_a_rank_takes_its_own_gpu_or_the_only_one_that_slurm_shows_it() -> None:

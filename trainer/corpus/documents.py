@@ -18,8 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sparsekd.trainer.config import CorpusConfig, require
-from sparsekd.trainer.errors import ConfigError, DataError
+from sparsekd.trainer.config.schema import CorpusConfig, require
+from sparsekd.trainer.run.errors import ConfigError, DataError
 
 # Rows of a Parquet file or dataset that are decoded at a time: enough to hide the cost of a batch, and small
 # beside a row group.

@@ -21,7 +21,7 @@ from sparsekd.logit_store.places.paths import StorePath, store_path
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import Row
-from sparsekd.trainer.config import Config, CorpusConfig, require
+from sparsekd.trainer.config.schema import Config, CorpusConfig, require
 from sparsekd.trainer.corpus import packing
 from sparsekd.trainer.corpus.documents import CorpusDigest, Document, read_documents, source_name
 from sparsekd.trainer.corpus.split import split_of
@@ -32,7 +32,7 @@ from sparsekd.trainer.corpus.tokenizer import (
     tokenizer_identity,
     train_tokenizer,
 )
-from sparsekd.trainer.errors import DataError
+from sparsekd.trainer.run.errors import DataError
 
 SPLITS = ("train", "heldout")
 

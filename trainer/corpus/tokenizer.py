@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from sparsekd.logit_store.json_text import canonical_json
 from sparsekd.logit_store.manifest import TokenizerIdentity
 from sparsekd.logit_store.places.tokenizer_folder import tokenizer_digest
-from sparsekd.trainer.errors import DataError
+from sparsekd.trainer.run.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 

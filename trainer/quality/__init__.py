@@ -1,1 +1,1 @@
-"""Proof and planning: evaluate, report, plan."""
+"""Proof: models judged side by side on held-out rows."""

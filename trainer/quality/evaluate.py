@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
 
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
-from sparsekd.trainer.causal_lm import ModelSource
-from sparsekd.trainer.config import Config, require
-from sparsekd.trainer.distributed import Ranks, ranks
-from sparsekd.trainer.errors import ConfigError, ModelError
-from sparsekd.trainer.quality.heldout import SPLIT, HeldOut, read_held_out
+from sparsekd.trainer.config.schema import Config, require
+from sparsekd.trainer.data.heldout import SPLIT, HeldOut, read_held_out
+from sparsekd.trainer.models.source import judged_source, teacher_source
+from sparsekd.trainer.models.tokenizers import check_tokenizer
 from sparsekd.trainer.quality.result import (
     EXACT,
     RESULT_VERSION,
@@ -47,7 +46,8 @@ from sparsekd.trainer.quality.statistics import (
 )
 from sparsekd.trainer.quality.table import headline, result_table
 from sparsekd.trainer.quality.worst import worst_tokens
-from sparsekd.trainer.tokenizers import check_tokenizer
+from sparsekd.trainer.run.errors import ConfigError, ModelError
+from sparsekd.trainer.run.ranks import Ranks, ranks
 
 TEACHER = "teacher"
 
@@ -132,7 +132,7 @@ def _evaluate(config: Config, store: LogitStore, job: Ranks) -> Evaluation:
             outcomes.append(_stored_teacher(held, store))
         for name in _in_order(config):
             print(f"{name}: {evaluate.models[name]}", flush=True)
-            source, key = _source(config, evaluate.models[name]), f"evaluate.models.{name}"
+            source, key = judged_source(config.student, evaluate.models[name]), f"evaluate.models.{name}"
             check_tokenizer(
                 source,
                 key,
@@ -165,11 +165,6 @@ def _run_teacher(
     return _loaded_teacher(config, judged, scores), trace
 
 
-def _source(config: Config, path: str) -> ModelSource:
-    student = config.student
-    return ModelSource(path, None, student.attention, student.trust_remote_code)
-
-
 def _in_order(config: Config) -> list[str]:
     """Student, baseline, then the others as they were named."""
     first = [name for name in (config.evaluate.student, config.evaluate.baseline) if name is not None]
@@ -180,8 +175,7 @@ def _load_teacher(config: Config, store: LogitStore, job: Ranks) -> Judged:
     teacher = config.teacher
     path = require(teacher.path, "teacher.path", "by evaluate.teacher=load")
     print(f"{TEACHER}: {path}", flush=True)
-    source = ModelSource(path, teacher.revision, teacher.attention, teacher.trust_remote_code)
-    return load_judged(source, TEACHER, store, config.evaluate.dtype, job.device)
+    return load_judged(teacher_source(teacher, path), TEACHER, store, config.evaluate.dtype, job.device)
 
 
 def _deviation(held: HeldOut, loss: NDArray[np.float32], config: Config) -> float | None:

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsekd.trainer.errors import DataError
 from sparsekd.trainer.quality.statistics import Margin, ReliabilityBin
+from sparsekd.trainer.run.errors import DataError
 
 RESULT_VERSION = 1
 RESULT_NAME = "evaluation.json"

@@ -18,7 +18,8 @@ from sparsekd.kernels.objective import HeadTransform
 from sparsekd.logit_store.manifest import RecordSpec
 from sparsekd.logit_store.protocol.reader import LogitStore
 from sparsekd.logit_store.row import Row, position_ids, records_at
-from sparsekd.trainer.causal_lm import (
+from sparsekd.trainer.data.heldout import row_batches
+from sparsekd.trainer.models.causal_lm import (
     DTYPES,
     ModelSource,
     check_length,
@@ -29,11 +30,10 @@ from sparsekd.trainer.causal_lm import (
     load_causal_lm,
     load_config,
 )
-from sparsekd.trainer.errors import ModelError
-from sparsekd.trainer.probe import check_probe, probe_rows
+from sparsekd.trainer.models.probe import check_probe, probe_rows
 from sparsekd.trainer.quality import metrics
-from sparsekd.trainer.quality.heldout import row_batches
 from sparsekd.trainer.quality.result import ESTIMATE, EXACT, LOWER_BOUND, UPPER_BOUND
+from sparsekd.trainer.run.errors import ModelError
 
 # Positions whose logits exist at one time: some five float32 [C, V] arrays, 1.6 GB at V = 152,064.
 _POSITIONS_AT_ONCE = 512

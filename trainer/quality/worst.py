@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 from sparsekd.logit_store.protocol.reader import LogitStore
-from sparsekd.trainer.quality.heldout import SPLIT, HeldOut
+from sparsekd.trainer.data.heldout import SPLIT, HeldOut
 from sparsekd.trainer.quality.result import WorstToken
 
 _SHOWN = 8

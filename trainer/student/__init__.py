@@ -1,1 +1,1 @@
-"""The training loop: engine, head, data plan, checkpoint, export."""
+"""The training loop: set-up, head, engine, steps, evaluation."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
-from sparsekd.trainer.config import OptimizerConfig
+from sparsekd.trainer.config.schema import OptimizerConfig
 
 
 def leave_out_compiled_collectives() -> None:

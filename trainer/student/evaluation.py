@@ -6,8 +6,8 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from sparsekd.trainer.distributed import Ranks
-from sparsekd.trainer.student.batches import MicroBatch, ReadAhead, on_device
+from sparsekd.trainer.data.batches import MicroBatch, ReadAhead, on_device
+from sparsekd.trainer.run.ranks import Ranks
 from sparsekd.trainer.student.sums import all_reduced, no_sums, sums_of
 
 

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from sparsekd.kernels.loss import sparse_kd_loss
 from sparsekd.kernels.objective import HeadTransform, Objective
-from sparsekd.trainer.causal_lm import decoder_and_head, dense_logits, hidden_states
-from sparsekd.trainer.errors import ModelError
-from sparsekd.trainer.student.batches import MicroBatch
+from sparsekd.trainer.data.batches import MicroBatch
+from sparsekd.trainer.models.causal_lm import decoder_and_head, dense_logits, hidden_states
+from sparsekd.trainer.run.errors import ModelError
 
 
 @dataclass(frozen=True, kw_only=True)

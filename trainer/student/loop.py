@@ -13,11 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparsekd.logit_store.row import Row
-from sparsekd.trainer.config import Config, run_folder
-from sparsekd.trainer.distributed import Ranks, leave_together, together
-from sparsekd.trainer.errors import UserError, writing
-from sparsekd.trainer.student import checkpoint
-from sparsekd.trainer.student.batches import (
+from sparsekd.trainer.config.schedule import learning_rate
+from sparsekd.trainer.config.schema import Config, run_folder
+from sparsekd.trainer.data.batches import (
     MicroBatch,
     ReadAhead,
     check_values,
@@ -25,16 +23,18 @@ from sparsekd.trainer.student.batches import (
     on_device,
     pinned,
 )
-from sparsekd.trainer.student.checkpoint import Commit
-from sparsekd.trainer.student.data_plan import heldout_rows, micro_batches, mixed_seed, step_rows
+from sparsekd.trainer.data.order import heldout_rows, micro_batches, mixed_seed, step_rows
+from sparsekd.trainer.data.skipping import RowsOrNothing
+from sparsekd.trainer.run.errors import UserError, writing
+from sparsekd.trainer.run.folder import CHECKPOINTS_NAME, adopt, failures_recorded, write_done
+from sparsekd.trainer.run.ranks import Ranks, leave_together, together
+from sparsekd.trainer.run.tracking import NoTracker, Tracker, tracker_of
+from sparsekd.trainer.state import checkpoint
+from sparsekd.trainer.state.checkpoint import Commit
 from sparsekd.trainer.student.engine import backward, local_gradient_norm, set_learning_rate
 from sparsekd.trainer.student.evaluation import heldout_sums
-from sparsekd.trainer.student.run_folder import CHECKPOINTS_NAME, adopt, failures_recorded, write_done
-from sparsekd.trainer.student.schedule import learning_rate
 from sparsekd.trainer.student.setup import Plan, announce, build, load_start, make_plan, resolve_start
-from sparsekd.trainer.student.skipping import RowsOrNothing
 from sparsekd.trainer.student.sums import all_reduced, no_sums, sums_of
-from sparsekd.trainer.tracking import NoTracker, Tracker, tracker_of
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -60,6 +60,7 @@ def train_on(here: Ranks, config: Config, overrides: Sequence[str]) -> None:
     else:
         adopt(folder, config, overrides, here)
         with failures_recorded(folder, here):
+            together(here, functools.partial(_clear_leftovers, folder, here))
             engine = build(config, plan, here)
             for remark in announce(engine, config, plan, start, here):
                 _say(here, remark)
@@ -131,6 +132,12 @@ def _train(
                 with _paused(state, plan, here):
                     _save(engine, tracker, state, config, plan, folder, here)
     together(here, functools.partial(_mark_done, folder, state.step, plan, here))
+
+
+def _clear_leftovers(folder: Path, here: Ranks) -> None:
+    if here.is_first:
+        with writing(folder):
+            checkpoint.clear_leftovers(folder / CHECKPOINTS_NAME)
 
 
 def _mark_done(folder: Path, step: int, plan: Plan, here: Ranks) -> None:

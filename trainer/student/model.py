@@ -7,29 +7,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from sparsekd.logit_store.manifest import Manifest, TokenizerIdentity
-from sparsekd.trainer.causal_lm import ModelSource, check_length, load_causal_lm
-from sparsekd.trainer.config import StudentConfig
-from sparsekd.trainer.errors import ModelError
-from sparsekd.trainer.tokenizers import check_tokenizer
-
-
-def student_source(config: StudentConfig, tokenizer: TokenizerIdentity) -> ModelSource:
-    """Where the student comes from; a configuration without a vocabulary gets the store's."""
-    fields = dict(config.config)
-    if fields:
-        fields.setdefault("vocab_size", tokenizer.vocabulary_size)
-        # The defaults of a model type speak of its own tokenizer, not of the store's.
-        fields.setdefault("bos_token_id", None)
-        fields.setdefault("eos_token_id", tokenizer.eos_token_id)
-        fields.setdefault("pad_token_id", None)
-    return ModelSource(
-        path=config.path,
-        revision=config.revision,
-        attention=config.attention,
-        trust_remote_code=config.trust_remote_code,
-        config=fields,
-    )
+from sparsekd.logit_store.manifest import Manifest
+from sparsekd.trainer.config.schema import StudentConfig
+from sparsekd.trainer.models.causal_lm import ModelSource, check_length, load_causal_lm
+from sparsekd.trainer.models.tokenizers import check_tokenizer
+from sparsekd.trainer.run.errors import ModelError
 
 
 def check_student(

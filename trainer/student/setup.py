@@ -15,30 +15,31 @@ from sparsekd.kernels.objective import MIXTURE_DIVERGENCES, Objective, needed_pl
 from sparsekd.kernels.temperature import RestFormula
 from sparsekd.logit_store.places.paths import StorePath, store_path
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
-from sparsekd.trainer.causal_lm import DTYPES, head_transform, load_config
-from sparsekd.trainer.config import Config, require
-from sparsekd.trainer.distributed import Ranks, agree, broadcast_object, leave_together, together
-from sparsekd.trainer.errors import ConfigError, DataError
-from sparsekd.trainer.loss_memory import cut_text, loss_memory, memory_budget
-from sparsekd.trainer.probe import check_probe, probe_rows
-from sparsekd.trainer.student import checkpoint
-from sparsekd.trainer.student.batches import rest_formula_of
-from sparsekd.trainer.student.checkpoint import Commit
-from sparsekd.trainer.student.checks import resolved_objective
-from sparsekd.trainer.student.data_plan import BatchShape, batch_shape, heldout_rows
+from sparsekd.trainer.config.checks import resolved_objective
+from sparsekd.trainer.config.engine_settings import deepspeed_config, further_keys
+from sparsekd.trainer.config.loss_memory import cut_text, loss_memory, memory_budget
+from sparsekd.trainer.config.schema import Config, require
+from sparsekd.trainer.data.batches import rest_formula_of
+from sparsekd.trainer.data.order import BatchShape, batch_shape, heldout_rows
+from sparsekd.trainer.data.skipping import check_left_out
+from sparsekd.trainer.models.causal_lm import DTYPES, head_transform, load_config
+from sparsekd.trainer.models.probe import check_probe, probe_rows
+from sparsekd.trainer.models.source import student_source
+from sparsekd.trainer.run.errors import ConfigError, DataError
+from sparsekd.trainer.run.folder import package_versions
+from sparsekd.trainer.run.ranks import Ranks, agree, broadcast_object, leave_together, together
+from sparsekd.trainer.state import checkpoint
+from sparsekd.trainer.state.checkpoint import Commit
+from sparsekd.trainer.state.resume import Start, choose_start, digest_of, settings_of
+from sparsekd.trainer.state.universal import load_for_other_ranks
 from sparsekd.trainer.student.engine import (
     build_engine,
     leave_out_compiled_collectives,
     partitioned_loading,
 )
-from sparsekd.trainer.student.engine_settings import deepspeed_config, further_keys
 from sparsekd.trainer.student.head import LossSettings, Probe, Student
-from sparsekd.trainer.student.model import check_student, load_student, student_source
-from sparsekd.trainer.student.resume import Start, choose_start, digest_of, settings_of
-from sparsekd.trainer.student.run_folder import package_versions
-from sparsekd.trainer.student.skipping import check_left_out
+from sparsekd.trainer.student.model import check_student, load_student
 from sparsekd.trainer.student.sums import means, no_sums
-from sparsekd.trainer.student.universal import load_for_other_ranks
 
 
 @dataclass(frozen=True)

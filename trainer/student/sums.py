@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sparsekd.trainer.student.batches import MicroBatch
+from sparsekd.trainer.data.batches import MicroBatch
 from sparsekd.trainer.student.head import WeightedLoss
 
 _SUMS = 7

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
-from sparsekd.trainer.config import Config
-from sparsekd.trainer.distributed import ranks
+from sparsekd.trainer.config.schema import Config
+from sparsekd.trainer.run.ranks import ranks
 
 
 def run(config: Config, overrides: Sequence[str] = ()) -> None:

@@ -34,10 +34,10 @@ from sparsekd.logit_store.protocol.recover import adopt_orphans
 from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal
 from sparsekd.logit_store.row import Row, TeacherRecord
 from sparsekd.logit_store.tools.inspect import RULE_NOTES, evenly
-from sparsekd.trainer.config import Config, TeacherConfig, require
-from sparsekd.trainer.distributed import Ranks, broadcast_object, ranks, together
-from sparsekd.trainer.errors import ConfigError, DataError
-from sparsekd.trainer.feature_requests import feature_requests, request_of
+from sparsekd.trainer.config.feature_requests import feature_requests, request_of
+from sparsekd.trainer.config.schema import Config, TeacherConfig, require
+from sparsekd.trainer.run.errors import ConfigError, DataError
+from sparsekd.trainer.run.ranks import Ranks, broadcast_object, ranks, together
 from sparsekd.trainer.teacher.features import make_features, read_projections
 from sparsekd.trainer.teacher.model import Teacher, check_teacher_tokenizer, load_teacher
 from sparsekd.trainer.teacher.records import recorded_rows

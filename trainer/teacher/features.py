@@ -16,9 +16,9 @@ from sparsekd.logit_store.projections import Projection, digest_of, projected, p
 from sparsekd.logit_store.protocol.reader import LogitStore
 from sparsekd.logit_store.row import Row, is_real, position_ids
 from sparsekd.logit_store.tools.inspect import evenly
-from sparsekd.trainer.causal_lm import layers_of, states_of_layers
-from sparsekd.trainer.errors import ModelError
-from sparsekd.trainer.feature_requests import FeatureRequest
+from sparsekd.trainer.config.feature_requests import FeatureRequest
+from sparsekd.trainer.models.causal_lm import layers_of, states_of_layers
+from sparsekd.trainer.run.errors import ModelError
 from sparsekd.trainer.teacher.model import Teacher
 
 # Rows of the training split on which principal directions and the kept variance are computed: at the usual

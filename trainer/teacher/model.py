@@ -11,9 +11,9 @@ from torch import nn
 
 from sparsekd.kernels.objective import HeadTransform
 from sparsekd.logit_store.protocol.reader import LogitStore
-from sparsekd.trainer.causal_lm import (
+from sparsekd.trainer.config.schema import TeacherConfig
+from sparsekd.trainer.models.causal_lm import (
     DTYPES,
-    ModelSource,
     check_length,
     decoder_and_head,
     dense_logits,
@@ -22,10 +22,10 @@ from sparsekd.trainer.causal_lm import (
     load_causal_lm,
     load_config,
 )
-from sparsekd.trainer.config import TeacherConfig
-from sparsekd.trainer.errors import ModelError
-from sparsekd.trainer.probe import check_probe, probe_rows
-from sparsekd.trainer.tokenizers import check_tokenizer
+from sparsekd.trainer.models.probe import check_probe, probe_rows
+from sparsekd.trainer.models.source import teacher_source
+from sparsekd.trainer.models.tokenizers import check_tokenizer
+from sparsekd.trainer.run.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,6 @@ class Teacher:
     revision: str | None
 
 
-def model_source(config: TeacherConfig, path: str) -> ModelSource:
-    """Where the teacher comes from."""
-    return ModelSource(
-        path=path,
-        revision=config.revision,
-        attention=config.attention,
-        trust_remote_code=config.trust_remote_code,
-    )
-
-
 def load_teacher(config: TeacherConfig, path: str, store: LogitStore, device: torch.device) -> Teacher:
     """Loads the teacher and checks that it fits the store's tokens.
 
@@ -70,7 +60,7 @@ def load_teacher(config: TeacherConfig, path: str, store: LogitStore, device: to
         ModelError: It cannot be loaded, has another or a larger vocabulary, is too short for the rows, or the
             probe shows that its logits or its attention are not what they must be.
     """
-    model = load_causal_lm(model_source(config, path), "teacher", dtype=DTYPES[config.dtype])
+    model = load_causal_lm(teacher_source(config, path), "teacher", dtype=DTYPES[config.dtype])
     nn.Module.to(model, device)  # transformers' own annotation of .to hides its arguments
     model.eval().requires_grad_(False)
     decoder, head = decoder_and_head(model)
@@ -108,7 +98,7 @@ def check_teacher_tokenizer(config: TeacherConfig, path: str, store: LogitStore)
     Raises:
         ModelError: The teacher cannot be found, or its tokenizer is another.
     """
-    source = model_source(config, path)
+    source = teacher_source(config, path)
     load_config(source, "teacher")  # a wrong path is no problem of the tokenizer
     remedy = f"prepare the text again with corpus.tokenizer={path}, or use the teacher of that tokenizer"
     return check_tokenizer(

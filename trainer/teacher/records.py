@@ -18,7 +18,7 @@ from sparsekd.logit_store.planes import empty_record
 from sparsekd.logit_store.positions import content_uniforms, recorded_positions
 from sparsekd.logit_store.projections import Projection
 from sparsekd.logit_store.row import Row, TeacherRecord, labels_of_records
-from sparsekd.trainer.causal_lm import states_of_layers
+from sparsekd.trainer.models.causal_lm import states_of_layers
 from sparsekd.trainer.teacher.features import inputs_of, stored_features
 from sparsekd.trainer.teacher.model import Teacher
 

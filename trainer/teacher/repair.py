@@ -11,9 +11,9 @@ from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.repair import repair_store
 from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.tools.verify import VerifyResult
-from sparsekd.trainer.config import Config, TeacherConfig, require
-from sparsekd.trainer.distributed import Ranks, ranks
-from sparsekd.trainer.errors import ConfigError, DataError
+from sparsekd.trainer.config.schema import Config, TeacherConfig, require
+from sparsekd.trainer.run.errors import ConfigError, DataError
+from sparsekd.trainer.run.ranks import Ranks, ranks
 from sparsekd.trainer.teacher.capture import captured_rows
 from sparsekd.trainer.teacher.features import read_projections
 from sparsekd.trainer.teacher.model import Teacher, check_teacher_tokenizer, load_teacher

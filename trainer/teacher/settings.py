@@ -7,8 +7,8 @@ import torch
 
 from sparsekd.kernels.loss import default_impl
 from sparsekd.kernels.teacher_memory import positions_rule
-from sparsekd.trainer.config import TeacherConfig
-from sparsekd.trainer.errors import ConfigError
+from sparsekd.trainer.config.schema import TeacherConfig
+from sparsekd.trainer.run.errors import ConfigError
 
 
 def resolved_settings(config: TeacherConfig, device: torch.device, vocabulary_size: int) -> TeacherConfig:

@@ -14,9 +14,9 @@ from sparsekd.logit_store.codecs.codec import codec_of
 from sparsekd.logit_store.manifest import TeacherIdentity
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.row import Row, TeacherRecord, records_at
-from sparsekd.trainer.config import Config, LaunchConfig, TeacherConfig, require
-from sparsekd.trainer.distributed import ranks
-from sparsekd.trainer.errors import ConfigError, DataError
+from sparsekd.trainer.config.schema import Config, LaunchConfig, TeacherConfig, require
+from sparsekd.trainer.run.errors import ConfigError, DataError
+from sparsekd.trainer.run.ranks import ranks
 from sparsekd.trainer.teacher.deviation import deviation_of
 from sparsekd.trainer.teacher.features import read_projections
 from sparsekd.trainer.teacher.model import check_teacher_tokenizer, load_teacher

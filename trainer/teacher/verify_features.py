@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.protocol.reader import LogitStore
 from sparsekd.logit_store.row import Row, TeacherRecord, is_real, labels_at_records
-from sparsekd.trainer.causal_lm import layers_of
-from sparsekd.trainer.config import TeacherConfig
-from sparsekd.trainer.errors import DataError
+from sparsekd.trainer.config.schema import TeacherConfig
+from sparsekd.trainer.models.causal_lm import layers_of
+from sparsekd.trainer.run.errors import DataError
 from sparsekd.trainer.teacher.deviation import deviation_of
 from sparsekd.trainer.teacher.model import Teacher
 from sparsekd.trainer.teacher.records import head_statistics

@@ -7,8 +7,8 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from sparsekd.logit_store.manifest import TeacherIdentity
-from sparsekd.trainer.config import TeacherConfig
-from sparsekd.trainer.errors import ModelError
+from sparsekd.trainer.config.schema import TeacherConfig
+from sparsekd.trainer.run.errors import ModelError
 
 READ_BYTES = 1 << 24
 

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from sparsekd.trainer.config import CorpusConfig
+from sparsekd.trainer.config.schema import CorpusConfig
 from sparsekd.trainer.corpus.documents import CorpusDigest, list_files, read_documents, source_name
-from sparsekd.trainer.errors import ConfigError, DataError
+from sparsekd.trainer.run.errors import ConfigError, DataError
 
 
 def texts_of(**keys: object) -> list[str]:

@@ -19,7 +19,7 @@ from sparsekd.trainer.corpus.tokenizer import (
     tokenizer_identity,
     train_tokenizer,
 )
-from sparsekd.trainer.errors import DataError
+from sparsekd.trainer.run.errors import DataError
 
 TEXTS = [Path(module.__file__).read_text(encoding="utf-8") for module in (json, hashlib, subprocess)]
 

@@ -6,9 +6,9 @@ import sys
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sparsekd.trainer.config import Config
-from sparsekd.trainer.errors import ConfigError
-from sparsekd.trainer.quality import plan
+from sparsekd.trainer.config.schema import Config
+from sparsekd.trainer.planning import plan
+from sparsekd.trainer.run.errors import ConfigError
 
 LLAMA = {
     "model_type": "llama",
@@ -111,8 +111,8 @@ def test_the_loss_has_a_line_for_each_implementation(capsys: pytest.CaptureFixtu
 def test_no_torch() -> None:
     code = """
 import sys
-from sparsekd.trainer.config import Config
-from sparsekd.trainer.quality.plan import run
+from sparsekd.trainer.config.schema import Config
+from sparsekd.trainer.planning.plan import run
 config = Config()
 config.plan.tokens, config.plan.vocabulary_size = 1e6, 1000
 run(config)

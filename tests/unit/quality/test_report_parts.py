@@ -2,10 +2,10 @@
 
 import pytest
 
-from sparsekd.trainer.quality.curves import differing_settings
-from sparsekd.trainer.quality.page import apart, percent, visible
 from sparsekd.trainer.quality.result import Figure
 from sparsekd.trainer.quality.table import figure_text
+from sparsekd.trainer.report.curves import differing_settings
+from sparsekd.trainer.report.page import apart, percent, visible
 
 
 @pytest.mark.parametrize(

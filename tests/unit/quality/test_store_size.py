@@ -16,9 +16,9 @@ from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_tokenizer
 from sparsekd.logit_store.synthetic_text import text_like_rows
-from sparsekd.trainer.config import Config
-from sparsekd.trainer.errors import ConfigError
-from sparsekd.trainer.quality.store_size import corpus_of, store_size
+from sparsekd.trainer.config.schema import Config
+from sparsekd.trainer.planning.store_size import corpus_of, store_size
+from sparsekd.trainer.run.errors import ConfigError
 
 LENGTH = 256
 

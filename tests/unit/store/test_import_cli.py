@@ -13,7 +13,7 @@ from synthetic_stores import write_synthetic_store
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.row import document_of_position
 from sparsekd.logit_store.synthetic import synthetic_manifest
-from sparsekd.trainer.cli import main
+from sparsekd.trainer.door.cli import main
 from sparsekd.trainer.importers.formats import FORMATS
 
 sys.path.append(str(Path(__file__).parent))
@@ -100,7 +100,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr("sparsekd.trainer.progress.SECONDS_BETWEEN_LINES", float("inf"))
+    monkeypatch.setattr("sparsekd.trainer.run.progress.SECONDS_BETWEEN_LINES", float("inf"))
     captures.write_tokenizer(Path("hub"))
     return tmp_path
 

@@ -184,7 +184,7 @@ def test_a_command_of_two_processes_that_was_killed_goes_on(
     reencode_store(tmp_path / "large", tmp_path / "whole", codec="exact")
     new = tmp_path / "new"
     words = ["store", "reencode", str(tmp_path / "large"), str(new), "--codec", "exact", "--jobs", "2"]
-    command = [sys.executable, "-m", "sparsekd.trainer.cli", *words]
+    command = [sys.executable, "-m", "sparsekd.trainer.door.cli", *words]
     for least in (1, 12, 24):
         started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         while len(list(new.rglob("*.json"))) < least + 2 and started.poll() is None:

@@ -28,7 +28,7 @@ from sparsekd.logit_store.protocol.writer import committed_shards, create_store,
 from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
 from sparsekd.logit_store.tools.verify import verify_store
-from sparsekd.trainer.cli import main
+from sparsekd.trainer.door.cli import main
 
 sys.path.append(str(Path(__file__).parent))
 from s3_server import S3Server

@@ -9,11 +9,11 @@ from synthetic_stores import write_synthetic_store
 from sparsekd.logit_store.manifest import CodecSpec
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.synthetic import synthetic_manifest
-from sparsekd.trainer.cli import main
-from sparsekd.trainer.config import ObjectiveConfig
-from sparsekd.trainer.errors import ConfigError
-from sparsekd.trainer.store_cli import ACTIONS
-from sparsekd.trainer.student.checks import resolved_objective
+from sparsekd.trainer.config.checks import resolved_objective
+from sparsekd.trainer.config.schema import ObjectiveConfig
+from sparsekd.trainer.door.cli import main
+from sparsekd.trainer.door.store_cli import ACTIONS
+from sparsekd.trainer.run.errors import ConfigError
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_bad_words_are_one_sentence(stores: Path, capsys: pytest.CaptureFixture[
 def test_progress_goes_to_stderr_now_and_then(
     stores: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparsekd.trainer.progress.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("sparsekd.trainer.run.progress.SECONDS_BETWEEN_LINES", 0.0)
     assert main(["store", "stats", "a"]) == 0
     assert "store stats: 8/8 (100%) rows" in capsys.readouterr().err
 

@@ -22,8 +22,7 @@ from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import NO_ID, Row, weights_of_positions
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_tokenizer
-from sparsekd.trainer.errors import DataError
-from sparsekd.trainer.student.batches import (
+from sparsekd.trainer.data.batches import (
     IGNORED_LABEL,
     ReadAhead,
     check_values,
@@ -32,6 +31,7 @@ from sparsekd.trainer.student.batches import (
     rest_formula_of,
     sparse_targets,
 )
+from sparsekd.trainer.run.errors import DataError
 
 MANIFEST = synthetic_manifest(vocabulary_size=50, sequence_length=12, k=3, n=5)
 

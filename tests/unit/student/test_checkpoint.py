@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from sparsekd.trainer.config import Config, LaunchConfig, ScheduleConfig
-from sparsekd.trainer.distributed import Ranks, ranks
-from sparsekd.trainer.errors import CheckpointError, UserError
-from sparsekd.trainer.student import checkpoint
-from sparsekd.trainer.student.checkpoint import (
+from sparsekd.trainer.config.checks import objective_of
+from sparsekd.trainer.config.schema import Config, LaunchConfig, ScheduleConfig
+from sparsekd.trainer.run.errors import CheckpointError, UserError
+from sparsekd.trainer.run.ranks import Ranks, ranks
+from sparsekd.trainer.state import checkpoint
+from sparsekd.trainer.state.checkpoint import (
     Commit,
     clear_leftovers,
     newest_verified,
@@ -26,8 +27,7 @@ from sparsekd.trainer.student.checkpoint import (
     save,
     torch_save,
 )
-from sparsekd.trainer.student.checks import objective_of
-from sparsekd.trainer.student.resume import check_fits, choose_start, first_other_rate, settings_of
+from sparsekd.trainer.state.resume import check_fits, choose_start, first_other_rate, settings_of
 from sparsekd.trainer.student.sums import no_sums
 
 

@@ -5,8 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from sparsekd.trainer.errors import ConfigError
-from sparsekd.trainer.student.data_plan import (
+from sparsekd.trainer.data.order import (
     batch_shape,
     heldout_rows,
     micro_batches,
@@ -16,6 +15,7 @@ from sparsekd.trainer.student.data_plan import (
     row_at,
     step_rows,
 )
+from sparsekd.trainer.run.errors import ConfigError
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 16, 17, 97, 256, 1000, 1009])

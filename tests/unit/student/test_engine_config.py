@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from sparsekd.trainer.config import EngineConfig, OptimizerConfig
-from sparsekd.trainer.errors import ConfigError
-from sparsekd.trainer.student.data_plan import batch_shape
+from sparsekd.trainer.config.engine_settings import deepspeed_config, further_keys
+from sparsekd.trainer.config.schema import EngineConfig, OptimizerConfig
+from sparsekd.trainer.data.order import batch_shape
+from sparsekd.trainer.run.errors import ConfigError
 from sparsekd.trainer.student.engine import adamw
-from sparsekd.trainer.student.engine_settings import deepspeed_config, further_keys
 
 SHAPE = batch_shape(global_rows=24, micro_rows=3, world_size=2)
 

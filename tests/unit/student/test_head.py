@@ -14,16 +14,16 @@ from sparsekd.kernels.objective import HeadTransform, Objective
 from sparsekd.kernels.targets import NOTHING, SparseTargets
 from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
-from sparsekd.trainer.causal_lm import decoder_and_head, hidden_states
-from sparsekd.trainer.errors import ModelError
-from sparsekd.trainer.student import head as head_module
-from sparsekd.trainer.student.batches import (
+from sparsekd.trainer.data.batches import (
     MicroBatch,
     head_positions,
     micro_batch,
     rest_formula_of,
     sparse_targets,
 )
+from sparsekd.trainer.models.causal_lm import decoder_and_head, hidden_states
+from sparsekd.trainer.run.errors import ModelError
+from sparsekd.trainer.student import head as head_module
 from sparsekd.trainer.student.head import (
     DistillationHead,
     LossSettings,

@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 
-from sparsekd.trainer.config import ScheduleConfig
-from sparsekd.trainer.errors import ConfigError
-from sparsekd.trainer.student.schedule import check_schedule, learning_rate
+from sparsekd.trainer.config.schedule import check_schedule, learning_rate
+from sparsekd.trainer.config.schema import ScheduleConfig
+from sparsekd.trainer.run.errors import ConfigError
 
 
 def rates(kind: str, **options: float) -> list[float]:

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_tokenizer
-from sparsekd.trainer.causal_lm import load_causal_lm, load_config
-from sparsekd.trainer.config import StudentConfig
-from sparsekd.trainer.errors import ModelError
-from sparsekd.trainer.student.model import check_student, student_source
+from sparsekd.trainer.config.schema import StudentConfig
+from sparsekd.trainer.models.causal_lm import load_causal_lm, load_config
+from sparsekd.trainer.models.source import student_source
+from sparsekd.trainer.run.errors import ModelError
+from sparsekd.trainer.student.model import check_student
 
 MANIFEST = synthetic_manifest(vocabulary_size=97)
 TOKENIZER = MANIFEST.tokenizer

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsekd.trainer.student.batches import MicroBatch
+from sparsekd.trainer.data.batches import MicroBatch
 from sparsekd.trainer.student.head import WeightedLoss
 from sparsekd.trainer.student.sums import means, no_sums, sums_of
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from sparsekd.trainer.config import TrackingConfig
-from sparsekd.trainer.tracking import (
+from sparsekd.trainer.config.schema import TrackingConfig
+from sparsekd.trainer.run.tracking import (
     METRICS_NAME,
     WANDB_ID_NAME,
     Tracker,

@@ -5,8 +5,8 @@ import torch
 
 from sparsekd.kernels import teacher
 from sparsekd.kernels.teacher_memory import positions_rule
-from sparsekd.trainer.config import TeacherConfig, options
-from sparsekd.trainer.errors import ConfigError
+from sparsekd.trainer.config.schema import TeacherConfig, options
+from sparsekd.trainer.run.errors import ConfigError
 from sparsekd.trainer.teacher.settings import resolved_settings
 from sparsekd.trainer.teacher.verify import runnable
 

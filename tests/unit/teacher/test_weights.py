@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sparsekd.trainer.config import TeacherConfig
-from sparsekd.trainer.errors import ModelError
+from sparsekd.trainer.config.schema import TeacherConfig
+from sparsekd.trainer.run.errors import ModelError
 from sparsekd.trainer.teacher.weights import model_folder, teacher_identity, teacher_name, weights_digest
 
 

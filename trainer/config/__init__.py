@@ -1,0 +1,1 @@
+"""Settings: the typed schema, Hydra's composition, and checks that need no torch."""

@@ -1,0 +1,1 @@
+"""The command line: verbs, the store's actions, doctor."""

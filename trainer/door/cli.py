@@ -1,0 +1,193 @@
+"""The one door: `sparsekd VERB [overrides]`. Heavy libraries are imported by the verb that needs them."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+from typing import NoReturn
+
+from sparsekd.launch.env import torch_variables
+from sparsekd.logit_store.errors import StoreError
+from sparsekd.trainer.config.schema import Config
+from sparsekd.trainer.run.ending import run_as_process
+from sparsekd.trainer.run.errors import ConfigError, FolderError, TypedError, UserError, typed
+
+VERBS = {
+    "plan": "tokens, bytes, shards and memory, before money is spent",
+    "doctor": "versions and problems of this environment, each with its remedy",
+    "prepare": "text -> tokenized rows with document boundaries (a token store)",
+    "capture": "teacher pass: token store -> logit store, by any number of ranks",
+    "store": "inspect, verify, stats, compare, merge, subset, reencode, import, export",
+    "train": "logit store -> student, with DeepSpeed ZeRO",
+    "export": "checkpoint -> a folder that transformers loads without sparsekd",
+    "evaluate": "teacher, student and baseline side by side on held-out rows",
+    "report": "one HTML page: what was won, where, and how it was made",
+}
+
+EXAMPLES = """examples:
+  sparsekd prepare corpus=jsonl 'corpus.paths=[data/*.jsonl]' corpus.tokenizer=models/teacher \\
+      store.tokens=runs/a/tokens
+  torchrun --nproc-per-node 8 --no-python sparsekd capture teacher.path=models/teacher store=hybrid \\
+      store.tokens=runs/a/tokens store.path=runs/a/store
+  sparsekd store inspect runs/a/store
+  torchrun --nproc-per-node 8 --no-python sparsekd train store.path=runs/a/store student.path=models/small \\
+      run.root=runs/a run.name=kd train.steps=2000
+  sparsekd train experiment=demo objective=ce_only --cfg     (prints the configuration, runs nothing)
+"""
+
+
+def run() -> NoReturn:
+    """The console script: `main` as all that a process does."""
+    run_as_process(main)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code: 0 done, 2 for something the user can put right, 130 stopped by
+    Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        print(f"sparsekd {metadata.version('sparsekd')}")
+        return 0
+    show_traceback = "--traceback" in words
+    words = [word for word in words if word != "--traceback"]
+    try:
+        return _dispatch(words[0], words[1:])
+    except (UserError, StoreError) as error:
+        if show_traceback:
+            traceback.print_exc()
+        rank, local_rank = _place()
+        # What was typed is wrong everywhere, a folder for all ranks of a machine. What ranks found together
+        # comes up on the first rank alone (see distributed.together); the rest one rank knows alone.
+        is_said = isinstance(error, TypedError) and rank > 0
+        is_said = is_said or (isinstance(error, FolderError) and local_rank > 0)
+        if not is_said:
+            who = f"rank {rank}: " if rank else ""
+            print(f"sparsekd {words[0]}: {who}{error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _place() -> tuple[int, int]:
+    """This process's rank in the job and on its machine, by torchrun's variables or Slurm's."""
+    try:
+        variables = {**torch_variables(os.environ), **os.environ}
+        return int(variables["RANK"]), int(variables.get("LOCAL_RANK", "0"))
+    except (ValueError, KeyError):  # they contradict one another: `ranks` says how
+        return 0, 0
+
+
+def _dispatch(verb: str, words: list[str]) -> int:
+    if verb not in VERBS:
+        raise TypedError(f"{verb!r} is not a verb; there are {', '.join(VERBS)}.")
+    if verb == "store":
+        from sparsekd.trainer.door.store_cli import run_store
+
+        return run_store(words)
+    if "-h" in words or "--help" in words:
+        print(_verb_help(verb))
+        return 0
+    if verb == "doctor":
+        from sparsekd.trainer.door.doctor import run as run_doctor
+
+        return run_doctor()
+    parser = argparse.ArgumentParser(prog=f"sparsekd {verb}", add_help=False, exit_on_error=False)
+    parser.add_argument("--config-dir")
+    parser.add_argument("--cfg", action="store_true")
+    with typed():
+        flags, overrides = _parse(parser, words)
+        from sparsekd.trainer.config.compose import as_yaml, check_for_verb, compose_config
+
+        config = compose_config(overrides, config_directory=flags.config_dir)
+        if flags.cfg:
+            print(as_yaml(config), end="")
+            return 0
+        check_for_verb(config, verb)
+    _run(verb, config, overrides)
+    return 0
+
+
+def _run(verb: str, config: Config, overrides: list[str]) -> None:
+    if verb == "plan":
+        from sparsekd.trainer.planning.plan import run as run_verb
+    elif verb == "prepare":
+        from sparsekd.trainer.corpus.prepare import run as run_verb
+    elif verb == "capture":
+        from sparsekd.trainer.teacher.capture import run as run_verb
+    elif verb == "train":
+        from sparsekd.trainer.student.train import run as run_train
+
+        run_train(config, overrides)
+        return
+    elif verb == "export":
+        from sparsekd.trainer.export.export import run as run_verb
+    elif verb == "evaluate":
+        from sparsekd.trainer.quality.evaluate import run as run_verb
+    else:
+        from sparsekd.trainer.report.report import run as run_verb
+    run_verb(config)
+
+
+def _parse(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Flags by argparse, everything else as overrides; an unknown flag is one sentence."""
+    try:
+        flags, rest = parser.parse_known_args(words)
+    except (argparse.ArgumentError, SystemExit) as error:
+        raise ConfigError(f"{parser.prog}: {error}; see `{parser.prog} --help`.") from error
+    for word in rest:
+        if word.startswith("-"):
+            raise ConfigError(f"{word} is not a flag of {parser.prog}; settings are given as key=value.")
+    return flags, rest
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    lines = [
+        "sparsekd: distil large language models from precomputed teacher logits",
+        "",
+        "usage: sparsekd VERB [key=value ...] [--config-dir DIR] [--cfg] [--traceback]",
+        "",
+        *(f"  {verb:<{width}}  {purpose}" for verb, purpose in VERBS.items()),
+        "",
+        "  --cfg         print the composed configuration and stop",
+        "  --config-dir  a folder with configuration groups of your own",
+        "  --traceback   show where an error arose",
+        "",
+        "`sparsekd VERB --help` lists the groups and every key with its default.",
+        "",
+        EXAMPLES,
+    ]
+    return "\n".join(lines)
+
+
+# The sections of the configuration that each verb reads, or the keys, where it reads few of a section.
+SECTIONS = {
+    "plan": ("corpus", "store", "teacher.path", "student", "objective", "train", "engine", "plan"),
+    "doctor": (),
+    "prepare": ("corpus", "store"),
+    "capture": ("store", "teacher", "launch", "engine.timeout_minutes"),
+    "train": (
+        "run", "store", "student", "objective", "optimizer", "schedule", "engine", "train", "tracking",
+        "launch", "debug",
+    ),
+    "export": ("run", "export", "launch", "engine.timeout_minutes"),
+    "evaluate": ("run", "store", "teacher", "student", "evaluate", "launch", "engine.timeout_minutes"),
+    "report": (
+        "run", "store", "teacher", "student", "evaluate.dtype", "report", "launch", "engine.timeout_minutes",
+    ),
+}  # fmt: skip
+
+
+def _verb_help(verb: str) -> str:
+    from sparsekd.trainer.door.settings_help import settings_lines
+
+    return "\n".join([f"sparsekd {verb}: {VERBS[verb]}", "", *settings_lines(SECTIONS[verb]), "", EXAMPLES])
+
+
+if __name__ == "__main__":
+    run()

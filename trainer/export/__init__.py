@@ -1,0 +1,1 @@
+"""A checkpoint to a model that from_pretrained loads, with its card."""

@@ -1,0 +1,260 @@
+"""A Hugging Face causal language model, cut into the part that makes hidden states and the head.
+
+Teacher, student and evaluation all need the same three things: a model that is loaded with clear errors, its
+hidden states for packed rows, and the transform between `hidden @ weight.T` and the model's own logits.
+
+Shapes: B rows, L tokens of a row, H hidden, V rows of the head's weight.
+"""
+
+import difflib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from sparsekd.kernels.objective import HeadTransform
+from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.trainer.run.errors import ModelError
+
+# What transformers' errors about an attention implementation have in common with no others.
+_WORDS_OF_ATTENTION = ("attn_implementation", "scaled_dot_product_attention", "FlashAttention", "flash_attn")
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from: a folder or hub name, or fields of a configuration for random weights."""
+
+    path: str | None
+    revision: str | None
+    attention: str
+    trust_remote_code: bool
+    config: dict[str, Any] | None = None
+
+
+def load_config(source: ModelSource, key: str) -> PretrainedConfig:
+    """Loads or builds the transformers configuration.
+
+    Args:
+        source: Where the model comes from.
+        key: The configuration group, named in errors ("teacher" or "student").
+
+    Raises:
+        ModelError: The folder or hub name cannot be read, or the fields do not make a configuration.
+    """
+    if source.path is not None:
+        try:
+            return AutoConfig.from_pretrained(
+                source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(_load_problem(source, key, error)) from error
+    fields = dict(source.config or {})
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise ModelError(
+            f"{key}.path is not set and {key}.config has no model_type; "
+            f"give a model ({key}.path=...) or a configuration ({key}=llama_160m, or "
+            f"{key}.config.model_type=llama with its sizes)."
+        )
+    try:
+        config = AutoConfig.for_model(model_type, **fields)
+        plain = AutoConfig.for_model(model_type)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{key}.config does not make a {model_type!r} configuration: {error}") from error
+    # transformers keeps a field that the model type does not know as an attribute, and it has no effect.
+    for field in fields:
+        if hasattr(config, field) and not hasattr(plain, field):
+            near = difflib.get_close_matches(field, [*plain.to_dict(), *plain.attribute_map], n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise ModelError(
+                f"{key}.config.{field} is not a field of a {model_type!r} configuration and would have no "
+                f"effect{hint}"
+            )
+    return config
+
+
+def load_causal_lm(source: ModelSource, key: str, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Loads a model from a folder or hub name, or makes one with random weights from a configuration.
+
+    With a live `HfDeepSpeedConfig` the parameters are partitioned while they load. Random weights come from
+    torch's global generator: seed it first.
+
+    Raises:
+        ModelError: The model cannot be loaded; the message says from where and why.
+    """
+    try:
+        if source.path is None:
+            return AutoModelForCausalLM.from_config(
+                load_config(source, key),
+                dtype=dtype,
+                attn_implementation=source.attention,
+                trust_remote_code=source.trust_remote_code,
+            )
+        return AutoModelForCausalLM.from_pretrained(
+            source.path,
+            revision=source.revision,
+            dtype=dtype,
+            attn_implementation=source.attention,
+            trust_remote_code=source.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(_load_problem(source, key, error)) from error
+
+
+def _load_problem(source: ModelSource, key: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    what = f"{key}.config" if source.path is None else f"{key}.path={source.path}"
+    if any(word in str(error) for word in _WORDS_OF_ATTENTION):
+        return (
+            f"{what} does not support {key}.attention={source.attention} ({reason}); "
+            f"use {key}.attention=eager."
+        )
+    if source.path is None:
+        return f"{what} does not make a model ({reason}); compare it with the model type's own fields."
+    hint = (
+        "the folder holds no model that transformers can load"
+        if Path(source.path).is_dir()
+        else "it is neither a folder here nor a hub name that can be reached"
+    )
+    return f"{what} cannot be loaded: {hint} ({reason})"
+
+
+def check_length(config: PretrainedConfig, sequence_length: int, key: str, path: StorePath) -> None:
+    """Checks that a model takes rows as long as a store's.
+
+    Args:
+        config: The model's configuration.
+        sequence_length: Tokens in one row.
+        key: How the model is named in the message, such as "student.path=models/small".
+        path: The store.
+
+    Raises:
+        ModelError: The model takes fewer positions.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and longest < sequence_length:
+        raise ModelError(
+            f"{key} takes at most {longest:,} positions, but the rows of {path} have {sequence_length:,}; "
+            f"use a longer model, or prepare again with corpus.sequence_length={longest}."
+        )
+
+
+def decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
+    """The part that makes hidden states, and the linear head.
+
+    Raises:
+        ModelError: The model has no linear output head over a decoder.
+    """
+    head = model.get_output_embeddings()
+    decoder = getattr(model, model.base_model_prefix, None)
+    if not isinstance(head, nn.Linear) or not isinstance(decoder, nn.Module) or decoder is model:
+        raise ModelError(
+            f"{type(model).__name__} has no linear head over a decoder; "
+            "sparsekd distils decoder-only causal language models with an nn.Linear head."
+        )
+    return decoder, head
+
+
+def head_transform(config: PretrainedConfig, vocabulary_size: int) -> HeadTransform:
+    """The model's own way from `hidden @ weight.T + bias` to logits.
+
+    Gemma caps its logits (`final_logit_softcapping`), Cohere multiplies (`logit_scale`), Granite divides
+    (`logits_scaling`). `probe.check_probe` proves the result against the model itself.
+
+    Args:
+        config: The model's configuration.
+        vocabulary_size: True vocabulary; rows of the head beyond it are padding.
+    """
+    text = config.get_text_config()
+    scale = 1.0
+    if getattr(text, "logit_scale", None) is not None:
+        scale *= float(text.logit_scale)
+    if getattr(text, "logits_scaling", None) is not None:
+        scale /= float(text.logits_scaling)
+    softcap = getattr(text, "final_logit_softcapping", None)
+    return HeadTransform(
+        vocabulary_size=vocabulary_size, scale=scale, softcap=None if softcap is None else float(softcap)
+    )
+
+
+def hidden_states(
+    decoder: nn.Module,
+    token_ids: Tensor,  # (B, L) int64
+    position_ids: Tensor,  # (B, L) int64, restarting at each document
+) -> Tensor:  # (B, L, H)
+    """Hidden states of packed rows in which no document sees another.
+
+    transformers recognises packed documents by restarting position ids, but only without an attention mask
+    and without a cache: either of the two silently lets attention cross (measured; tests show it on logits).
+    """
+    output = decoder(input_ids=token_ids, position_ids=position_ids, use_cache=False)
+    return output.last_hidden_state
+
+
+def states_of_layers(
+    decoder: nn.Module,
+    token_ids: Tensor,  # (B, L) int64
+    position_ids: Tensor,  # (B, L) int64
+    layers: Collection[int],
+) -> tuple[Tensor, dict[int, Tensor]]:  # (B, L, H) each
+    """`hidden_states`, and the hidden states that have passed so many of the decoder's layers.
+
+    0 are the embeddings, the number of layers is what the head reads (behind the last norm): the numbering of
+    transformers' `output_hidden_states`, which would keep every layer's in memory.
+    """
+    inner = {layer: block for layer, block in enumerate(layers_of(decoder)) if layer in layers}
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[layer] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    handles = [
+        block.register_forward_pre_hook(keep(layer), with_kwargs=True) for layer, block in inner.items()
+    ]
+    try:
+        last = hidden_states(decoder, token_ids, position_ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(layers_of(decoder)) in layers:
+        found[len(layers_of(decoder))] = last
+    return last, found
+
+
+def layers_of(decoder: nn.Module) -> nn.ModuleList:
+    """The decoder's blocks, in order.
+
+    Raises:
+        ModelError: There is no list of them.
+    """
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    if not lists:
+        raise ModelError(
+            f"{type(decoder).__name__} has no list of layers, so that their hidden states cannot be kept: "
+            "leave store.features empty."
+        )
+    return lists[0]
+
+
+def dense_logits(
+    hidden: Tensor,  # (..., H)
+    head: nn.Linear,
+    transform: HeadTransform,
+) -> Tensor:  # (..., vocabulary_size) float32
+    """The model's logits over the true vocabulary, in float32. Gathers [..., V]: for small batches only."""
+    logits = torch.nn.functional.linear(hidden.float(), head.weight.float())
+    if head.bias is not None:
+        logits = logits + head.bias.float()
+    logits = transform.scale * logits[..., : transform.vocabulary_size]
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    return logits

@@ -1,0 +1,1 @@
+"""How large, how long, how much memory: before money is spent."""

@@ -1,0 +1,213 @@
+"""`plan`: how large, how long and how much memory, before money is spent. Torch-free: it answers at once.
+
+Shapes: C positions of a chunk, N positions of a micro-batch, H hidden, V vocabulary.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sparsekd.kernels import memory
+from sparsekd.logit_store.tools.inspect import RULE_NOTES, TARGET_NOTES
+from sparsekd.trainer.config.loss_memory import cut_text, loss_memory
+from sparsekd.trainer.config.schema import Config
+from sparsekd.trainer.planning.store_size import Corpus, StoreSize, corpus_of, store_size
+from sparsekd.trainer.run.errors import ConfigError
+
+# Decoders with gated MLPs, and the sizes without which they cannot be counted: those for which transformers
+# has a default that does not follow from the others. config.json holds them all.
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+COUNTED_MODEL_TYPES = {
+    "llama": _SIZES,
+    "mistral": (*_SIZES, "num_key_value_heads"),
+    "qwen2": (*_SIZES, "num_key_value_heads"),
+    "qwen3": (*_SIZES, "num_key_value_heads", "head_dim"),
+}
+RANKS_SHOWN = (1, 2, 8, 64)
+
+
+def student_fields(config: Config) -> dict[str, Any]:
+    """The student's sizes: student.config, or config.json where student.path is a folder; else nothing."""
+    if config.student.path is None:
+        return dict(config.student.config)
+    place = Path(config.student.path, "config.json")
+    return json.loads(place.read_text()) if place.is_file() else {}
+
+
+def count_parameters(fields: dict[str, Any], vocabulary_size: int) -> int | None:
+    """Parameters of a llama-like decoder, tied weights counted once; None when a size is missing.
+
+    V H (twice when untied) + layers (H D (2 heads + 2 kv heads) + 3 H I + 2 H) + H, with D the head size and
+    I the MLP's. Biases and norms of single heads, well below 1 %, are left out.
+    """
+    needed = COUNTED_MODEL_TYPES.get(fields.get("model_type", ""))
+    if needed is None or any(name not in fields for name in needed):
+        return None
+    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    grouped = fields.get("num_key_value_heads") or heads
+    head_size = fields.get("head_dim") or hidden // heads
+    vocabulary = fields.get("vocab_size") or vocabulary_size
+    embeddings = vocabulary * hidden * (1 if fields.get("tie_word_embeddings") else 2)
+    attention = hidden * head_size * (2 * heads + 2 * grouped)
+    layer = attention + 3 * hidden * fields["intermediate_size"] + 2 * hidden
+    return embeddings + fields["num_hidden_layers"] * layer + hidden
+
+
+def model_state_bytes(parameters: int, *, stage: int, dtype: str, ranks: int) -> float:
+    """Bytes of weights, gradients and optimizer states on one rank.
+
+    Per parameter: 2 or 4 bytes of weights, 4 of float32 gradients, 12 of AdamW (master weight, two moments).
+    ZeRO stage 1 divides the optimizer states by the ranks, stage 2 also the gradients, stage 3 also the
+    weights (Rajbhandari et al. 2020, arXiv 1910.02054, section 3; they count 2 bytes for half-precision
+    gradients, sparsekd accumulates in float32).
+    """
+    weights, gradients, optimizer = (2 if dtype == "bfloat16" else 4), 4, 12
+    share = [
+        optimizer / (ranks if stage >= 1 else 1),
+        gradients / (ranks if stage >= 2 else 1),
+        weights / (ranks if stage >= 3 else 1),
+    ]
+    return parameters * sum(share)
+
+
+def checkpoint_bytes(parameters: int, dtype: str) -> int:
+    """Bytes of one checkpoint: master weights and two moments in float32, and the weights of the module."""
+    return parameters * (12 + (2 if dtype == "bfloat16" else 4))
+
+
+def run(config: Config) -> None:
+    """Prints the plan."""
+    corpus = corpus_of(config)
+    size = store_size(config, corpus)
+    for title, lines in (
+        ("corpus", _corpus_lines(config, corpus)),
+        ("store, estimated on text-like rows", _store_lines(config, corpus, size)),
+        ("student", _student_lines(config, corpus)),
+        ("loss of one micro-batch", _loss_lines(config, corpus)),
+    ):
+        print(title)
+        width = max(len(name) for name, _ in lines)
+        for name, value in lines:
+            print(f"  {name:<{width}}  {value}")
+    if config.store.tokens is None or not Path(config.store.tokens).is_dir():
+        print("next: sparsekd prepare corpus.paths=[...] store.tokens=FOLDER")
+    else:
+        path = config.store.path or "STORE"
+        print(
+            "next: torchrun --nproc-per-node RANKS --no-python sparsekd capture "
+            f"store.tokens={config.store.tokens} store.path={path} teacher.path=MODEL",
+            flush=True,
+        )
+
+
+def _corpus_lines(config: Config, corpus: Corpus) -> list[tuple[str, str]]:
+    batch = config.train.global_batch_rows
+    read = config.train.steps * batch
+    lines = [
+        ("tokens", f"{corpus.tokens:,} ({corpus.source})"),
+        ("rows", f"{corpus.rows:,} of {corpus.sequence_length:,} tokens"),
+        ("vocabulary", f"{corpus.vocabulary_size:,}"),
+        (
+            "training",
+            f"{config.train.steps:,} steps of {batch:,} rows read {read * corpus.sequence_length:,} tokens: "
+            f"{read / max(corpus.train_rows, 1):.2f} times the training rows",
+        ),
+    ]
+    speed = config.plan.teacher_tokens_per_second
+    if speed is None:
+        lines.append(("teacher pass", "hours unknown; give plan.teacher_tokens_per_second=..."))
+    else:
+        lines.append(("teacher pass", f"{corpus.tokens / speed / 3600:.2f} hours at {speed:,.0f} tokens/s"))
+    return lines
+
+
+def _store_lines(config: Config, corpus: Corpus, size: StoreSize) -> list[tuple[str, str]]:
+    target = corpus.manifest.target
+    lines = [("record", f"k={config.store.k}, n={config.store.n}, codec {config.store.codec}")]
+    if target != "next_token":
+        lines.append(("label", TARGET_NOTES[target]))
+    if corpus.recorded:
+        rule = RULE_NOTES[config.store.positions].format(share=config.store.share)
+        lines += [
+            ("records", f"{corpus.recorded:,} of {corpus.tokens:,} positions, {rule}"),
+            ("a record", f"{size.of_records:8.2f} bytes"),
+        ]
+    lines += [(name, f"{width:8.2f} bytes per token") for name, width in size.planes.items()]
+    lines += [
+        ("all planes", f"{sum(size.planes.values()):8.2f} bytes per token"),
+        ("around them", f"{size.around:8.2f} bytes per token"),
+        ("size", f"{_size(size.total)} in {corpus.shards:,} shards"),
+    ]
+    if config.store.features:
+        lines.append(("", "hidden states as if they were normal numbers; large models' take less as int8"))
+    return lines
+
+
+def _student_lines(config: Config, corpus: Corpus) -> list[tuple[str, str]]:
+    parameters = count_parameters(student_fields(config), corpus.vocabulary_size)
+    if parameters is None:
+        return [
+            (
+                "parameters",
+                "not counted: needs student.config (or a folder as student.path) of type "
+                + ", ".join(COUNTED_MODEL_TYPES),
+            )
+        ]
+    engine = config.engine
+    ranks = ", ".join(
+        f"{_size(model_state_bytes(parameters, stage=engine.zero_stage, dtype=engine.dtype, ranks=ranks))} "
+        f"on {ranks}"
+        for ranks in RANKS_SHOWN
+    )
+    weights = 2 if engine.dtype == "bfloat16" else 4
+    each = checkpoint_bytes(parameters, engine.dtype)
+    kept = config.train.keep_checkpoints
+    return [
+        ("parameters", f"about {parameters:,}"),
+        ("states per rank", f"{ranks} ranks (ZeRO {engine.zero_stage})"),
+        ("", f"{weights} + 4 + 12 bytes: weights, float32 gradients, AdamW; without activations"),
+        ("checkpoints", f"about {_size(each)} each, {_size(each * kept)} for the {kept} that are kept"),
+    ]
+
+
+def _loss_lines(config: Config, corpus: Corpus) -> list[tuple[str, str]]:
+    vocabulary = corpus.vocabulary_size
+    positions = config.train.micro_batch_rows * corpus.sequence_length
+    lines = [
+        (
+            "dense",
+            f"{_size(memory.dense_bytes(positions, vocabulary))} = 12 N V, N = {positions:,} positions: "
+            "student, teacher and one gradient",
+        )
+    ]
+    fields = student_fields(config)
+    hidden = fields.get("hidden_size") or config.plan.hidden_size
+    if hidden is None:
+        needed = "not counted: needs student.config.hidden_size or plan.hidden_size"
+        return [*lines, ("torch, triton", needed)]
+    for impl, where in (("torch", "CPU"), ("triton", "GPU")):
+        try:
+            plan = loss_memory(
+                config,
+                impl,
+                sequence_length=corpus.sequence_length,
+                vocabulary_size=vocabulary,
+                hidden_size=hidden,
+                softcap=fields.get("final_logit_softcapping") is not None,
+                on_cpu=where == "CPU",
+            )
+        except ConfigError as error:
+            lines.append((impl, f"does not run on a {where}: {error}"))
+            continue
+        lines.append((impl, f"{_size(plan.peak_bytes)} on a {where}, {cut_text(plan)}"))
+    lines.append(("", f"H = {hidden:,}, {config.engine.dtype}; gradients of head and hidden states included"))
+    return lines
+
+
+def _size(count: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")

@@ -1,0 +1,1 @@
+"""Checkpoints: saved, found again, and made to fit another world size."""
