@@ -172,13 +172,11 @@ TOOLS: tuple[Callable[[Path, Path], object], ...] = (
 
 def _use(path: Path, tool: int) -> str:
     """Uses one of the tools; returns what it says."""
-    new = path.with_name(path.name + "-new")
-    try:
-        TOOLS[tool % len(TOOLS)](path, new)
-    except StoreError as error:
-        return str(error)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            TOOLS[tool % len(TOOLS)](path, Path(folder, "new"))
+        except StoreError as error:
+            return str(error)
     return ""
 
 
