@@ -30,7 +30,7 @@ from sparsekd.trainer.run.folder import CHECKPOINTS_NAME, adopt, failures_record
 from sparsekd.trainer.run.ranks import Ranks, leave_together, together
 from sparsekd.trainer.run.tracking import NoTracker, Tracker, tracker_of
 from sparsekd.trainer.state import checkpoint
-from sparsekd.trainer.state.checkpoint import Commit
+from sparsekd.trainer.state.record import Commit
 from sparsekd.trainer.student.engine import backward, local_gradient_norm, set_learning_rate
 from sparsekd.trainer.student.evaluation import heldout_sums
 from sparsekd.trainer.student.setup import Plan, announce, build, load_start, make_plan, resolve_start
@@ -267,8 +267,8 @@ def _save(
         step=state.step,
         rows_consumed=state.rows_consumed,
         tokens=state.tokens,
-        sums=total.tolist(),
-        skipped_rows=state.rows.left_out,
+        sums=tuple(total.tolist()),
+        skipped_rows=tuple(state.rows.left_out),
     )
     began = time.perf_counter()
     place = folder / CHECKPOINTS_NAME
