@@ -84,7 +84,9 @@ def _write_engine(engine: deepspeed.DeepSpeedEngine, working: Path, here: Ranks)
 
     def make_folder() -> None:
         with writing(working.parent):
-            (working / ENGINE_FOLDER).mkdir(parents=True, exist_ok=True)
+            # Not its parents: a run folder that was removed is not made anew, without its metrics.
+            for folder in (working, working / ENGINE_FOLDER):
+                folder.mkdir(exist_ok=True)
 
     together(here, make_folder)
     writer, problems = engine.checkpoint_engine, []
@@ -150,10 +152,21 @@ def _publish(working: Path, final: Path, record: Commit, here: Ranks) -> None:
         _write_durably(working / COMMIT_NAME, data)
         for inner in (working, *(path for path in working.rglob("*") if path.is_dir())):
             _sync_folder(inner)
-        if final.exists():
-            discard(final)
+        if os.path.lexists(final):
+            _make_way(final)
         os.rename(working, final)
         _sync_folder(final.parent)
+
+
+def _make_way(final: Path) -> None:
+    """Takes the name from a checkpoint of the same step, which was damaged or older; `prune` removes it."""
+    try:
+        _set_aside(final)
+    except OSError as error:
+        raise UserError(
+            f"{final} is in the way of a new checkpoint and cannot be moved ({error.strerror or error}); "
+            "remove it by hand, then run the same command again: it goes on from the newest sound checkpoint."
+        ) from error
 
 
 def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> None:
@@ -226,7 +239,7 @@ def newest_verified(folder: Path, here: Ranks) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def prune(folder: Path, *, step: int, after: int, keep: int) -> None:
+def prune(folder: Path, *, step: int, after: int, keep: int) -> dict[Path, str]:
     """Removes all but the newest checkpoints, and what broken-off runs left behind. First rank only.
 
     Args:
@@ -235,28 +248,41 @@ def prune(folder: Path, *, step: int, after: int, keep: int) -> None:
         after: The one that this process wrote before, or went on from (0 for none). Others beyond it were
             found damaged then: they must not crowd out sound ones.
         keep: Sound checkpoints to keep.
+
+    Returns:
+        What could not be removed, with the reason. It is tried again at every call.
     """
     found = published(folder)
     sound = [path for path in found if path.name <= step_name(after) or path.name == step_name(step)]
-    for old in found:
-        if old not in sound[-keep:]:
-            discard(old)
-    for leftover in folder.glob(".step-*.tmp-*"):
-        shutil.rmtree(leftover)
+    doomed = [path for path in found if path not in sound[-keep:]]
+    problems: dict[Path, str] = {}
+    for path in (*folder.glob(".step-*.tmp-*"), *doomed):
+        left = path
+        try:
+            if path in doomed:
+                left = _set_aside(path)
+            shutil.rmtree(left)
+        except OSError as error:
+            if os.path.lexists(left):
+                problems[left] = error.strerror or str(error)
+    return problems
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Removes what a broken-off save left behind; a finished conversion for other ranks stays of use."""
+    """Removes what a broken-off save left behind; a finished conversion for other ranks stays of use.
+
+    What cannot be removed is for `prune` to tell.
+    """
     for leftover in folder.glob(".step-*.tmp-*"):
         if not leftover.name.endswith(CONVERTED_SUFFIX):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
-def discard(checkpoint: Path) -> None:
-    """Removes a published checkpoint: first its name, so that no reader ever sees half of it."""
+def _set_aside(checkpoint: Path) -> Path:
+    """Takes a published checkpoint's name from it, so that no reader sees half of it; returns the new one."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.tmp-discarded-{uuid.uuid4().hex[:12]}")
     os.rename(checkpoint, doomed)
-    shutil.rmtree(doomed)
+    return doomed
 
 
 def _share(names: list[str], here: Ranks) -> list[str]:

@@ -74,6 +74,13 @@ def here() -> Iterator[Ranks]:
         yield joined
 
 
+def checkpoints_in(run: Path) -> Path:
+    """The folder that `adopt` makes."""
+    folder = run / "checkpoints"
+    folder.mkdir()
+    return folder
+
+
 def course(**changes: Any) -> dict[str, Any]:
     schedule = ScheduleConfig(**{"kind": "constant", "warmup_steps": 2, **changes.pop("schedule", {})})
     return {"schedule": schedule.__dict__, "steps": 10, "learning_rate": 0.1, **changes}
@@ -139,6 +146,49 @@ def test_damaged_newer_ones_do_not_crowd_out_sound_ones(tmp_path: Path, here: Ra
         save(FilesOnly(), tmp_path, commit(step), here)
     prune(tmp_path, step=6, after=4, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_what_cannot_be_removed_is_returned_and_tried_again(
+    tmp_path: Path, here: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (2, 4, 6):
+        save(FilesOnly(), tmp_path, commit(step), here)
+
+    def busy(*_: object, **__: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    with monkeypatch.context() as stuck:
+        stuck.setattr("os.rename", busy)
+        kept = {tmp_path / f"step-0000000{step}": "Device or resource busy" for step in (2, 4)}
+        assert prune(tmp_path, step=6, after=4, keep=1) == kept
+        with pytest.raises(
+            UserError, match=r"step-00000006 is in the way .*Device or resource busy.*by hand"
+        ):
+            save(FilesOnly(), tmp_path, commit(6), here)
+    with monkeypatch.context() as stuck:
+        stuck.setattr("shutil.rmtree", busy)
+        left = prune(tmp_path, step=6, after=4, keep=1)
+        assert [path.name[:14] for path in sorted(left)] == [".step-00000002", ".step-00000004"]
+        assert prune(tmp_path, step=6, after=4, keep=1) == left
+    assert published(tmp_path) == [tmp_path / "step-00000006"]
+    assert prune(tmp_path, step=6, after=4, keep=1) == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000006"]
+
+
+def test_a_checkpoint_of_the_same_step_gives_way(tmp_path: Path, here: Ranks) -> None:
+    place = save(FilesOnly(), tmp_path, commit(2), here)
+    (place / "engine" / WEIGHTS).write_bytes(b"")
+    save(FilesOnly(), tmp_path, commit(2), here)
+    assert newest_verified(tmp_path, here) == (place, [])
+    assert prune(tmp_path, step=2, after=0, keep=1) == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_a_removed_run_folder_is_not_made_anew(tmp_path: Path, here: Ranks) -> None:
+    gone = tmp_path / "run"
+    with pytest.raises(UserError, match=f"{gone} is not there: it was removed"):
+        save(FilesOnly(), gone / "checkpoints", commit(2), here)
+    assert not gone.exists()
 
 
 def test_a_start_clears_leftovers_but_for_a_conversion(tmp_path: Path, here: Ranks) -> None:
@@ -216,7 +266,7 @@ def test_a_kill_while_saving_leaves_the_older_one(
 
 
 def test_all_damaged_is_no_fresh_start(tmp_path: Path, here: Ranks) -> None:
-    place = save(FilesOnly(), tmp_path / "checkpoints", commit(2), here)
+    place = save(FilesOnly(), checkpoints_in(tmp_path), commit(2), here)
     (place / "engine" / WEIGHTS).write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"None of the 1 checkpoints .* is whole"):
         choose_start(tmp_path, Config(), commit(0), here)
@@ -233,7 +283,7 @@ def test_metrics_without_a_checkpoint_start_again(tmp_path: Path, here: Ranks) -
 
 
 def test_what_changed_but_not_the_numbers_is_said(tmp_path: Path, here: Ranks) -> None:
-    save(FilesOnly(), tmp_path / "checkpoints", commit(2), here)
+    save(FilesOnly(), checkpoints_in(tmp_path), commit(2), here)
     start = choose_start(tmp_path, Config(), commit(0, threads_per_rank=4, versions={"torch": "3"}), here)
     assert start.step == 2 and "threads_per_rank 1 -> 4; torch 2 -> 3" in start.remarks[0]
     assert choose_start(tmp_path, Config(), commit(0), here).remarks == []
@@ -256,7 +306,7 @@ def test_what_would_change_the_numbers_is_refused() -> None:
 def test_a_checkpoint_of_another_version_is_refused_in_words(tmp_path: Path, here: Ranks) -> None:
     """From before the sums of weights were two more: 5 in place of 7."""
     older = commit(2, sums=(0.1, 1 / 3, 0.0, 0.0, 5.0))
-    place = save(FilesOnly(), tmp_path / "checkpoints", older, here)
+    place = save(FilesOnly(), checkpoints_in(tmp_path), older, here)
     now = commit(0, sums=tuple(no_sums(here.device).tolist()))
     named = Config()
     named.train.resume = str(place)
