@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,12 @@ STUDENT: dict[str, Any] = {
 
 
 def started(store: Path, root: Path, *more: str) -> tuple[list[int], str]:
-    """Trains on two ranks by the command line; returns the exit codes and everything that was printed.
+    """Trains on two ranks by the command line; returns the exit codes and everything that was printed."""
+    return ended(start(store, root, *more))
+
+
+def start(store: Path, root: Path, *more: str) -> "list[subprocess.Popen[str]]":
+    """Starts a training on two ranks.
 
     No launcher: one would kill the other rank before it can show that it ends by itself.
     """
@@ -49,7 +55,7 @@ def started(store: Path, root: Path, *more: str) -> tuple[list[int], str]:
         port = listener.getsockname()[1]
     common = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"}
-    jobs = [
+    return [
         subprocess.Popen(
             words,
             stdout=subprocess.PIPE,
@@ -59,6 +65,10 @@ def started(store: Path, root: Path, *more: str) -> tuple[list[int], str]:
         )
         for rank in range(RANKS)
     ]
+
+
+def ended(jobs: "list[subprocess.Popen[str]]") -> tuple[list[int], str]:
+    """Waits for all ranks of a job; returns the exit codes and everything that was printed."""
     try:
         output = "".join(job.communicate(timeout=120)[0] for job in jobs)
     finally:
@@ -141,16 +151,61 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_one_sentence_and_room_lets_the_same_command_finish(
     workplace: Workplace, small_disk: Path
 ) -> None:
-    def start() -> tuple[list[int], str]:
+    def again() -> tuple[list[int], str]:
         return started(workplace.root / "store", small_disk, "train.checkpoint_every=2")
 
     checkpoints = small_disk / "run" / "checkpoints"
-    codes, output = start()
+    codes, output = again()
     said = the_sentence(output)
     assert codes == [2, 2] and f"{checkpoints} cannot be written" in said and "bytes are free" in said
     assert [path.name for path in checkpoints.iterdir()] == ["step-00000002"]
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
-    codes, output = start()
+    codes, output = again()
     assert codes == [0, 0], output[-6000:]
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002", "step-00000004"]
     assert (small_disk / "run" / "DONE.json").is_file() and not (small_disk / "run" / "FAILED.json").exists()
+
+
+@pytest.mark.parametrize("writes", ["train.log_every=1", "train.checkpoint_every=20"])
+def test_a_run_folder_that_is_removed_under_a_job_ends_it_with_a_sentence(
+    workplace: Workplace, tmp_path: Path, writes: str
+) -> None:
+    """At the next line of metrics, or at the next checkpoint; not with code 0 and nothing to show for it."""
+    run = tmp_path / "runs" / "run"
+    more = ("train.steps=3000", "train.log_every=1000000", "train.checkpoint_every=1000000", writes)
+    jobs = start(workplace.root / "store", run.parent, *more)
+    deadline = time.monotonic() + 100
+    metrics = run / "metrics.jsonl"
+    while time.monotonic() < deadline and not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.02)
+    shutil.rmtree(run)
+    codes, output = ended(jobs)
+    said = the_sentence(output)
+    assert codes == [2, 2] and f"{run} is not there: it was removed while this command ran" in said
+    assert not run.exists()
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_told_once_and_training_goes_on(
+    workplace: Workplace, tmp_path: Path
+) -> None:
+    def again(steps: int) -> tuple[list[int], str]:
+        more = ("train.checkpoint_every=2", "train.keep_checkpoints=1", "schedule.kind=constant")
+        return started(workplace.root / "store", tmp_path, f"train.steps={steps}", *more)
+
+    checkpoints = tmp_path / "run" / "checkpoints"
+    codes, output = again(2)
+    assert codes == [0, 0], output[-6000:]
+    # What is mounted inside of a folder keeps it, also from root.
+    place = checkpoints / "step-00000002" / "engine" / "mounted"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(place)], capture_output=True).returncode != 0:
+        pytest.skip("nothing can be mounted here")
+    try:
+        codes, output = again(8)
+    finally:
+        (mounted,) = checkpoints.glob("*step-00000002*/engine/mounted")
+        subprocess.run(["umount", str(mounted)], check=True)
+    assert codes == [0, 0], output[-6000:]
+    kept = mounted.parents[1]
+    assert output.count(f"warning: {kept} cannot be removed (Device or resource busy)") == 1, output[-6000:]
+    assert sorted(path.name for path in checkpoints.iterdir()) == [kept.name, "step-00000008"]

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from worker import configured
 from sparsekd.trainer.config.schema import Config, LaunchConfig
 from sparsekd.trainer.run.errors import CheckpointError
 from sparsekd.trainer.run.ranks import ranks
-from sparsekd.trainer.state.checkpoint import read_commit
+from sparsekd.trainer.state.record import COMMIT_NAME, commit_bytes, read_commit
 from sparsekd.trainer.student.loop import train_on
 
 pytestmark = pytest.mark.distributed
@@ -66,13 +67,20 @@ def kill_at_random(work: Workplace, name: str) -> None:
 
 
 def leave_debris(folder: Path) -> None:
-    """What a kill at a worse moment leaves: half a line, half a checkpoint, and a damaged newest one."""
+    """What a kill at a worse moment leaves: half a line, half a checkpoint, and damaged newer ones."""
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 11, "lo')
-    (folder / "checkpoints" / ".step-00000012.tmp-0123456789ab").mkdir()
-    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
-    damaged = folder / "checkpoints" / "step-00000013"
+    checkpoints = folder / "checkpoints"
+    (checkpoints / ".step-00000012.tmp-0123456789ab").mkdir()
+    newest = sorted(checkpoints.glob("step-*"))[-1]
+    # Another step's, whole as it is: believed, it would have steps taken twice.
+    shutil.copytree(newest, checkpoints / "step-00000013")
+    damaged = checkpoints / "step-00000011"
     shutil.copytree(newest, damaged)
+    commit = read_commit(newest)
+    rows = commit.rows_consumed // commit.step * 11
+    record = commit_bytes(replace(commit, step=11, rows_consumed=rows), damaged)
+    (damaged / COMMIT_NAME).write_bytes(record)
     part = sorted((damaged / "engine").iterdir())[-1]
     data = bytearray(part.read_bytes())
     data[len(data) // 2] ^= 1
@@ -88,9 +96,11 @@ def test_killed_and_started_again_is_bit_equal(ended: Workplace) -> None:
 
 def test_debris_is_reported_and_removed(ended: Workplace) -> None:
     output = (ended.root / "output_of_the_second_start.txt").read_text()
-    assert "step-00000013" in output and "checksum" in output
+    said = [line for line in output.splitlines() if "passed over" in line]
+    assert "step-00000013/COMMIT.json is the record of step" in said[0]
+    assert "step-00000011/engine/" in said[1] and "checksum" in said[1]
     names = sorted(path.name for path in (ended.folder("killed") / "checkpoints").iterdir())
-    # The damaged one goes, newer by its name as it is; the newest two that are sound stay.
+    # The damaged ones go, newer by their names as they are; the newest two that are sound stay.
     assert names == ["step-00000010", "step-00000012"]
 
 

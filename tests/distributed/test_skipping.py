@@ -13,7 +13,7 @@ from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.trainer.data.order import BatchShape, step_rows
 from sparsekd.trainer.data.skipping import RowsOrNothing, check_left_out
 from sparsekd.trainer.run.errors import CheckpointError, DataError
-from sparsekd.trainer.state.checkpoint import read_commit
+from sparsekd.trainer.state.record import read_commit
 
 pytestmark = pytest.mark.distributed
 
@@ -84,7 +84,7 @@ def test_rows_left_out_have_no_weight_on_any_ranks_and_over_a_resume(
             assert f"split train, shard 00000{line['row'] // 8}, row {line['row']}" in line["reason"]
         checkpoints = workplace.folder(name) / "checkpoints"
         for step in (4, STEPS):
-            expected = [row for row in DAMAGED if first_steps[row] < step]
+            expected = tuple(row for row in DAMAGED if first_steps[row] < step)
             assert read_commit(checkpoints / f"step-{step:08d}").skipped_rows == expected
     assert output.count("left out damaged row 5") == 2  # in `skipping`, and once in both parts of `in_two`
 

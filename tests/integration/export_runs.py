@@ -15,6 +15,7 @@ from sparsekd.trainer.config.schema import Config, LaunchConfig
 from sparsekd.trainer.run.ending import run_as_process
 from sparsekd.trainer.run.ranks import Ranks, ranks
 from sparsekd.trainer.state import checkpoint
+from sparsekd.trainer.state.record import Commit
 from sparsekd.trainer.student import train
 
 # (name, ZeRO stage, dtype of the engine, tied)
@@ -30,7 +31,7 @@ STEPS = 3
 _save_checkpoint = checkpoint.save
 
 
-def save(engine: deepspeed.DeepSpeedEngine, folder: Path, commit: checkpoint.Commit, here: Ranks) -> Path:
+def save(engine: deepspeed.DeepSpeedEngine, folder: Path, commit: Commit, here: Ranks) -> Path:
     """Saves as the trainer does, after writing down the weights by DeepSpeed's own accessor."""
     model = engine.module.model
     weights = {

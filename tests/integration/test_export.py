@@ -17,7 +17,7 @@ from sparsekd.logit_store.synthetic import synthetic_manifest
 from sparsekd.trainer.config.schema import Config
 from sparsekd.trainer.export.export import EXPORT_NAME, run
 from sparsekd.trainer.run.errors import CheckpointError, ConfigError
-from sparsekd.trainer.state.checkpoint import read_commit
+from sparsekd.trainer.state.record import read_commit
 
 pytestmark = pytest.mark.integration
 

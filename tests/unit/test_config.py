@@ -238,6 +238,8 @@ def test_one_rank_says_what_was_typed_wrong_and_one_of_each_machine_what_is_not_
             "LOCALID": local_rank,
             "STEP_ID": 0,
             "NTASKS": 4,
+            "NODEID": rank // 2,
+            "STEP_TASKS_PER_NODE": "2(x2)",
             "JOB_ID": 1,
         }.items():
             monkeypatch.setenv(f"SLURM_{name}", str(value))

@@ -29,7 +29,8 @@ from sparsekd.trainer.models.source import student_source
 from sparsekd.trainer.run.errors import CheckpointError, ConfigError
 from sparsekd.trainer.run.ranks import Ranks, ranks
 from sparsekd.trainer.run.tracking import read_metrics
-from sparsekd.trainer.state.checkpoint import ENGINE_FOLDER, Commit, newest_verified, read_commit, verify
+from sparsekd.trainer.state.checkpoint import newest_verified, verify
+from sparsekd.trainer.state.record import ENGINE_FOLDER, Commit, read_commit
 
 EXPORT_NAME = "sparsekd_export.json"
 """Says which checkpoint of which run an exported folder holds."""

@@ -1,6 +1,7 @@
 """Errors that a user can mend: the command line prints their one sentence, no traceback, and exits with 2."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,10 +51,17 @@ def writing(path: Path) -> Iterator[None]:
     """Turns a failed write to `path` into one sentence that names it.
 
     Raises:
-        UserError: The disk is full or fails, or the place may not be written.
+        UserError: The disk is full or fails, the place may not be written, or its folder is gone.
     """
     try:
         yield
+    except FileNotFoundError as error:
+        above = (*reversed(path.parents), path)
+        missing = next((place for place in above if not os.path.exists(place)), path)
+        raise UserError(
+            f"{missing} is not there: it was removed while this command ran, or this machine does not see "
+            "it; run the same command again: it goes on from the newest checkpoint that is left."
+        ) from error
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror or error}; {_room(path)}); make room or choose "

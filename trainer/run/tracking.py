@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Literal, get_args
 
 from sparsekd.trainer.config.schema import Config, TrackingConfig
-from sparsekd.trainer.run.errors import writing
+from sparsekd.trainer.run.errors import UserError, writing
 from sparsekd.trainer.run.ranks import Ranks
 
 METRICS_NAME = "metrics.jsonl"
@@ -71,7 +71,7 @@ class Tracker:
         start_step: The step from which this process goes on.
 
     Raises:
-        UserError: The metrics cannot be written; so do `log` and `sync`.
+        UserError: The metrics cannot be written; so do `log` and `sync`, also where the file was removed.
     """
 
     def __init__(
@@ -105,6 +105,7 @@ class Tracker:
     def log(self, record: Record) -> None:
         """Writes one line of metrics, to the operating system at once."""
         with writing(self._path):
+            self._check_there()
             self._file.write(json.dumps(dict(record)) + "\n")
             self._file.flush()
         self._console.show(record)
@@ -117,7 +118,22 @@ class Tracker:
     def sync(self) -> None:
         """Makes all lines durable; called before the checkpoint that counts on them."""
         with writing(self._path):
+            self._check_there()
             os.fsync(self._file.fileno())
+
+    def _check_there(self) -> None:
+        """A removed file takes lines without end, which nobody will ever read.
+
+        Raises:
+            OSError: It is not there any more.
+            UserError: Another file has its name.
+        """
+        if not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
+            raise UserError(
+                f"{self._path} was replaced by another file while this command ran (by another job in its "
+                "folder, or by an editor); run the same command again when nothing else writes there: it "
+                "goes on from the newest checkpoint."
+            )
 
 
 class NoTracker:

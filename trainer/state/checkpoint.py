@@ -7,12 +7,12 @@ file's size and checksum is added; then the folder gets its name.
 
 import functools
 import io
-import json
 import os
 import shutil
+import stat
 import uuid
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,16 @@ import torch.distributed as dist
 
 from sparsekd.trainer.run.errors import CheckpointError, UserError, writing
 from sparsekd.trainer.run.ranks import Ranks, agree, broadcast_object, together
-
-COMMIT_NAME = "COMMIT.json"
-ENGINE_FOLDER = "engine"
-"""The part of a checkpoint that DeepSpeed writes and reads (its "tag")."""
+from sparsekd.trainer.state.record import (
+    COMMIT_NAME,
+    ENGINE_FOLDER,
+    Commit,
+    FileRecord,
+    commit_bytes,
+    is_loaded,
+    read_commit,
+    step_name,
+)
 
 CONVERTED_SUFFIX = ".tmp-universal"
 """Ends the name of a checkpoint that was converted for another number of ranks."""
@@ -33,55 +39,11 @@ CONVERTED_SUFFIX = ".tmp-universal"
 _BLOCK_BYTES = 1 << 24
 
 
-@dataclass(frozen=True)
-class Commit:
-    """What a checkpoint's record says: where the run stood, and under which settings."""
-
-    step: int
-    rows_consumed: int
-    tokens: int
-    sums: list[float]  # running sums of the metrics since their last line
-    world_size: int
-    threads_per_rank: int
-    store_digest: str
-    settings: dict[str, Any]  # those that decide the numbers, flat
-    config_digest: str
-    versions: dict[str, str]
-    files: dict[str, dict[str, int]]  # name -> bytes, crc32
-    skipped_rows: list[int] = field(
-        default_factory=list
-    )  # damaged rows left out so far; older records lack it
-
-
-def step_name(step: int) -> str:
-    """Name of a published checkpoint's folder."""
-    return f"step-{step:08d}"
-
-
 def published(folder: Path) -> list[Path]:
     """The published checkpoints in a run's `checkpoints` folder, oldest first. Not yet verified."""
     names = folder.glob("step-" + "[0-9]" * 8)
-    return sorted(path for path in names if (path / COMMIT_NAME).is_file())
-
-
-def read_commit(checkpoint: Path) -> Commit:
-    """Reads a checkpoint's record.
-
-    Raises:
-        CheckpointError: There is none, or it cannot be read.
-    """
-    place = checkpoint / COMMIT_NAME
-    try:
-        raw = json.loads(place.read_text())
-        raw.setdefault("skipped_rows", [])
-        return Commit(**{item.name: raw[item.name] for item in fields(Commit)})
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{checkpoint} is not a checkpoint: it has no {COMMIT_NAME}; name a folder such as "
-            f"runs/NAME/checkpoints/{step_name(200)}."
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{place} cannot be read ({error}); use an older checkpoint.") from error
+    # Whatever has the record's name: what is no file is for `verify` to tell.
+    return sorted(path for path in names if os.path.lexists(path / COMMIT_NAME))
 
 
 def save(engine: deepspeed.DeepSpeedEngine, folder: Path, commit: Commit, here: Ranks) -> Path:
@@ -97,6 +59,7 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, commit: Commit, here: 
 
     Raises:
         UserError: The disk is full or fails (on the first rank; the others exit).
+        CheckpointError: DeepSpeed has not written what loading needs (as above).
     """
     token = uuid.uuid4().hex[:12]
     working = folder / broadcast_object(f".{step_name(commit.step)}.tmp-{token}")
@@ -105,7 +68,7 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, commit: Commit, here: 
         _write_engine(engine, working, here)
         names = _share(_file_names(working), here)
         listed = _gathered(together(here, lambda: _checked_in(working, names)))
-        record = asdict(commit) | {"files": dict(sorted(listed.items()))}
+        record = replace(commit, files=dict(sorted(listed.items())))
         together(here, functools.partial(_publish, working, final, record, here))
     except BaseException:
         # However it was broken off: half a checkpoint takes the room that the next try needs.
@@ -121,7 +84,9 @@ def _write_engine(engine: deepspeed.DeepSpeedEngine, working: Path, here: Ranks)
 
     def make_folder() -> None:
         with writing(working.parent):
-            (working / ENGINE_FOLDER).mkdir(parents=True, exist_ok=True)
+            # Not its parents: a run folder that was removed is not made anew, without its metrics.
+            for folder in (working, working / ENGINE_FOLDER):
+                folder.mkdir(exist_ok=True)
 
     together(here, make_folder)
     writer, problems = engine.checkpoint_engine, []
@@ -179,17 +144,29 @@ class _Written(io.BufferedWriter):
             raise
 
 
-def _publish(working: Path, final: Path, record: dict[str, Any], here: Ranks) -> None:
+def _publish(working: Path, final: Path, record: Commit, here: Ranks) -> None:
     if not here.is_first:
         return
+    data = commit_bytes(record, final)
     with writing(final.parent):
-        _write_durably(working / COMMIT_NAME, json.dumps(record, indent=1, sort_keys=True) + "\n")
+        _write_durably(working / COMMIT_NAME, data)
         for inner in (working, *(path for path in working.rglob("*") if path.is_dir())):
             _sync_folder(inner)
-        if final.exists():
-            discard(final)
+        if os.path.lexists(final):
+            _make_way(final)
         os.rename(working, final)
         _sync_folder(final.parent)
+
+
+def _make_way(final: Path) -> None:
+    """Takes the name from a checkpoint of the same step, which was damaged or older; `prune` removes it."""
+    try:
+        _set_aside(final)
+    except OSError as error:
+        raise UserError(
+            f"{final} is in the way of a new checkpoint and cannot be moved ({error.strerror or error}); "
+            "remove it by hand, then run the same command again: it goes on from the newest sound checkpoint."
+        ) from error
 
 
 def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> None:
@@ -204,30 +181,46 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> None:
 
 
 def verify(checkpoint: Path, here: Ranks) -> str | None:
-    """What is wrong with a checkpoint, on every rank; None if all files are as recorded.
+    """What is wrong with a checkpoint, on every rank; None if its record is sound and its files fit it.
 
     The files are shared out over the ranks, each of which reads its part once.
     """
     try:
         commit = read_commit(checkpoint)
     except CheckpointError as error:
-        return agree(str(error))
-    problems = (
-        _problem_of(checkpoint / name, commit.files[name]) for name in _share(sorted(commit.files), here)
-    )
-    return agree(next((problem for problem in problems if problem is not None), None))
+        return agree(str(error).removesuffix("."))
+    names = _share(sorted(commit.files), here)
+    problems = (_problem_of(checkpoint, name, commit.files[name]) for name in names)
+    problem = next((problem for problem in problems if problem is not None), None)
+    return agree(problem or (_foreign(checkpoint, commit) if here.is_first else None))
 
 
-def _problem_of(path: Path, wanted: dict[str, int]) -> str | None:
+def _problem_of(checkpoint: Path, name: str, wanted: FileRecord) -> str | None:
+    path = checkpoint / name
     try:
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != wanted["bytes"]:
-            return f"{path} has {path.stat().st_size} bytes, expected {wanted['bytes']}"
-        if _crc32(path) != wanted["crc32"]:
+        status = path.lstat()
+        # A link leads out of the checkpoint, and at a FIFO one would wait for ever.
+        folder = os.path.join(os.path.realpath(checkpoint), os.path.dirname(name))
+        if not stat.S_ISREG(status.st_mode) or os.path.realpath(path.parent) != folder:
+            return f"{path} is a link, a folder or the like where a file of the checkpoint belongs"
+        if status.st_size != wanted.bytes:
+            return f"{path} has {status.st_size} bytes, expected {wanted.bytes}"
+        if _crc32(path) != wanted.crc32:
             return f"{path} does not match its recorded checksum"
+    except FileNotFoundError:
+        return f"{path} is missing"
     except OSError as error:
         return f"{path} cannot be read ({error.strerror or error})"
+    return None
+
+
+def _foreign(checkpoint: Path, commit: Commit) -> str | None:
+    """A file that nobody checked and that loading would take for one of the checkpoint's."""
+    for folder, _, names in os.walk(checkpoint / ENGINE_FOLDER):
+        for name in names:
+            path = Path(folder, name)
+            if is_loaded(name) and path.relative_to(checkpoint).as_posix() not in commit.files:
+                return f"{path} is not in the checkpoint's record"
     return None
 
 
@@ -246,7 +239,7 @@ def newest_verified(folder: Path, here: Ranks) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def prune(folder: Path, *, step: int, after: int, keep: int) -> None:
+def prune(folder: Path, *, step: int, after: int, keep: int) -> dict[Path, str]:
     """Removes all but the newest checkpoints, and what broken-off runs left behind. First rank only.
 
     Args:
@@ -255,28 +248,41 @@ def prune(folder: Path, *, step: int, after: int, keep: int) -> None:
         after: The one that this process wrote before, or went on from (0 for none). Others beyond it were
             found damaged then: they must not crowd out sound ones.
         keep: Sound checkpoints to keep.
+
+    Returns:
+        What could not be removed, with the reason. It is tried again at every call.
     """
     found = published(folder)
     sound = [path for path in found if path.name <= step_name(after) or path.name == step_name(step)]
-    for old in found:
-        if old not in sound[-keep:]:
-            discard(old)
-    for leftover in folder.glob(".step-*.tmp-*"):
-        shutil.rmtree(leftover)
+    doomed = [path for path in found if path not in sound[-keep:]]
+    problems: dict[Path, str] = {}
+    for path in (*folder.glob(".step-*.tmp-*"), *doomed):
+        left = path
+        try:
+            if path in doomed:
+                left = _set_aside(path)
+            shutil.rmtree(left)
+        except OSError as error:
+            if os.path.lexists(left):
+                problems[left] = error.strerror or str(error)
+    return problems
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Removes what a broken-off save left behind; a finished conversion for other ranks stays of use."""
+    """Removes what a broken-off save left behind; a finished conversion for other ranks stays of use.
+
+    What cannot be removed is for `prune` to tell.
+    """
     for leftover in folder.glob(".step-*.tmp-*"):
         if not leftover.name.endswith(CONVERTED_SUFFIX):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
-def discard(checkpoint: Path) -> None:
-    """Removes a published checkpoint: first its name, so that no reader ever sees half of it."""
+def _set_aside(checkpoint: Path) -> Path:
+    """Takes a published checkpoint's name from it, so that no reader sees half of it; returns the new one."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.tmp-discarded-{uuid.uuid4().hex[:12]}")
     os.rename(checkpoint, doomed)
-    shutil.rmtree(doomed)
+    return doomed
 
 
 def _share(names: list[str], here: Ranks) -> list[str]:
@@ -289,7 +295,7 @@ def _file_names(folder: Path) -> list[str]:
     return broadcast_object(found)
 
 
-def _checked_in(folder: Path, names: list[str]) -> dict[str, dict[str, int]]:
+def _checked_in(folder: Path, names: list[str]) -> dict[str, FileRecord]:
     """Makes files durable and measures them."""
     measured = {}
     for name in names:
@@ -297,12 +303,12 @@ def _checked_in(folder: Path, names: list[str]) -> dict[str, dict[str, int]]:
         with writing(folder.parent):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-            measured[name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+            measured[name] = FileRecord(path.stat().st_size, _crc32(path))
     return measured
 
 
-def _gathered(part: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-    parts: list[dict[str, dict[str, int]]] = [{} for _ in range(dist.get_world_size())]
+def _gathered(part: dict[str, FileRecord]) -> dict[str, FileRecord]:
+    parts: list[dict[str, FileRecord]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, part)
     return {name: entry for found in parts for name, entry in found.items()}
 
@@ -315,9 +321,9 @@ def _crc32(path: Path) -> int:
     return value
 
 
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
 

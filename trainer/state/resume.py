@@ -2,18 +2,23 @@
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsekd.kernels.objective import MIXTURE_DIVERGENCES, Objective
+from sparsekd.logit_store.typed_json import one_line
 from sparsekd.trainer.config.schedule import learning_rate
 from sparsekd.trainer.config.schema import Config, ScheduleConfig
 from sparsekd.trainer.run.errors import CheckpointError
 from sparsekd.trainer.run.folder import CHECKPOINTS_NAME
 from sparsekd.trainer.run.ranks import Ranks, broadcast_object
 from sparsekd.trainer.run.tracking import METRICS_NAME
-from sparsekd.trainer.state.checkpoint import Commit, newest_verified, published, read_commit, verify
+from sparsekd.trainer.state.checkpoint import newest_verified, published, verify
+from sparsekd.trainer.state.record import Commit, read_commit
+
+_MOST_TOLD = 20
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,22 @@ def settings_of(config: Config, objective: Objective, *, impl: str) -> dict[str,
         "steps": config.train.steps,
         "learning_rate": rate,
     }
-    return {"numbers": numbers, "bits": bits, "course": course}
+    recorded: dict[str, Any] = _as_recorded({"numbers": numbers, "bits": bits, "course": course})
+    return recorded
+
+
+def _as_recorded(value: Any) -> Any:
+    """A value as it comes back from a record, so that it is compared with its like.
+
+    JSON has text for keys, no infinity (which some models' configurations hold), and a record 64 bits.
+    """
+    if isinstance(value, dict):
+        return {str(key): _as_recorded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_recorded(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return str(value) if isinstance(value, int) and abs(value) >= 2**63 else value
 
 
 def digest_of(settings: dict[str, Any]) -> str:
@@ -107,7 +127,7 @@ def choose_start(folder: Path, config: Config, now: Commit, here: Ranks) -> Star
         found, remarks = Path(config.train.resume), []
         problem = verify(found, here)
         if problem is not None:
-            raise CheckpointError(f"train.resume={found} cannot be used: {problem}")
+            raise CheckpointError(f"train.resume={found} cannot be used: {problem}.")
         _refuse_older(found, checkpoints)
     if found is None:
         return Start(None, None, remarks)
@@ -115,9 +135,7 @@ def choose_start(folder: Path, config: Config, now: Commit, here: Ranks) -> Star
     check_fits(commit, now, found)
     changes = _bit_changes(commit, now)
     if changes:
-        remarks.append(
-            f"Equal up to rounding, not bit for bit, to a run without the stop: {'; '.join(changes)}."
-        )
+        remarks.append(f"Equal up to rounding, not bit for bit, to a run without the stop: {_told(changes)}.")
     return Start(found, commit, remarks)
 
 
@@ -141,8 +159,13 @@ def check_fits(commit: Commit, now: Commit, place: Path) -> None:
     changed = _differences(commit.settings["numbers"], now.settings["numbers"])
     if changed:
         raise CheckpointError(
-            f"{place} was trained with other settings: {'; '.join(changed)}; set them back, or begin anew "
+            f"{place} was trained with other settings: {_told(changed)}; set them back, or begin anew "
             "under another run.name."
+        )
+    if commit.step > now.settings["course"]["steps"]:
+        raise CheckpointError(
+            f"{place} is at step {commit.step}, beyond train.steps={now.settings['course']['steps']}; "
+            "raise train.steps."
         )
     step = first_other_rate(commit.settings["course"], now.settings["course"], commit.step)
     if step is not None:
@@ -150,14 +173,9 @@ def check_fits(commit: Commit, now: Commit, place: Path) -> None:
         course = _differences(commit.settings["course"], now.settings["course"])
         raise CheckpointError(
             f"{place} was trained along another learning rate: {old:.4g} in step {step}, now {new:.4g} "
-            f"({'; '.join(course)}); the schedule may change only ahead of step {commit.step} "
+            f"({_told(course)}); the schedule may change only ahead of step {commit.step} "
             "(constant can be prolonged, and wsd before its decay); set it back, or begin anew under "
             "another run.name."
-        )
-    if commit.step > now.settings["course"]["steps"]:
-        raise CheckpointError(
-            f"{place} is at step {commit.step}, beyond train.steps={now.settings['course']['steps']}; "
-            "raise train.steps."
         )
 
 
@@ -212,3 +230,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         elif before != after:
             found.append(f"{prefix}{key} {before} -> {after}")
     return found
+
+
+def _told(changes: list[str]) -> str:
+    """Changes as part of a sentence, which a record of any content does not make endless."""
+    more = f"; and {len(changes) - _MOST_TOLD} more" if len(changes) > _MOST_TOLD else ""
+    return "; ".join(map(one_line, changes[:_MOST_TOLD])) + more

@@ -14,7 +14,8 @@ import deepspeed
 
 from sparsekd.trainer.run.errors import CheckpointError
 from sparsekd.trainer.run.ranks import Ranks, agree, leave_together
-from sparsekd.trainer.state.checkpoint import CONVERTED_SUFFIX, ENGINE_FOLDER, load
+from sparsekd.trainer.state.checkpoint import CONVERTED_SUFFIX, load
+from sparsekd.trainer.state.record import ENGINE_FOLDER
 
 # Each worker holds one rank's part of the optimizer state in memory.
 _LARGEST_WORKERS = 8

@@ -4,7 +4,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import deepspeed
@@ -25,12 +25,12 @@ from sparsekd.trainer.data.batches import (
 )
 from sparsekd.trainer.data.order import heldout_rows, micro_batches, mixed_seed, step_rows
 from sparsekd.trainer.data.skipping import RowsOrNothing
-from sparsekd.trainer.run.errors import UserError, writing
+from sparsekd.trainer.run.errors import UserError
 from sparsekd.trainer.run.folder import CHECKPOINTS_NAME, adopt, failures_recorded, write_done
 from sparsekd.trainer.run.ranks import Ranks, leave_together, together
 from sparsekd.trainer.run.tracking import NoTracker, Tracker, tracker_of
 from sparsekd.trainer.state import checkpoint
-from sparsekd.trainer.state.checkpoint import Commit
+from sparsekd.trainer.state.record import Commit
 from sparsekd.trainer.student.engine import backward, local_gradient_norm, set_learning_rate
 from sparsekd.trainer.student.evaluation import heldout_sums
 from sparsekd.trainer.student.setup import Plan, announce, build, load_start, make_plan, resolve_start
@@ -60,7 +60,8 @@ def train_on(here: Ranks, config: Config, overrides: Sequence[str]) -> None:
     else:
         adopt(folder, config, overrides, here)
         with failures_recorded(folder, here):
-            together(here, functools.partial(_clear_leftovers, folder, here))
+            if here.is_first:
+                checkpoint.clear_leftovers(folder / CHECKPOINTS_NAME)
             engine = build(config, plan, here)
             for remark in announce(engine, config, plan, start, here):
                 _say(here, remark)
@@ -84,6 +85,7 @@ class _State:
     steps: int = 0  # since the last line of metrics
     began: float = 0.0  # clock at the last line of metrics, in seconds
     paused: float = 0.0  # seconds of evaluations and checkpoints since then
+    not_removed: set[Path] = field(default_factory=set)  # old checkpoints that stayed, which was said
 
 
 def _train(
@@ -132,12 +134,6 @@ def _train(
                 with _paused(state, plan, here):
                     _save(engine, tracker, state, config, plan, folder, here)
     together(here, functools.partial(_mark_done, folder, state.step, plan, here))
-
-
-def _clear_leftovers(folder: Path, here: Ranks) -> None:
-    if here.is_first:
-        with writing(folder):
-            checkpoint.clear_leftovers(folder / CHECKPOINTS_NAME)
 
 
 def _mark_done(folder: Path, step: int, plan: Plan, here: Ranks) -> None:
@@ -267,16 +263,20 @@ def _save(
         step=state.step,
         rows_consumed=state.rows_consumed,
         tokens=state.tokens,
-        sums=total.tolist(),
-        skipped_rows=state.rows.left_out,
+        sums=tuple(total.tolist()),
+        skipped_rows=tuple(state.rows.left_out),
     )
     began = time.perf_counter()
     place = folder / CHECKPOINTS_NAME
     path = checkpoint.save(engine, place, commit, here)
     keep = config.train.keep_checkpoints
     if here.is_first:
-        with writing(place):
-            checkpoint.prune(place, step=state.step, after=state.saved, keep=keep)
+        left = checkpoint.prune(place, step=state.step, after=state.saved, keep=keep)
+        for kept in sorted(left.keys() - state.not_removed):
+            tracker.say(
+                f"warning: {kept} cannot be removed ({left[kept]}); remove it by hand, training goes on."
+            )
+        state.not_removed |= left.keys()
     state.saved = state.step
     tracker.say(f"checkpoint {path} ({time.perf_counter() - began:.1f} s)")
 

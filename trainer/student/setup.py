@@ -29,7 +29,7 @@ from sparsekd.trainer.run.errors import ConfigError, DataError
 from sparsekd.trainer.run.folder import package_versions
 from sparsekd.trainer.run.ranks import Ranks, agree, broadcast_object, leave_together, together
 from sparsekd.trainer.state import checkpoint
-from sparsekd.trainer.state.checkpoint import Commit
+from sparsekd.trainer.state.record import Commit
 from sparsekd.trainer.state.resume import Start, choose_start, digest_of, settings_of
 from sparsekd.trainer.state.universal import load_for_other_ranks
 from sparsekd.trainer.student.engine import (
@@ -144,7 +144,7 @@ def _plan(config: Config, store: LogitStore, here: Ranks) -> Plan:
             step=0,
             rows_consumed=0,
             tokens=0,
-            sums=no_sums(torch.device("cpu")).tolist(),
+            sums=tuple(no_sums(torch.device("cpu")).tolist()),
             world_size=here.world_size,
             threads_per_rank=config.launch.threads_per_rank,
             store_digest=store.digest,

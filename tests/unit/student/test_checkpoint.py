@@ -18,17 +18,22 @@ from sparsekd.trainer.run.errors import CheckpointError, UserError
 from sparsekd.trainer.run.ranks import Ranks, ranks
 from sparsekd.trainer.state import checkpoint
 from sparsekd.trainer.state.checkpoint import (
-    Commit,
     clear_leftovers,
     newest_verified,
     prune,
     published,
-    read_commit,
     save,
     torch_save,
 )
+from sparsekd.trainer.state.record import Commit, read_commit
 from sparsekd.trainer.state.resume import check_fits, choose_start, first_other_rate, settings_of
 from sparsekd.trainer.student.sums import no_sums
+
+WEIGHTS, OPTIMIZER = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+NUMBERS: dict[str, Any] = {
+    "train": {"seed": 0, "global_batch_rows": 8},
+    "engine": {"dtype": "float32", "zero_stage": 1, "deepspeed": {}},
+}
 
 
 class FileWriter:
@@ -38,7 +43,7 @@ class FileWriter:
 
 
 class FilesOnly:
-    """Stands for the engine: writes two files where DeepSpeed would."""
+    """Stands for the engine: writes the two files that DeepSpeed would on one rank in stage 1."""
 
     def __init__(self) -> None:
         self.checkpoint_engine = FileWriter()
@@ -46,8 +51,8 @@ class FilesOnly:
     def save_checkpoint(self, folder: str, *, tag: str, save_latest: bool) -> None:
         assert not save_latest
         (Path(folder) / tag).mkdir(parents=True, exist_ok=True)
-        for name, values in (("weights", 2000), ("optimizer", 6000)):
-            self.checkpoint_engine.save({name: torch.ones(values)}, f"{folder}/{tag}/{name}.pt")
+        for name, values in ((WEIGHTS, 2000), (OPTIMIZER, 6000)):
+            self.checkpoint_engine.save({"values": torch.ones(values)}, f"{folder}/{tag}/{name}")
 
 
 @contextmanager
@@ -69,6 +74,13 @@ def here() -> Iterator[Ranks]:
         yield joined
 
 
+def checkpoints_in(run: Path) -> Path:
+    """The folder that `adopt` makes."""
+    folder = run / "checkpoints"
+    folder.mkdir()
+    return folder
+
+
 def course(**changes: Any) -> dict[str, Any]:
     schedule = ScheduleConfig(**{"kind": "constant", "warmup_steps": 2, **changes.pop("schedule", {})})
     return {"schedule": schedule.__dict__, "steps": 10, "learning_rate": 0.1, **changes}
@@ -79,11 +91,11 @@ def commit(step: int, **changes: Any) -> Commit:
         step=step,
         rows_consumed=8 * step,
         tokens=80 * step,
-        sums=[0.1, 1 / 3, 0.0, 0.0, 5.0, 5.0, 4.0],
+        sums=(0.1, 1 / 3, 0.0, 0.0, 5.0, 5.0, 4.0),
         world_size=1,
         threads_per_rank=1,
         store_digest="a" * 64,
-        settings={"numbers": {"train": {"seed": 0}}, "bits": {}, "course": course()},
+        settings={"numbers": NUMBERS, "bits": {}, "course": course()},
         config_digest="b" * 64,
         versions={"torch": "2"},
         files={},
@@ -97,9 +109,9 @@ def test_a_checkpoint_appears_whole_and_reads_back(tmp_path: Path, here: Ranks) 
     assert place == tmp_path / "step-00000002" and published(tmp_path) == [place]
     found = read_commit(place)
     assert replace(found, files={}) == wanted  # floats too, to the last bit
-    weights = place / "engine" / "weights.pt"
-    assert found.files["engine/weights.pt"]["bytes"] == weights.stat().st_size > 8000
-    assert torch.equal(torch.load(weights)["weights"], torch.ones(2000))
+    weights = place / "engine" / WEIGHTS
+    assert found.files[f"engine/{WEIGHTS}"].bytes == weights.stat().st_size > 8000
+    assert torch.equal(torch.load(weights)["values"], torch.ones(2000))
     assert newest_verified(tmp_path, here) == (place, [])
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
@@ -107,15 +119,15 @@ def test_a_checkpoint_appears_whole_and_reads_back(tmp_path: Path, here: Ranks) 
 def test_damage_is_named_and_passed_over(tmp_path: Path, here: Ranks) -> None:
     for step in (2, 4, 6, 8):
         save(FilesOnly(), tmp_path, commit(step), here)
-    with (tmp_path / "step-00000008" / "engine" / "weights.pt").open("r+b") as file:
+    with (tmp_path / "step-00000008" / "engine" / WEIGHTS).open("r+b") as file:
         file.seek(3)
         file.write(b"X")
-    (tmp_path / "step-00000006" / "engine" / "optimizer.pt").unlink()
+    (tmp_path / "step-00000006" / "engine" / OPTIMIZER).unlink()
     (tmp_path / "step-00000004" / "COMMIT.json").write_text('{"step": 4')
     (tmp_path / "step-00000009").mkdir()  # no record: never published
     found, problems = newest_verified(tmp_path, here)
     assert found == tmp_path / "step-00000002"
-    assert ["checksum" in problems[0], "missing" in problems[1], "cannot be read" in problems[2]] == [
+    assert ["checksum" in problems[0], "missing" in problems[1], "not valid JSON" in problems[2]] == [
         True
     ] * 3
 
@@ -134,6 +146,49 @@ def test_damaged_newer_ones_do_not_crowd_out_sound_ones(tmp_path: Path, here: Ra
         save(FilesOnly(), tmp_path, commit(step), here)
     prune(tmp_path, step=6, after=4, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_what_cannot_be_removed_is_returned_and_tried_again(
+    tmp_path: Path, here: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (2, 4, 6):
+        save(FilesOnly(), tmp_path, commit(step), here)
+
+    def busy(*_: object, **__: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    with monkeypatch.context() as stuck:
+        stuck.setattr("os.rename", busy)
+        kept = {tmp_path / f"step-0000000{step}": "Device or resource busy" for step in (2, 4)}
+        assert prune(tmp_path, step=6, after=4, keep=1) == kept
+        with pytest.raises(
+            UserError, match=r"step-00000006 is in the way .*Device or resource busy.*by hand"
+        ):
+            save(FilesOnly(), tmp_path, commit(6), here)
+    with monkeypatch.context() as stuck:
+        stuck.setattr("shutil.rmtree", busy)
+        left = prune(tmp_path, step=6, after=4, keep=1)
+        assert [path.name[:14] for path in sorted(left)] == [".step-00000002", ".step-00000004"]
+        assert prune(tmp_path, step=6, after=4, keep=1) == left
+    assert published(tmp_path) == [tmp_path / "step-00000006"]
+    assert prune(tmp_path, step=6, after=4, keep=1) == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000006"]
+
+
+def test_a_checkpoint_of_the_same_step_gives_way(tmp_path: Path, here: Ranks) -> None:
+    place = save(FilesOnly(), tmp_path, commit(2), here)
+    (place / "engine" / WEIGHTS).write_bytes(b"")
+    save(FilesOnly(), tmp_path, commit(2), here)
+    assert newest_verified(tmp_path, here) == (place, [])
+    assert prune(tmp_path, step=2, after=0, keep=1) == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_a_removed_run_folder_is_not_made_anew(tmp_path: Path, here: Ranks) -> None:
+    gone = tmp_path / "run"
+    with pytest.raises(UserError, match=f"{gone} is not there: it was removed"):
+        save(FilesOnly(), gone / "checkpoints", commit(2), here)
+    assert not gone.exists()
 
 
 def test_a_start_clears_leftovers_but_for_a_conversion(tmp_path: Path, here: Ranks) -> None:
@@ -211,8 +266,8 @@ def test_a_kill_while_saving_leaves_the_older_one(
 
 
 def test_all_damaged_is_no_fresh_start(tmp_path: Path, here: Ranks) -> None:
-    place = save(FilesOnly(), tmp_path / "checkpoints", commit(2), here)
-    (place / "engine" / "weights.pt").write_bytes(b"")
+    place = save(FilesOnly(), checkpoints_in(tmp_path), commit(2), here)
+    (place / "engine" / WEIGHTS).write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"None of the 1 checkpoints .* is whole"):
         choose_start(tmp_path, Config(), commit(0), here)
 
@@ -228,7 +283,7 @@ def test_metrics_without_a_checkpoint_start_again(tmp_path: Path, here: Ranks) -
 
 
 def test_what_changed_but_not_the_numbers_is_said(tmp_path: Path, here: Ranks) -> None:
-    save(FilesOnly(), tmp_path / "checkpoints", commit(2), here)
+    save(FilesOnly(), checkpoints_in(tmp_path), commit(2), here)
     start = choose_start(tmp_path, Config(), commit(0, threads_per_rank=4, versions={"torch": "3"}), here)
     assert start.step == 2 and "threads_per_rank 1 -> 4; torch 2 -> 3" in start.remarks[0]
     assert choose_start(tmp_path, Config(), commit(0), here).remarks == []
@@ -239,19 +294,20 @@ def test_what_would_change_the_numbers_is_refused() -> None:
     check_fits(commit(5), commit(0), place)
     with pytest.raises(CheckpointError, match="another store"):
         check_fits(commit(5), commit(0, store_digest="c" * 64), place)
-    other = {"numbers": {"train": {"seed": 1}}, "bits": {}, "course": course()}
+    seeded = {**NUMBERS, "train": {**NUMBERS["train"], "seed": 1}}
+    other = {"numbers": seeded, "bits": {}, "course": course()}
     with pytest.raises(CheckpointError, match=r"train\.seed 0 -> 1"):
         check_fits(commit(5), commit(0, settings=other), place)
-    shorter = {"numbers": {"train": {"seed": 0}}, "bits": {}, "course": course(steps=4)}
+    shorter = {"numbers": NUMBERS, "bits": {}, "course": course(steps=4)}
     with pytest.raises(CheckpointError, match=r"beyond train\.steps=4"):
         check_fits(commit(5), commit(0, settings=shorter), place)
 
 
 def test_a_checkpoint_of_another_version_is_refused_in_words(tmp_path: Path, here: Ranks) -> None:
     """From before the sums of weights were two more: 5 in place of 7."""
-    older = commit(2, sums=[0.1, 1 / 3, 0.0, 0.0, 5.0])
-    place = save(FilesOnly(), tmp_path / "checkpoints", older, here)
-    now = commit(0, sums=no_sums(here.device).tolist())
+    older = commit(2, sums=(0.1, 1 / 3, 0.0, 0.0, 5.0))
+    place = save(FilesOnly(), checkpoints_in(tmp_path), older, here)
+    now = commit(0, sums=tuple(no_sums(here.device).tolist()))
     named = Config()
     named.train.resume = str(place)
     for config in (Config(), named):
@@ -301,3 +357,15 @@ def test_further_keys_of_deepspeed_change_the_numbers_and_buckets_only_bits() ->
     other = settings(offload="cpu", reduce_bucket_size=7, prefetch_bucket_size=8)
     check_fits(commit(5, settings=plain), commit(0, settings=other), place)
     assert plain["bits"]["engine"] != other["bits"]["engine"]
+
+
+def test_settings_that_json_has_no_words_for_come_back_as_they_are(tmp_path: Path, here: Ranks) -> None:
+    """Some models' configurations hold infinity, and numbers for keys."""
+    config = Config()
+    config.student.config = {"time_step_limit": [0.0, float("inf")], "id2label": {0: "no"}, "large": 2**70}
+    settings = settings_of(config, objective_of(config.objective), impl="torch")
+    settings["numbers"]["engine"] |= NUMBERS["engine"]
+    rows = settings["numbers"]["train"]["global_batch_rows"]
+    place = save(FilesOnly(), tmp_path, commit(2, settings=settings, rows_consumed=2 * rows), here)
+    assert read_commit(place).settings == settings
+    check_fits(read_commit(place), commit(0, settings=settings), place)

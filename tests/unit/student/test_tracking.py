@@ -1,12 +1,15 @@
 """metrics.jsonl survives what a kill leaves, and Weights & Biases is a mirror that may break."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sparsekd.trainer.config.schema import TrackingConfig
+from sparsekd.trainer.run.errors import UserError
 from sparsekd.trainer.run.tracking import (
     METRICS_NAME,
     WANDB_ID_NAME,
@@ -58,6 +61,25 @@ def test_lines_are_cut_back_to_a_step(tmp_path: Path, capsys: pytest.CaptureFixt
     assert cut_metrics(tmp_path / "nowhere", step=0) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("step 1/9  loss 2.5000  ce 2.5000  lr 1.00e-03") and "kd" not in printed[0]
+
+
+def test_a_removed_or_replaced_file_takes_no_more_lines(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for write in (lambda track: track.log(record(2)), lambda track: track.sync()):
+        folder.mkdir()
+        with (
+            pytest.raises(UserError, match=f"{folder} is not there: it was removed"),
+            tracker(folder) as track,
+        ):
+            track.log(record(1))
+            shutil.rmtree(folder)
+            write(track)
+        assert not folder.exists()
+    folder.mkdir()
+    with pytest.raises(UserError, match="replaced by another file"), tracker(folder) as track:
+        track.log(record(1))
+        os.replace(shutil.copy(folder / METRICS_NAME, tmp_path / "copy"), folder / METRICS_NAME)
+        track.log(record(2))
 
 
 def test_a_line_for_people() -> None:
