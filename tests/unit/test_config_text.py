@@ -155,6 +155,7 @@ def test_an_interpolation_stays_one_and_can_be_escaped(tmp_path: Path) -> None:
         ("corpus.paths=[a,]", ["corpus.paths", "in quotes"]),
         ("corpus.paths=[???]", ["corpus.paths", "missing"]),
         ("corpus.paths=sort([2,1])", ["corpus.paths", "in quotes"]),
+        ("evaluate.models={kd: a(1,2)}", ["evaluate.models", "'a(1'", "{name: 'a, b'}"]),
         ("evaluate.models={kd}", ["evaluate.models", "{name: text, other: text}"]),
         ("evaluate.models={true: x}", ["evaluate.models", "True", "str"]),
         ("evaluate.models.a.b=x", ["evaluate.models", "str"]),

@@ -154,9 +154,10 @@ def _elements(pattern: re.Pattern[str], inside: str, word: str) -> list[str]:
             text = found["plain"].rstrip(" \t")
             # Each of these could be one element with a comma in it, or two.
             if not text or text[0] in "'\"" or text.endswith("\\") or not _is_balanced(text):
+                example = "['a, b',c]" if pattern is _ELEMENT else "{name: 'a, b'}"
                 raise ConfigError(
-                    f"{word!r} can be read in more than one way at {text!r}; write that element in quotes, "
-                    "such as ['first, with a comma',second]."
+                    f"{word!r} can be read in more than one way at {text!r}; write that text in quotes, as "
+                    f"in {example}."
                 )
         name = found.groupdict().get("name")
         elements.append(_quoted(text, word) if name is None else f"{name}:{_quoted(text, word)}")
