@@ -3,7 +3,9 @@
 Everything that can be wrong without loading a model is found here, before torch is imported.
 """
 
+import dataclasses
 import difflib
+import re
 import sysconfig
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -18,12 +20,14 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
+from yaml import YAMLError
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import read_manifest
 from sparsekd.logit_store.places.paths import RemotePath, StorePath, store_path
 from sparsekd.trainer.config.schema import Config, Option, options, require
+from sparsekd.trainer.config.text import UNREADABLE, as_typed, exact_schema, quoted, without_interpolation
 from sparsekd.trainer.run.errors import ConfigError, FolderError
 
 CONFIG_MODULE = "sparsekd.conf"
@@ -41,7 +45,7 @@ def compose_config(overrides: Sequence[str], *, config_directory: str | None = N
             the key, the value, the legal values and the nearest key.
     """
     _check_keys(overrides, config_directory)
-    ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="schema", node=exact_schema())
     OmegaConf.register_new_resolver("python_stdlib", _python_stdlib, replace=True)
     search_path = (
         [] if config_directory is None else [f"hydra.searchpath=[{_search_entry(config_directory)}]"]
@@ -49,10 +53,15 @@ def compose_config(overrides: Sequence[str], *, config_directory: str | None = N
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"), redirect_stderr(StringIO()):
-            composed = compose("config", overrides=[*map(_allow_free_keys, overrides), *search_path])
-        config = OmegaConf.to_object(composed)
+            words = [_allow_free_keys(as_typed(text)) for text in overrides]
+            composed = compose("config", overrides=[*words, *search_path])
+        # Here an interpolation becomes what its key needs, also text made of a number.
+        values = OmegaConf.create(OmegaConf.to_container(composed, resolve=False))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_first_sentence(error)) from error
+    except YAMLError as error:
+        raise ConfigError(f"A group is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(config, Config):
         raise ConfigError(
             "conf/config.yaml does not start from the schema; its defaults list must begin with it."
@@ -63,8 +72,16 @@ def compose_config(overrides: Sequence[str], *, config_directory: str | None = N
 
 
 def as_yaml(config: Config) -> str:
-    """The whole configuration as YAML, as a run folder keeps it."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The whole configuration as YAML, as a run folder keeps it; text with `${` in it comes back as text."""
+    return OmegaConf.to_yaml(OmegaConf.create(_without_interpolations(dataclasses.asdict(config))))
+
+
+def _without_interpolations(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_interpolations(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_interpolations(entry) for entry in value]
+    return without_interpolation(value) if isinstance(value, str) else value
 
 
 def groups() -> dict[str, list[str]]:
@@ -209,10 +226,13 @@ def _check_value(leaf: Option) -> None:
     choices = leaf.choices
     if leaf.default is None:
         return
-    if choices is not None and leaf.default not in choices:
-        near = difflib.get_close_matches(str(leaf.default), choices, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        raise ConfigError(f"{leaf.key}={leaf.default} is not one of {', '.join(choices)}{hint}")
+    if choices is not None:
+        _check_one_of(leaf.key, leaf.default, choices)
+    if leaf.type_name in ("list[str]", "dict[str, str]"):
+        entries = leaf.default.values() if isinstance(leaf.default, dict) else leaf.default
+        nested = next((entry for entry in entries if not isinstance(entry, str)), None)
+        if nested is not None:  # OmegaConf lets lists and mappings of YAML pass
+            raise ConfigError(f"{leaf.key} holds {nested}, which is not text{_expected(leaf)}.")
     numbers = leaf.default if isinstance(leaf.default, list) else [leaf.default]
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int | float):
@@ -233,17 +253,20 @@ def _check_keys(overrides: Sequence[str], config_directory: str | None) -> None:
     leaves = {leaf.key: leaf for leaf in options()}
     sections = sorted({key.rpartition(".")[0] for key in leaves})
     for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException as error:
-            raise ConfigError(f"{text!r} is not an override of the form key=value.") from error
-        key = override.key_or_group
-        if key.startswith("hydra."):
-            continue
-        if override.is_sweep_override():
+        if re.match(r"[+~]*hydra([./@=]|$)", text):
             raise ConfigError(
-                f"{text!r} is a sweep; sparsekd runs one configuration: call it once for each value."
+                f"{text!r} is a setting of Hydra itself, and sparsekd takes none; a run's folder is "
+                "run.root/run.name."
             )
+        try:
+            override = OverridesParser.create().parse_override(as_typed(text))
+        except UNREADABLE as error:
+            raise ConfigError(_about_form(text, leaves)) from error
+        key = override.key_or_group
+        if override.is_delete() and key in leaves:
+            raise ConfigError(f"{text!r} takes a key away, and every key has a value; set {key}=... instead.")
+        if override.is_sweep_override():
+            raise ConfigError(_about_sweep(text))
         known_groups = groups()
         if key in known_groups and not override.is_delete():
             _check_choice(key, str(override.value()), known_groups[key], config_directory)
@@ -281,18 +304,43 @@ def _check_choice(group: str, value: str, choices: list[str], config_directory: 
     if config_directory is not None:
         own = Path(config_directory, group)
         choices = choices + [item.stem for item in own.glob("*.yaml")]
-    if value in choices or value in ("None", "null"):
+    _check_one_of(group, value, choices)
+
+
+def _check_one_of(key: str, value: str, choices: Sequence[str]) -> None:
+    if value in choices:
         return
+    if set(value.split(",")) <= set(choices):
+        raise ConfigError(_about_sweep(f"{key}={value}"))
     near = difflib.get_close_matches(value, choices, n=1)
     hint = f"; did you mean {near[0]}?" if near else "."
-    raise ConfigError(f"{group}={value} is not one of {', '.join(choices)}{hint}")
+    raise ConfigError(f"{key}={value} is not one of {', '.join(choices)}{hint}")
+
+
+def _about_sweep(text: str) -> str:
+    return f"{text!r} is a sweep; sparsekd runs one configuration: call it once for each value."
+
+
+def _about_form(text: str, leaves: dict[str, Option]) -> str:
+    """The sentence about an override that Hydra's grammar cannot read."""
+    key, equals, _ = text.lstrip("+~").partition("=")
+    if not equals:
+        return f"{text!r} is not an override of the form key=value."
+    if key in leaves:
+        return f"{text!r} has a value that cannot be read{_expected(leaves[key])}."
+    if _is_free(key):
+        return (
+            f"{text!r} has a value that cannot be read; text that holds more than letters, digits and "
+            f"/-+.$%*@?| is written in quotes, such as {key}='\"a=b\"'."
+        )
+    return f"{text!r} is not an override of the form key=value: {key!r} cannot be a key."
 
 
 def _search_entry(config_directory: str) -> str:
     folder = Path(config_directory)
     if not folder.is_dir():
         raise ConfigError(f"--config-dir {config_directory} is not an existing folder.")
-    return f"file://{folder.resolve()}"
+    return quoted(f"file://{folder.resolve()}")
 
 
 def _first_sentence(error: Exception) -> str:
@@ -307,11 +355,23 @@ def _first_sentence(error: Exception) -> str:
         elif line.strip():
             lines.append(line.strip())
     key = details.get("full_key", "")
-    message = " ".join(lines[:2]).rstrip(".")
     leaf = next((leaf for leaf in options() if leaf.key == key), None)
-    form = ", written as [first,second]" if leaf and leaf.type_name.startswith("list") else ""
-    expected = f" (expected {leaf.type_name}{form}: {leaf.comment.rstrip('.')})" if leaf else ""
-    return f"{key + ': ' if key else ''}{message}{expected}."
+    said = re.sub(r": \w+ raised while composing config:", ":", " ".join(lines[:2]).rstrip("."))
+    message = said.replace("Union[str, bytes]", "str")  # `exact_schema`'s name for text
+    if message != said and "incompatible" in said:
+        message += "; text that reads like a number or a switch is written in quotes"
+    if leaf is None and "." not in key:  # an element, which OmegaConf calls by its number or name alone
+        _, merging, word = str(error).partition("Error merging override ")
+        key = word if merging and cause is not error else ""
+    if isinstance(cause, GrammarParseError | InterpolationResolutionError):
+        message += "; ${ begins the name of another key, and \\${ stands for the characters themselves"
+    return f"{key + ': ' if key else ''}{message}{_expected(leaf) if leaf else ''}."
+
+
+def _expected(leaf: Option) -> str:
+    forms = {"list": ", written as [first,second]", "dict": ", written as {name: value, other: value}"}
+    form = forms.get(leaf.type_name[:4], "")
+    return f" (expected {leaf.type_name}{form}: {leaf.comment.rstrip('.')})"
 
 
 def _python_stdlib() -> str:

@@ -95,6 +95,8 @@ def _dispatch(verb: str, words: list[str]) -> int:
     if verb == "doctor":
         from sparsekd.trainer.door.doctor import run as run_doctor
 
+        if words:
+            raise TypedError(f"doctor takes no settings, found {' '.join(words)}; leave them away.")
         return run_doctor()
     parser = argparse.ArgumentParser(prog=f"sparsekd {verb}", add_help=False, exit_on_error=False)
     parser.add_argument("--config-dir")
@@ -154,6 +156,8 @@ def _overview() -> str:
         "",
         *(f"  {verb:<{width}}  {purpose}" for verb, purpose in VERBS.items()),
         "",
+        "  key=value     a setting; text is taken as typed, but for null where its type says None, quotes",
+        "                around the whole value, and ${run.root} for another key's (docs/operations.md)",
         "  --cfg         print the composed configuration and stop",
         "  --config-dir  a folder with configuration groups of your own",
         "  --traceback   show where an error arose",

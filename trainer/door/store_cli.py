@@ -161,16 +161,18 @@ def _verify(flags: argparse.Namespace, settings: list[str]) -> int:
         )
     if flags.reseal and not flags.repair:
         raise TypedError("--reseal says what --repair may do; give both, or neither.")
+    config = None
+    if flags.teacher or flags.repair:
+        from sparsekd.trainer.config.compose import compose_config
+
+        with typed():
+            config = compose_config(settings)
     with ProgressLine("store verify") as progress:
         result = verify_store(flags.path, jobs=flags.jobs, progress=progress)
     print(result.text())
     if not result.ok and not flags.repair:
         return 2
-    if flags.teacher or (flags.repair and not result.ok):
-        from sparsekd.trainer.config.compose import compose_config
-
-        with typed():
-            config = compose_config(settings)
+    if config is not None and (flags.teacher or not result.ok):
         return _with_teacher(flags, config, result)
     print(f"next: {_next_of_store(flags.path)}")
     return 0
