@@ -54,7 +54,7 @@ def render(evaluation: Evaluation, runs: dict[str, Path], samples: list[Continua
         samples: Continuations, may be empty.
         title: Heading of the page.
     """
-    template = resources.files("sparsekd.trainer.quality").joinpath("report.html").read_text(encoding="utf-8")
+    template = resources.files("sparsekd.trainer.report").joinpath("report.html").read_text(encoding="utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
