@@ -440,14 +440,14 @@ def _check_not_empty(look: _Look) -> None:
 
     Where probabilities sum to 1, the likeliest of V outcomes has at least -log V, far above the limit.
     """
-    rest = look.planes["log_rest"]
+    most = look.planes["log_rest"]
     temperatures = np.asarray(look.manifest.record.temperatures, np.float32)
     lowest = IMPOSSIBLE_LOGPROB / np.minimum(temperatures, 1)
-    if (rest >= lowest).all():
-        return
-    most = rest
     if look.manifest.record.k:
-        most = np.maximum(rest, look.planes["head_logprobs"][:, :1] / temperatures)
+        first = look.planes["head_logprobs"][:, 0]
+        if first.min() >= IMPOSSIBLE_LOGPROB:  # then it is far enough up at every temperature
+            return
+        most = np.maximum(most, first[:, None] / temperatures)
     bad = np.flatnonzero((most < lowest).any(axis=1))
     if bad.size:
         column = int((most[bad[0]] < lowest).argmax())
