@@ -117,6 +117,7 @@ def test_killed_writers_are_continued_to_the_same_store(
         for _ in range(20):
             # The third .json is the first commit record: before it come the manifest and the tokenizer.
             where = "" if place == "anywhere" else f"{place} {chance.randint(1, 5)}"
+            begin = time.monotonic()
             process = writers.start(path, tokenizer, 0, 1, where)
             # What a scheduler sends first, too: it must leave no more than SIGKILL does.
             ended_by = signal.SIGKILL if where else chance.choice((signal.SIGKILL, signal.SIGTERM))
@@ -133,6 +134,8 @@ def test_killed_writers_are_continued_to_the_same_store(
             if status == ended_by:
                 break
             assert status == 0
+            # It ended before the kill: the first run may have been a slow one.
+            duration = min(duration, time.monotonic() - begin)
     assert sum(hit.values()) == KILLS and all(hit[place] >= LABELLED_TIMES for place in PLACES), hit
     # One of two ranks goes on, then the other: no state but the folder.
     for rank in (1, 0):
