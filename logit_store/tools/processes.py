@@ -72,8 +72,7 @@ def results_of(
             f"A process of {what} was killed, as happens where memory runs out: run the same command again "
             f"with fewer --jobs than {jobs}; it goes on with what is there."
         ) from None
-    except Exception:
-        # What others have begun is finished: a shard that is whole need not be made again.
+    except Exception:  # of the work: what others have begun is finished, a whole shard is not made again
         pool.shutdown(cancel_futures=True)
         raise
     finally:

@@ -46,7 +46,7 @@ def run_as_process(work: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         code = 130
         raise
-    except BaseException:
+    except BaseException:  # whatever it is: a traceback is printed, and 1 is Python's own code for it
         code = 1
         raise
     sys.exit(code)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,8 @@ from synthetic_stores import write_synthetic_store
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.places.files import TEMPORARY_PREFIX, files_below, publish_bytes
 from sparsekd.logit_store.places.paths import RemotePath, StorePath
-from sparsekd.logit_store.protocol.reader import open_store
+from sparsekd.logit_store.protocol.reader import LogitStore, open_store
+from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.synthetic import synthetic_manifest
 from sparsekd.logit_store.tools.combine import merge_stores, subset_store
 from sparsekd.logit_store.tools.export import export_store
@@ -198,7 +200,9 @@ def test_a_command_of_two_processes_that_was_killed_goes_on(
     assert not [name for name in files_below(new) if TEMPORARY_PREFIX in name]
 
 
-def test_machines_that_run_one_command_share_its_shards(tmp_path: Path) -> None:
+def test_machines_that_run_one_command_share_its_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = synthetic_manifest(rows_per_shard=1)
     write_synthetic_store(tmp_path / "large", manifest, {"train": 60}, seed=1)
     expected = reencode_store(tmp_path / "large", tmp_path / "whole", codec="exact")
@@ -219,6 +223,15 @@ def test_machines_that_run_one_command_share_its_shards(tmp_path: Path) -> None:
             with pytest.raises(Enough):
                 other(progress=a_few)
 
+    rows: Counter[int] = Counter()
+    read_row = LogitStore.read_row
+
+    def counted(store: LogitStore, split: str, index: int) -> Row:
+        rows[index] += store.path == tmp_path / "large"
+        return read_row(store, split, index)
+
+    monkeypatch.setattr(LogitStore, "read_row", counted)
     assert other(progress=meanwhile) == expected
+    assert rows == dict.fromkeys(range(60), 1), "no shard is made by both"
     assert _tree(tmp_path / "new") == _tree(tmp_path / "whole")
     assert np.unique(read).size > 5
