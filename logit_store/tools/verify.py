@@ -116,15 +116,15 @@ class VerifyResult:
 
 @dataclass
 class _Finding:
-    """What is found in one shard, or what the sound shards of a split have together.
+    """What is found in one shard.
 
     Attributes:
         problems: one sentence each.
         rows: that are sound.
-        file_bytes: of the Arrow files.
-        counts: over the rows; None before any.
+        file_bytes: of the Arrow file.
+        counts: over the rows; None where one is unsound.
         plane_bytes: stored bytes of each plane.
-        alignment: of the sound rows; not summed over a split's shards.
+        alignment: of the sound rows.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -134,18 +134,26 @@ class _Finding:
     plane_bytes: Counter[str] = field(default_factory=Counter)
     alignment: Alignment = field(default_factory=Alignment)
 
-    def include(self, shard: "_Finding") -> None:
-        """Adds what was found in a sound shard."""
+
+class _Sums:
+    """What a split's sound shards have together."""
+
+    def __init__(self) -> None:
+        self.counts: list[RowCounts] = []  # none, or the sums so far
+        self.plane_bytes: Counter[str] = Counter()
+        self.file_bytes = 0
+
+    def add(self, shard: _Finding) -> None:
         assert shard.counts is not None
-        self.counts = sum_of_counts([counts for counts in (self.counts, shard.counts) if counts is not None])
+        self.counts = [sum_of_counts([*self.counts, shard.counts])]
         self.plane_bytes.update(shard.plane_bytes)
         self.file_bytes += shard.file_bytes
 
     def contradictions(self, store: LogitStore, split: str) -> list[str]:
-        """Says where the index has other sums than a split's shards together."""
+        """Says where the index has other sums."""
         index = store.index(split)
         found = {
-            "counts": index.counts == self.counts,
+            "counts": [index.counts] == self.counts,
             "plane_bytes": index.plane_bytes == self.plane_bytes,
             "file_bytes": index.file_bytes == self.file_bytes,
         }
@@ -181,7 +189,7 @@ def verify_store(path: str | StorePath, *, jobs: int = 1, progress: Progress = n
     problems: list[str] = []
     damaged: list[tuple[str, int]] = []
     alignment = Alignment()
-    sums = {split: _Finding() for split in store.manifest.splits}
+    sums = {split: _Sums() for split in store.manifest.splits}
     rows = bytes_read = 0
     with _noted(problems):
         require_tokenizer(path / TOKENIZER_NAME, store.manifest.tokenizer.digest)
@@ -201,7 +209,7 @@ def verify_store(path: str | StorePath, *, jobs: int = 1, progress: Progress = n
             problems += finding.problems
             damaged.append((split, shard))
         else:
-            sums[split].include(finding)
+            sums[split].add(finding)
         alignment.include(finding.alignment)
         rows, bytes_read = rows + finding.rows, bytes_read + finding.file_bytes
         progress("shards", done, shards)
