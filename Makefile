@@ -6,7 +6,7 @@ BIN := $(abspath $(VENV))/bin
 # The current folder must not come first on Python's path (see docs/architecture.md, "one import name").
 export PYTHONSAFEPATH := 1
 
-.PHONY: help setup demo test check format lint copy types pytest pyarrow-range soak fuzz clean
+.PHONY: help setup demo test check format lint copy types pytest cluster pyarrow-range soak goodput fuzz clean
 
 help:  ## Shows the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,8 +46,11 @@ copy: setup
 types: copy  ## Types, on a non-editable copy.
 	cd .check && MYPYPATH=.:../benchmarks $(BIN)/mypy --config-file ../pyproject.toml -p sparsekd $(SCRIPTS)
 
-pytest: setup  ## All tests; those that need a GPU skip with a reason.
-	$(BIN)/python -m pytest tests
+pytest: setup  ## All tests but most of `make cluster`; those that need a GPU or Slurm skip with a reason.
+	$(BIN)/python -m pytest tests -m "not slurm or ci"
+
+cluster: setup  ## Jobs on a Slurm cluster of two nodes on this machine; needs slurm-wlm, munge and root.
+	$(BIN)/python -m pytest tests/slurm
 
 # The oldest release that pyproject.toml allows and the newest that CI runs, in small environments of their own.
 PYARROW_OLDEST := $(shell sed -nE 's/.*"pyarrow>=([0-9]+)".*/\1.0.0/p' pyproject.toml)
@@ -67,9 +70,18 @@ pyarrow-range: pyarrow-$(PYARROW_OLDEST) pyarrow-$(PYARROW_NEWEST)  ## Stores of
 
 .PRECIOUS: $(VENV)-pyarrow-%/.installed
 
-# 210 kills with those of `make pytest`, each step of the protocol at least 5 times.
-soak: setup  ## Kills 160 writers of a store, at every step and anywhere: minutes.
+# It goes on from what .soak/starts.jsonl counts: larger numbers add to it. The page keeps what older lines counted.
+KILLS ?= 300
+SIGNALS ?= 50
+SOAK_PAGE ?= benchmarks/results/soak.md
+SOAK := PYTHONPATH=tests:tests/distributed:benchmarks $(BIN)/python tests/distributed/soak.py
+soak: setup  ## Kills trainings and captures, or asks them to stop, at random (KILLS, SIGNALS): hours; then writers of a store.
+	$(SOAK) --kills $(KILLS) --signals $(SIGNALS) --page $(SOAK_PAGE)
 	SPARSEKD_SOAK_KILLS=160 $(BIN)/python -m pytest -s tests/unit/store/test_crash.py -k killed_writers
+
+MINUTES ?= 10
+goodput: setup  ## A training that is killed every 20 s (MINUTES): the shares of useful and of other time.
+	$(SOAK) --goodput $(MINUTES) --page $(SOAK_PAGE)
 
 CASES ?= 20000
 SEED ?= 0
@@ -77,4 +89,4 @@ fuzz: setup  ## Reads 20,000 stores of a hostile stranger (CASES, SEED); keeps t
 	$(BIN)/python tests/unit/store/fuzz_store.py --cases $(CASES) --seed $(SEED) --keep .fuzz --sentences 100
 
 clean:  ## Removes what the targets made, but not runs.
-	rm -rf $(VENV) $(VENV)-pyarrow-* .check .fuzz build *.egg-info
+	rm -rf $(VENV) $(VENV)-pyarrow-* .check .fuzz .soak build *.egg-info

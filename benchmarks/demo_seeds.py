@@ -7,7 +7,6 @@ the students' training.
     make demo && .venv/bin/python benchmarks/demo_seeds.py --seeds 1 2 3
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -19,7 +18,7 @@ from tempfile import TemporaryDirectory
 # The folder is no package, and PYTHONSAFEPATH keeps a script's folder off the path.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from page import RESULTS, made_by, processor, running_code, table
+from page import command_line, made_by, processor, running_code, table
 from verbs import sparsekd
 
 from sparsekd.logit_store.protocol.reader import open_store
@@ -82,14 +81,10 @@ def markdown(results: dict[int, dict[str, float]], made: Sequence[str]) -> str:
 def main(words: Sequence[str] | None = None) -> None:
     """Run every seed, write the page, say where it is."""
     words = list(sys.argv[1:] if words is None else words)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, smoke="one seed, two steps, one rank: does it run?")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--ranks", type=int, default=2, help="processes of a student's training")
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="folder that `make demo` wrote")
-    parser.add_argument("--smoke", action="store_true", help="one seed, two steps, one rank: does it run?")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the page")
     arguments, overrides = parser.parse_known_args(words)
     if arguments.smoke:
         arguments.seeds, arguments.ranks = arguments.seeds[:1], 1

@@ -35,7 +35,7 @@ from kernel_measure import INPUT_SETS, SEED, Result, measure
 from kernel_peers import contestants
 from kernel_plot import draw
 from kernel_report import markdown, table_title
-from page import RESULTS, Code, made_by, processor, running_code, versions
+from page import Code, command_line, made_by, page_and_picture, processor, running_code, versions
 
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 DEFAULTS: dict[str, dict[str, list]] = {
@@ -183,12 +183,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The command line, its defaults those of the device."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--smoke", action="store_true", help="tiny cases on the CPU, nothing compiled: does it run?"
-    )
+    parser = command_line(__doc__, smoke="tiny cases on the CPU, nothing compiled: does it run?")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="cuda where there is one")
     parser.add_argument("--shapes", nargs="+", type=_shape, metavar="VxH", help="vocabulary x hidden size")
     parser.add_argument("--positions", nargs="+", type=int, metavar="N")
@@ -218,7 +213,6 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         metavar="FILE",
         help="keep finished cases here; a later call of the same code goes on from them, which the page says",
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the page")
     arguments = parser.parse_args(words)
     if arguments.smoke:
         arguments.device = "cpu"
@@ -253,12 +247,11 @@ def main(words: Sequence[str] | None = None) -> None:
         machine=device_name(device),
         packages=PACKAGES,
     )
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    page = arguments.out / f"kernel_{device.type}.md"
-    draw(results, page.with_suffix(".png"), device_name(device))
+    page, picture = page_and_picture(arguments.out, f"kernel_{device.type}")
+    draw(results, picture, device_name(device))
     head = [*made, "", header(arguments)]
-    page.write_text(markdown(results, head, left_out, page.with_suffix(".png").name))
-    print(f"Written: {page}, {page.with_suffix('.png')}")
+    page.write_text(markdown(results, head, left_out, picture.name))
+    print(f"Written: {page}, {picture}")
 
 
 if __name__ == "__main__":

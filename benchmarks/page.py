@@ -1,5 +1,6 @@
 """What the pages of all benchmarks share: how they were made, and Markdown tables."""
 
+import argparse
 import hashlib
 import os
 import platform
@@ -17,6 +18,7 @@ PACKAGES = ("conf", "kernels", "launch", "logit_store", "trainer")
 SOURCES = (".py", ".yaml")
 DIGITS = 12
 """Of commit and digest, on pages and in names of folders."""
+UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -61,20 +63,48 @@ def digest_of(folders: Iterable[Path]) -> str:
 
 def commit_of(folder: Path) -> str:
     """The commit of a checkout in words, and how many files differ from it; pages do not count."""
-    try:
-        commit = _git(folder, "rev-parse", f"--short={DIGITS}", "HEAD").strip()
-        changed = _git(folder, "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
-    except (OSError, subprocess.CalledProcessError):
+    commit, count = commit_and_changes(folder)
+    if commit == UNKNOWN:
         return "of no known commit (git knows none here)"
-    count = len(changed.splitlines())
     if not count:
         return f"of commit `{commit}`, unchanged"
     return f"of commit `{commit}` **with changes in {count} file{'s' * (count > 1)} that are not committed**"
 
 
+def commit_and_changes(folder: Path) -> tuple[str, int]:
+    """The commit of a checkout, `UNKNOWN` without one, and how many files differ from it."""
+    try:
+        commit = _git(folder, "rev-parse", f"--short={DIGITS}", "HEAD").strip()
+        changed = _git(folder, "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    except (OSError, subprocess.CalledProcessError):
+        return UNKNOWN, 0
+    return commit, len(changed.splitlines())
+
+
 def _git(folder: Path, *words: str) -> str:
     command = ["git", "-C", str(folder), *words]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def command_line(
+    about: str | None, *, smoke: str = "everything at its smallest: does it run?"
+) -> argparse.ArgumentParser:
+    """The command line of a benchmark, with the flags that all have.
+
+    Args:
+        about: the script's own description.
+        smoke: what --smoke does.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help=smoke)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the page")
+    return parser
+
+
+def page_and_picture(out: Path, name: str) -> tuple[Path, Path]:
+    """Where a page goes and the picture beside it, in a folder that is made."""
+    out.mkdir(parents=True, exist_ok=True)
+    return out / f"{name}.md", out / f"{name}.png"
 
 
 def made_by(

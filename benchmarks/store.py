@@ -27,7 +27,7 @@ if __name__ == "__main__":
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pyarrow as pa
-from page import RESULTS, made_by, processor, running_code
+from page import command_line, made_by, page_and_picture, processor, running_code
 from store_data import Case, DataSet, synthetic_set
 from store_fidelity import CASES, measure_fidelity, students, synthetic_teacher
 from store_measure import Measured, measure, size_alone
@@ -130,10 +130,7 @@ def _say(text: str) -> None:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="everything at its smallest: does it run?")
+    parser = command_line(__doc__)
     parser.add_argument(
         "--cache",
         type=Path,
@@ -141,7 +138,6 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         help="keep the trained teacher here, or take it from here where the same code made it; the page says "
         "which (default: train it anew, keep nothing)",
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the page")
     return parser.parse_args(words)
 
 
@@ -176,9 +172,7 @@ def main(words: Sequence[str] | None = None) -> None:
     minutes, load = (time.monotonic() - begin) / 60, os.getloadavg()[0]
     machine = f"{processor()}, one thread, load {load:.1f} at the end, {minutes:.0f} minutes"
     made = made_by("store.py", words, code, cache=real.cache_story, machine=machine, packages=PACKAGES)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    page = arguments.out / "store_cpu.md"
-    picture = page.with_suffix(".png")
+    page, picture = page_and_picture(arguments.out, "store_cpu")
     draw(found, budgets, of_cases, picture, f"{processor()}, one thread")
     lines = targets(found)
     head = [*made, "", header(sizes.rounds, sizes.length)]

@@ -26,8 +26,9 @@ from verbs import sparsekd
 
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.protocol.reader import open_store
-from sparsekd.logit_store.row import RECORD_NAMES, TEXT_NAMES, Row, planes_of_row, position_ids, row_of_planes
+from sparsekd.logit_store.row import RECORD_NAMES, TEXT_NAMES, Row, planes_of_row, row_of_planes
 from sparsekd.trainer.config.schema import TeacherConfig
+from sparsekd.trainer.data.inputs import model_inputs
 from sparsekd.trainer.models.causal_lm import hidden_states
 from sparsekd.trainer.teacher.capture import captured_rows
 from sparsekd.trainer.teacher.model import load_teacher
@@ -116,12 +117,7 @@ class RealTeacher:
     def dense(self, positions: int) -> DenseTeacher:
         """Its hidden states of the first positions, and its head."""
         rows = [self._tokens.read_row("train", index) for index in range(-(-positions // self.sizes.length))]
-        states = []
-        for row in rows:
-            tokens, places = (
-                torch.from_numpy(array.astype(np.int64))[None] for array in (row.token_ids, position_ids(row))
-            )
-            states.append(hidden_states(self._teacher.decoder, tokens, places)[0])
+        states = [hidden_states(self._teacher.decoder, *model_inputs([row]))[0] for row in rows]
         hidden = torch.cat(states)[:positions].numpy()
         weight = self._teacher.head.weight.detach().numpy()[: self.sizes.vocabulary]
         story = f"the trained teacher, V = {len(weight):,}, H = {hidden.shape[1]}"

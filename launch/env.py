@@ -8,6 +8,8 @@ import itertools
 import math
 import re
 import reprlib
+import shutil
+import subprocess
 from collections.abc import Mapping
 
 # Above the ports of services, and below those that Linux gives to any connection (from 32,768 on): there a
@@ -20,6 +22,8 @@ PORT_SPAN = 19_997
 # 2,049: so 9 jobs in a row, each with up to 32 starts of 64 steps, share no port.
 _PORTS_PER_START = 64
 _PORTS_PER_JOB = 2_049
+
+_SECONDS_FOR_SCONTROL = 10.0
 
 _MOST_HOSTS = 1 << 20
 """Slurm itself takes 65,533 nodes at most."""
@@ -34,6 +38,32 @@ _TASKS = re.compile(r"([1-9][0-9]{0,8})(?:\(x([1-9][0-9]{0,8})\))?")
 
 
 def hosts(node_list: str) -> list[str]:
+    """The hosts of a Slurm node list, in Slurm's order: as `scontrol` reads it, where it is there and can.
+
+    Raises:
+        ValueError: The text is not such a list, or names more than 2^20 hosts.
+    """
+    return _by_scontrol(node_list) or parsed_hosts(node_list)
+
+
+def _by_scontrol(node_list: str) -> list[str]:
+    """What `scontrol show hostnames` prints; nothing where it is not there, fails, or prints no names."""
+    if shutil.which("scontrol") is None or not node_list[:1].isalnum():
+        return []
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "hostnames", node_list],
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS_FOR_SCONTROL,
+        )
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+    names = done.stdout.split()
+    return names if done.returncode == 0 and all(map(_NAME.fullmatch, names)) else []
+
+
+def parsed_hosts(node_list: str) -> list[str]:
     """The hosts of a Slurm node list such as `gpu[003-010,012],rack[1-2]node[3-4],login1`, in Slurm's order.
 
     Each bracket is a list of numbers and ranges, which keep their leading zeros; of several brackets in one
@@ -129,6 +159,21 @@ def master_port(job: int, step: int, restart: int) -> int:
     return FIRST_PORT + (_PORTS_PER_JOB * job + _PORTS_PER_START * restart + step) % PORT_SPAN
 
 
+def array_share(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Which job of how many of a Slurm array this is, from 0: (0, 1) outside of one.
+
+    Raises:
+        ValueError: Slurm's variables cannot be read.
+    """
+    if "SLURM_ARRAY_TASK_ID" not in environment:
+        return 0, 1
+    count = max(1, _number(environment, "SLURM_ARRAY_TASK_COUNT", "1"))
+    first = _number(environment, "SLURM_ARRAY_TASK_MIN", "0")
+    step = max(1, _number(environment, "SLURM_ARRAY_TASK_STEP", "1"))
+    # A list such as --array=1,5,6 has no step: then two may take the same share, and nothing is left out.
+    return (_number(environment, "SLURM_ARRAY_TASK_ID") - first) // step % count, count
+
+
 def torch_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables to set so that torch.distributed finds the ranks of this job.
 
@@ -160,6 +205,12 @@ def _variables_of_step(environment: Mapping[str, str]) -> dict[str, str]:
     rank, tasks = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_NTASKS")
     if rank >= tasks:
         raise ValueError(f"SLURM_PROCID={rank} is not below SLURM_NTASKS={tasks}; start the job with srun.")
+    if tasks > 1 and "SLURM_PTY_PORT" in environment:
+        raise ValueError(
+            f"This is an interactive shell in a step of {tasks} tasks, of which one has a terminal: the "
+            "others would never come. Start the job from salloc with srun, or take a shell of one task (srun "
+            "--ntasks=1 --pty bash)."
+        )
     node, local_rank = _number(environment, "SLURM_NODEID"), _number(environment, "SLURM_LOCALID")
     per_node = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
     local_tasks = tasks_on_node(per_node, node)

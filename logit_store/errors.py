@@ -18,3 +18,12 @@ class InvalidRowError(StoreError):
 
 class NameTakenError(StoreError):
     """A file of that name exists already, with other bytes: nothing was replaced."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns what somebody else's code says of an error, as a piece of a sentence; its kind, if nothing.
+
+    It is not cut: whoever hides an address in it must find the whole of it.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

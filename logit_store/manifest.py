@@ -6,7 +6,6 @@ records and to the index.
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from sparsekd.logit_store.errors import DamagedStoreError, StoreError
 from sparsekd.logit_store.json_text import canonical_json
 from sparsekd.logit_store.manifest_checks import check_manifest, check_version
 from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.trees import differing
 from sparsekd.logit_store.typed_json import parse_json, read_bounded, short, typed
 
 MANIFEST_NAME = "MANIFEST.json"
@@ -282,12 +282,17 @@ def compare_manifests(found: Manifest, wanted: Manifest) -> list[str]:
     Returns:
         One line per field, such as `record.k: found 8, wanted 16`; empty when they are equal.
     """
-    left, right = _flat(asdict(found)), _flat(asdict(wanted))
     return [
-        f"{name}: found {short(left.get(name, 'nothing'))}, wanted {short(right.get(name, 'nothing'))}"
-        for name in sorted(left.keys() | right.keys())
-        if name not in left or name not in right or left[name] != right[name]
+        f"{name}: found {short(left)}, wanted {short(right)}"
+        for name, left, right in differing(asdict(found), asdict(wanted), absent=_Nothing())
     ]
+
+
+class _Nothing:
+    """Stands for a field that is not there, and is equal to no value that could be."""
+
+    def __repr__(self) -> str:
+        return "nothing"
 
 
 def _as_read_back(value: dict[str, Any], name: str) -> dict[str, Any]:
@@ -296,14 +301,3 @@ def _as_read_back(value: dict[str, Any], name: str) -> dict[str, Any]:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise StoreError(f"The manifest's {name} cannot be written as JSON: {error}.") from error
-
-
-def _flat(value: object, prefix: str = "") -> dict[str, object]:
-    """Returns a nested value as {dotted path: leaf}."""
-    if isinstance(value, Mapping) and value:
-        pairs = ((f"{prefix}.{key}" if prefix else str(key), item) for key, item in value.items())
-    elif isinstance(value, (list, tuple)) and value:
-        pairs = ((f"{prefix}[{index}]", item) for index, item in enumerate(value))
-    else:
-        return {prefix: value}
-    return {name: leaf for path, item in pairs for name, leaf in _flat(item, path).items()}

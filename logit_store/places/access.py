@@ -25,8 +25,11 @@ MAPS_KEPT = 256
 class Access(Protocol):
     """What a reader asks for. Missing files raise FileNotFoundError, other failures OSError."""
 
-    def read(self, place: Any, offset: int, length: int) -> bytes | memoryview:
-        """Returns up to `length` bytes from `offset`, fewer only where the file ends."""
+    def read(self, place: Any, offset: int, length: int, *, keep: bool = True) -> bytes | memoryview:
+        """Returns up to `length` bytes from `offset`, fewer only where the file ends.
+
+        What is not to be kept takes no room in a cache.
+        """
 
     def whole(self, place: Any, largest: int) -> bytes:
         """Returns a whole file. Raises OSError where it has more than `largest` bytes."""
@@ -38,7 +41,7 @@ class Access(Protocol):
 class PositionalAccess:
     """One positional read for each piece."""
 
-    def read(self, place: StorePath, offset: int, length: int) -> bytes:
+    def read(self, place: StorePath, offset: int, length: int, *, keep: bool = True) -> bytes:
         return read_range(place, offset, length)
 
     def whole(self, place: StorePath, largest: int) -> bytes:
@@ -55,7 +58,7 @@ class MappedAccess:
         self._maps: OrderedDict[Path, mmap.mmap] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, place: Path, offset: int, length: int) -> memoryview:
+    def read(self, place: Path, offset: int, length: int, *, keep: bool = True) -> memoryview:
         with self._lock:
             mapped = self._maps.pop(place, None)
         # A file that is shorter than its map would kill this process at the first touch. This look keeps that
@@ -85,7 +88,9 @@ class CachedAccess:
         self._cache = cache
         self._store = store_digest[:16]
 
-    def read(self, place: RemotePath, offset: int, length: int) -> bytes:
+    def read(self, place: RemotePath, offset: int, length: int, *, keep: bool = True) -> bytes:
+        if not keep:
+            return read_range(place, offset, length)
         name = self._name(place, offset)
         data = self._cache.get(name)
         if data is None or len(data) != length:

@@ -12,7 +12,7 @@ from typing import Any
 from pyarrow import ArrowException
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
-from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.errors import StoreError, first_line
 
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -115,7 +115,7 @@ def store_path(text: str | StorePath) -> StorePath:
     except (ArrowException, ValueError, OSError) as error:
         if "nrecognized filesystem type" not in str(error):
             # Not from the error: what --traceback shows of it holds the address as it was given.
-            reason = _first_line(error).replace(text, shown)
+            reason = first_line(error).replace(text, shown)
             raise StoreError(f"{shown} cannot be opened: {reason}.") from None
         file_system, key = _by_fsspec(address, shown, scheme)
     key = key.rstrip("/")
@@ -131,11 +131,7 @@ def _by_fsspec(address: str, shown: str, scheme: str) -> tuple[FileSystem, str]:
     except (ImportError, ValueError) as error:
         raise StoreError(
             f"{shown}: neither pyarrow nor fsspec opens {scheme}:// addresses here "
-            f"({_first_line(error).replace(address, shown)}); use a local path or s3://, or install fsspec's "
+            f"({first_line(error).replace(address, shown)}); use a local path or s3://, or install fsspec's "
             "library for it."
         ) from None
     return PyFileSystem(FSSpecHandler(found)), key.strip("/")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")

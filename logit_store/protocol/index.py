@@ -162,9 +162,9 @@ class RowTable:
         Raises:
             DamagedStoreError: the table is missing or cut off, or the entry is no place in a shard.
         """
-        data = self._bytes(row * ROW_ENTRY.itemsize, ROW_ENTRY.itemsize)
-        offset, length, crc32, _ = np.frombuffer(data, ROW_ENTRY)[0].tolist()
-        if not (0 < length <= self._largest and offset < 1 << 62):
+        entries = self.entries(row, row + 1)
+        offset, length, crc32, _ = entries[0].tolist()
+        if not self.are_places(entries):
             raise self.damaged(f"row {row} is {length:,} bytes at {offset:,}")
         return offset, length, crc32
 
@@ -172,6 +172,11 @@ class RowTable:
         """Returns the entries of rows `first` to `stop`, `ROW_ENTRY` [stop - first]."""
         begin, size = first * ROW_ENTRY.itemsize, (stop - first) * ROW_ENTRY.itemsize
         return np.frombuffer(self._bytes(begin, size), ROW_ENTRY)
+
+    def are_places(self, entries: NDArray[np.void]) -> bool:
+        """Returns whether entries may be of rows: of a length that a row can have, at a possible offset."""
+        lengths, offsets = entries["length"], entries["offset"]
+        return bool(((lengths > 0) & (lengths <= self._largest) & (offsets < 1 << 62)).all())
 
     def record_digest(self, shard: int) -> str:
         """Returns the digest (hex) of a shard's commit record."""

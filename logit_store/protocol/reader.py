@@ -8,7 +8,7 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -235,16 +235,71 @@ class LogitStore:
         damage = find_damage(message, self._planes, offset, index)
         raise DamagedStoreError(f"{where}: stored bytes differ from their checksum in {damage}; {REMEDY}.")
 
+    def read_messages(
+        self, split: str, first: int, stop: int, *, keep: bool = True
+    ) -> list[bytes | memoryview | None]:
+        """Returns what `read_message` does of rows `first` to `stop`, by one read of what lies together.
+
+        The rows of one shard lie together. None stands for a row that cannot be read or whose crc32 is wrong:
+        `read_message` tries it again, and says what is wrong.
+
+        Args:
+            split: name of the row space.
+            first: number of the first row.
+            stop: number behind the last one.
+            keep: whether a remote store's bytes go through the cache; not where they are read once.
+
+        Raises:
+            StoreError: there are no such rows.
+            DamagedStoreError: the table of rows is damaged.
+        """
+        self._require_rows(split, first, stop)
+        entries = self._tables[split].entries(first, stop)
+        if first == stop or not self._tables[split].are_places(entries):
+            return [None] * (stop - first)
+        found: list[bytes | memoryview | None] = []
+        together: list[tuple[int, int, int]] = []  # offset, length, crc32
+        end, shard_end = -1, first
+        for row, (offset, length, crc32, _) in enumerate(entries.tolist(), start=first):
+            if offset != end or row >= shard_end:
+                found += self._read_run(split, row - 1, together, keep=keep)
+                together = []
+                shard_end = (row // self.manifest.rows_per_shard + 1) * self.manifest.rows_per_shard
+            together.append((offset, length, crc32))
+            end = offset + length
+        return found + self._read_run(split, stop - 1, together, keep=keep)
+
+    def _read_run(
+        self, split: str, row: int, together: Sequence[tuple[int, int, int]], *, keep: bool
+    ) -> list[bytes | memoryview | None]:
+        """Reads (offset, length, crc32) of rows that lie together, one of which is given."""
+        if not together:
+            return []
+        begin, end = together[0][0], together[-1][0] + together[-1][1]
+        place = shard_file(self.path, split, row // self.manifest.rows_per_shard)
+        try:
+            data = memoryview(self._access.read(place, begin, end - begin, keep=keep))
+        except OSError:  # each row is then read by itself, which tells what is wrong with it
+            return [None] * len(together)
+        messages = [data[offset - begin : offset - begin + length] for offset, length, _ in together]
+        return [
+            message if zlib.crc32(message) == crc32 and len(message) == length else None
+            for message, (_, length, crc32) in zip(messages, together, strict=True)
+        ]
+
     def counted(self, split: str, first: int, stop: int) -> NDArray[np.uint32]:
         """Returns how many positions the loss counts of rows `first` to `stop`, uint32 [stop - first].
 
         No row is read.
         """
+        self._require_rows(split, first, stop)
+        return self._tables[split].entries(first, stop)["counted"].astype(np.uint32)
+
+    def _require_rows(self, split: str, first: int, stop: int) -> None:
         if not 0 <= first <= stop <= self.rows(split):
             raise StoreError(
                 f"{self.path}, split {split} has no rows {first} to {stop}: it has {self.rows(split)} rows."
             )
-        return self._tables[split].entries(first, stop)["counted"].astype(np.uint32)
 
     def entries_fit(self, split: str, record: CommitRecord) -> bool:
         """Returns whether the table's entries of a shard's rows are those of its commit record."""
@@ -278,11 +333,15 @@ class LogitStore:
             StoreError: there is no such row.
         """
         message = self.read_message(split, index)
-        where = row_place(self.path, split, index, self.manifest.rows_per_shard)
-        return decode_row(message, self.manifest, split, index, where, reuse)
+        return decode_row(message, self.manifest, split, index, self._place(split, index), reuse)
 
     def read_planes(
-        self, split: str, index: int, names: Collection[str], reuse: Arrays | None = None
+        self,
+        split: str,
+        index: int,
+        names: Collection[str],
+        reuse: Arrays | None = None,
+        message: bytes | memoryview | None = None,
     ) -> Arrays:
         """Returns some planes of a row by name, after one positional read; the others are not decoded.
 
@@ -294,16 +353,25 @@ class LogitStore:
             index: number of the row in it.
             names: of planes, see `planes.TABLE`.
             reuse: as of `read_row`.
+            message: the row's, where `read_messages` gave it.
 
         Raises:
             DamagedStoreError, InvalidRowError, StoreError: as `read_row`.
         """
-        message = self.read_message(split, index)
-        where = row_place(self.path, split, index, self.manifest.rows_per_shard)
+        if message is None:
+            message = self.read_message(split, index)
+        where = self._place(split, index)
         stored = stored_planes(message, self.manifest, index, where)
         return decode_planes(stored, self.manifest, split, where, wanted=names, reuse=reuse)
 
-    def read_part(self, split: str, index: int, names: Collection[str], reuse: Arrays | None = None) -> Row:
+    def read_part(
+        self,
+        split: str,
+        index: int,
+        names: Collection[str],
+        reuse: Arrays | None = None,
+        message: bytes | memoryview | None = None,
+    ) -> Row:
         """Returns a row of which, besides its text, some planes of the record are decoded.
 
         What is not decoded is empty (`row.row_of_planes`). Raises as `read_row`.
@@ -313,15 +381,18 @@ class LogitStore:
             index: number of the row in it.
             names: of planes of the record.
             reuse: as of `read_row`.
+            message: as of `read_planes`.
         """
         wanted = {*text_planes(self.manifest), *names}
-        return row_of_planes(self.read_planes(split, index, wanted, reuse))
+        return row_of_planes(self.read_planes(split, index, wanted, reuse, message))
 
     def read_stored(self, split: str, index: int) -> StoredRow:
         """Returns a row to be copied as it is stored: its text alone is decoded; raises as `read_row`."""
         message = self.read_message(split, index)
-        where = row_place(self.path, split, index, self.manifest.rows_per_shard)
-        return stored_row(message, self.manifest, split, index, where)
+        return stored_row(message, self.manifest, split, index, self._place(split, index))
+
+    def _place(self, split: str, index: int) -> str:
+        return row_place(self.path, split, index, self.manifest.rows_per_shard)
 
     def read_text(self, split: str, index: int) -> Row:
         """Returns a row without its teacher's record, whose planes are not decoded; raises as `read_row`."""

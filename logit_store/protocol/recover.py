@@ -11,6 +11,7 @@ import itertools
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -70,15 +71,7 @@ RowsOf = Callable[[str, int], Sequence[Row]]
 def quarantine(path: StorePath, file: StorePath, split: str) -> StorePath:
     """Moves a file to `quarantine/SPLIT`, over nothing; returns its place."""
     folder = path / QUARANTINE_NAME / split if split else path / QUARANTINE_NAME
-    make_folder(folder)
-    for number in itertools.count():
-        target = folder / (f"{file.name}.{number}" if number else file.name)
-        try:
-            move(file, target)
-        except FileExistsError:
-            continue
-        return target
-    raise AssertionError("unreachable")
+    return _under_a_free_name(folder, file.name, partial(move, file))
 
 
 def in_quarantine(path: StorePath) -> list[str]:
@@ -91,15 +84,19 @@ def keep_copy(path: StorePath, file: StorePath) -> StorePath:
 
     A copy that is there already is not made again.
     """
-    folder = path / QUARANTINE_NAME
-    make_folder(folder)
     with explained(file):
         data = read_file(file)
+    return _under_a_free_name(path / QUARANTINE_NAME, file.name, lambda target: publish_bytes(target, data))
+
+
+def _under_a_free_name(folder: StorePath, name: str, put: Callable[[StorePath], object]) -> StorePath:
+    """Puts a file into a folder, which is made, under its name with the first number that is free."""
+    make_folder(folder)
     for number in itertools.count():
-        target = folder / (f"{file.name}.{number}" if number else file.name)
+        target = folder / (f"{name}.{number}" if number else name)
         try:
-            publish_bytes(target, data)
-        except NameTakenError:
+            put(target)
+        except (FileExistsError, NameTakenError):
             continue
         return target
     raise AssertionError("unreachable")

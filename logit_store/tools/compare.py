@@ -27,8 +27,9 @@ from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.row import Row, TeacherRecord, records_at
+from sparsekd.logit_store.spacing import evenly
 from sparsekd.logit_store.tools.derive import Progress, no_progress
-from sparsekd.logit_store.tools.inspect import evenly, section, table
+from sparsekd.logit_store.tools.inspect import section, table
 from sparsekd.logit_store.tools.spread import Spread
 
 PERCENTILES = (50.0, 99.0, 99.9)

@@ -14,6 +14,7 @@ from sparsekd.logit_store.manifest import FeatureSpec, Manifest
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.row import IGNORED_LABEL, NO_ID, Row, TeacherRecord, labels_at_records, labels_of
+from sparsekd.logit_store.spacing import evenly
 from sparsekd.logit_store.tools.spelling import spelling_tokenizer
 
 CONTEXT_TOKENS = 12
@@ -135,13 +136,6 @@ def inspect_text(path: StorePath, *, positions: int = 4, sample_rows: int = 64) 
 def _sample(store: LogitStore, split: str, count: int) -> dict[int, Row]:
     """Returns {row number: row} for at most `count` rows spread over a split."""
     return {index: store.read_row(split, index) for index in evenly(store.rows(split), count)}
-
-
-def evenly(rows: int, count: int | None) -> list[int]:
-    """Returns at most `count` of the numbers below `rows`, spread evenly; all of them for None."""
-    if count is None or rows <= count:
-        return list(range(rows))
-    return [int(index) for index in np.linspace(0, rows - 1, count)]
 
 
 def _title(store: LogitStore) -> str:

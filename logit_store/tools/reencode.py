@@ -18,8 +18,8 @@ from sparsekd.logit_store.manifest import CodecSpec, RecordSpec
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.row import Row, TeacherRecord
+from sparsekd.logit_store.spacing import evenly
 from sparsekd.logit_store.tools.derive import Progress, no_progress, with_step, write_store
-from sparsekd.logit_store.tools.inspect import evenly
 
 SAMPLE_ROWS = 64
 """Rows of each split in which ids are counted for the table of `compact`."""

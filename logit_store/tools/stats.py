@@ -20,8 +20,9 @@ from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.planes import planes_of
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.row import NO_ID, Row, labels_at_records
+from sparsekd.logit_store.spacing import evenly
 from sparsekd.logit_store.tools.derive import Progress, no_progress
-from sparsekd.logit_store.tools.inspect import REST_NOTES, evenly, plane_table, section, table, tail_masses
+from sparsekd.logit_store.tools.inspect import REST_NOTES, plane_table, section, table, tail_masses
 from sparsekd.logit_store.tools.processes import results_of
 from sparsekd.logit_store.tools.spread import Spread
 

@@ -7,6 +7,7 @@ import pytest
 
 # pytest's importlib mode adds no folder by itself.
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # how a page was made
 
 from distributed_harness import Workplace, all_runs, make_workplace
 

@@ -23,7 +23,7 @@ from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import narrowed
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows
-from sparsekd.trainer.data.order import BatchShape, step_rows
+from sparsekd.trainer.data.order import BatchShape, GlobalOrder, step_rows
 from sparsekd.trainer.export.export import consolidated_weights
 
 Values = dict[str, Any]
@@ -34,7 +34,10 @@ TRAIN_ROWS, HELDOUT_ROWS = 22, 5
 STEPS, LONG_STEPS = 4, 12
 # The least, or nearly, for two rows of 32 positions and for one: where enough of them count it makes slices.
 LITTLE_MEMORY, LITTLE_MEMORY_OF_ONE = 4.25e-5, 2.7e-5
-TIMED_FIELDS = ("tokens_per_second", "data_wait_share")
+TIMED_FIELDS = (
+    *("tokens_per_second", "data_wait_share", "step_seconds", "peak_memory_gib"),
+    *("seconds", "run_seconds"),
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Workplace:
             values.setdefault(section, {}).update(copy.deepcopy(change))
         return values
 
-    def start(self, runs: list[Values], *, ranks: int) -> "subprocess.Popen[str]":
+    def start(self, runs: list[Values], *, ranks: int, worker: Path = WORKER) -> "subprocess.Popen[str]":
         """Starts a job in the background; its output goes to `output.txt`."""
         place = self.root / f"runs_{len(list(self.root.glob('runs_*.json')))}.json"
         place.write_text(json.dumps(runs))
@@ -104,16 +107,24 @@ class Workplace:
         }
         with (self.root / "output.txt").open("w") as output:
             return subprocess.Popen(
-                [sys.executable, *launcher, str(WORKER), str(place)],
+                [sys.executable, *launcher, str(worker), str(place)],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 text=True,
                 env=environment | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"},
             )
 
-    def run(self, runs: list[Values], *, ranks: int, timeout: float = 170, expected: int = 0) -> str:
+    def run(
+        self,
+        runs: list[Values],
+        *,
+        ranks: int,
+        timeout: float = 170,
+        expected: int = 0,
+        worker: Path = WORKER,
+    ) -> str:
         """Runs a job to its end and returns its output; fails with that output, tracebacks and all."""
-        job = self.start(runs, ranks=ranks)
+        job = self.start(runs, ranks=ranks, worker=worker)
         try:
             code = job.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -162,8 +173,8 @@ def make_workplace(root: Path) -> Workplace:
 def padding_rows() -> list[int]:
     """Rows of the store `padding` in which nothing counts: all of the first rank's in step 1, and more."""
     shape = BatchShape(global_rows=8, micro_rows=1, world_size=2)
-    first = step_rows(0, shape, rows=TRAIN_ROWS, seed=0)
-    second = step_rows(8, shape, rows=TRAIN_ROWS, seed=0)
+    first = step_rows(0, shape, GlobalOrder(TRAIN_ROWS, 0))
+    second = step_rows(8, shape, GlobalOrder(TRAIN_ROWS, 0))
     return [*first[:4], second[6]]
 
 
@@ -185,6 +196,15 @@ def all_runs(work: Workplace) -> dict[str, Values]:
     untied = config | {"tie_word_embeddings": False, "vocab_size": 104}
     tokens = {"path": str(work.root / "tokens")}
     padding = {"store": {"path": str(work.root / "padding")}, "train": {"micro_batch_rows": 1}}
+    experts = {
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 8,
+        "router_aux_loss_coef": 0.5,
+    }
+    balanced = config | experts | {"output_router_logits": True}
     runs: dict[str, dict[str, Values]] = {
         "tied": {"train": {"evaluate_rows": HELDOUT_ROWS, "evaluate_every": 2, "checkpoint_every": 2}},
         "untied": {"student": {"config": untied}},
@@ -200,6 +220,10 @@ def all_runs(work: Workplace) -> dict[str, Values]:
         "padding": padding,
         "padding_slices": padding | {"objective": {"memory_gib": LITTLE_MEMORY_OF_ONE}},
         "tokens": {"store": tokens, "objective": {"kd_weight": 0.0, "ce_weight": 1.0}},
+        # Mixtures of experts, whose load-balancing loss stands in the configuration, or in a key.
+        "balanced": {"student": {"config": balanced}},
+        "balanced_padding": padding | {"student": {"config": config | experts, "router_loss": 0.25}},
+        "unbalanced": {"student": {"config": config | experts}},
         "stage_0": {"engine": {"zero_stage": 0}, "train": {"checkpoint_every": 2}},
         "stage_1": {"engine": {"zero_stage": 1}},
         "stage_2": {"engine": {"zero_stage": 2}, "train": {"checkpoint_every": 2}},
@@ -222,6 +246,19 @@ def long_run(work: Workplace, name: str) -> Values:
     }
     config = work.run_values("")["student"]["config"] | {"attention_dropout": 0.1}
     return work.run_values(name, train=times, student={"config": config})
+
+
+def overrides_of(values: Values) -> list[str]:
+    """A run's configuration as words for the command line."""
+
+    def written(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{" + ",".join(f"{key}: {written(entry)}" for key, entry in value.items()) + "}"
+        return value if isinstance(value, str) else json.dumps(value)
+
+    return [
+        f"{section}.{key}={written(value)}" for section, keys in values.items() for key, value in keys.items()
+    ]
 
 
 def kill_job(job: "subprocess.Popen[str]") -> None:

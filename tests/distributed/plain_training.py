@@ -4,6 +4,7 @@ Shapes: N positions, V vocabulary, k head, n draws.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from sparsekd.logit_store.protocol.reader import LogitStore
-from sparsekd.logit_store.row import Row, TeacherRecord, position_ids
-from sparsekd.trainer.data.order import row_at
+from sparsekd.logit_store.row import PADDING_DOCUMENT, Row, TeacherRecord, position_ids
+from sparsekd.trainer.data.order import GlobalOrder
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Sums:
     ce: float
     agreement: float
     weight: float
+    router: list[Tensor]  # of each document with tokens: [layers, tokens, experts], before the softmax
 
 
 def student(config: dict[str, Any], *, seed: int, vocabulary: int) -> PreTrainedModel:
@@ -43,6 +45,8 @@ def student(config: dict[str, Any], *, seed: int, vocabulary: int) -> PreTrained
         model = AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation="sdpa")
     torch.manual_seed(seed)
     model.init_weights()
+    if hasattr(model.config, "num_experts"):
+        model.set_experts_implementation("eager")  # the others have no float64
     return model.double()
 
 
@@ -51,11 +55,15 @@ def row_sums(
 ) -> Sums:
     """One row's loss, document by document, each alone in the model, from dense probabilities."""
     starts = [*row.segment_starts.tolist(), len(row.token_ids)]
-    total = Sums(torch.zeros((), dtype=torch.float64), 0.0, 0.0, 0.0, 0.0)
+    total = Sums(torch.zeros((), dtype=torch.float64), 0.0, 0.0, 0.0, 0.0, [])
     assert position_ids(row)[starts[:-1]].tolist() == [0] * (len(starts) - 1)
-    for first, last in pairwise(starts):
+    counts = bool(row.loss_mask.any())
+    for (first, last), document in zip(pairwise(starts), row.segment_documents.tolist(), strict=True):
         ids = torch.tensor(row.token_ids[first:last].astype(np.int64))[None]
-        log_q = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, :, :vocabulary], dim=-1)
+        output = model(input_ids=ids, use_cache=False)
+        if counts and document != PADDING_DOCUMENT and getattr(model.config, "num_experts", None):
+            total.router.append(torch.stack(_router_logits(model, ids)))
+        log_q = torch.log_softmax(output.logits[0, :, :vocabulary], dim=-1)
         for offset in range(last - first):
             position = first + offset
             if not row.loss_mask[position]:
@@ -75,6 +83,36 @@ def row_sums(
     return total
 
 
+def _router_logits(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
+    """What the gate of each layer says of a document's tokens, [tokens, experts] each."""
+    found: list[Tensor] = []
+    gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    hooks = [gate.register_forward_hook(lambda _, __, output: found.append(output[0])) for gate in gates]
+    model(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    assert found
+    return found
+
+
+def balance(documents: list[Tensor], *, experts_per_token: int) -> Tensor:
+    """Experts times the sum over experts of (share of choices) x (mean probability), over layers and tokens.
+
+    Shares of choices count each of a token's experts as one, so that they sum to `experts_per_token`.
+    """
+    if not documents:
+        return torch.zeros((), dtype=torch.float64)
+    logits = torch.cat(documents, dim=1).flatten(0, 1)  # (layers * tokens, experts)
+    probability = logits.softmax(-1)
+    chosen = probability.argsort(-1, descending=True)[:, :experts_per_token]
+    count, experts = logits.shape
+    value = torch.zeros((), dtype=torch.float64)
+    for expert in range(experts):
+        share = float((chosen == expert).sum()) / count
+        value = value + experts * share * probability[:, expert].mean()
+    return value
+
+
 def _sampled_kd(log_q: Tensor, teacher: TeacherRecord, number: int) -> Tensor:
     """-entropy - sum over head p_i log q_i - sum over draws (R / Z) count_j / n log q_j, at T = T_d = 1."""
     head = np.exp(teacher.head_logprobs[number].astype(np.float64))
@@ -91,13 +129,26 @@ def _sampled_kd(log_q: Tensor, teacher: TeacherRecord, number: int) -> Tensor:
 
 
 def train(
-    store: LogitStore, values: dict[str, Any], *, steps: int
+    store: LogitStore, values: dict[str, Any], *, steps: int, batches: Sequence[Sequence[Row]] | None = None
 ) -> tuple[PreTrainedModel, list[dict[str, float]]]:
-    """Trains as `values` say; returns the model and one record of metrics for each step."""
+    """Trains as `values` say; returns the model and one record of metrics for each step.
+
+    Args:
+        store: Its rows are taken in the global order, where no batches are given.
+        values: The configuration.
+        steps: How many are taken.
+        batches: The rows of each step.
+    """
     vocabulary = store.manifest.tokenizer.vocabulary_size
     objective, optimizer = values["objective"], values["optimizer"]
-    rows = store.rows("train")
-    batch = values["train"]["global_batch_rows"]
+    batch, micro = values["train"]["global_batch_rows"], values["train"]["micro_batch_rows"]
+    if batches is None:
+        places = GlobalOrder(store.rows("train"), seed=0).places(0, steps * batch)
+        rows = [store.read_row("train", place.row) for place in places]
+        batches = [rows[first : first + batch] for first in range(0, len(rows), batch)]
+    coefficient = values["student"].get("router_loss")
+    if coefficient is None and values["student"]["config"].get("output_router_logits"):
+        coefficient = values["student"]["config"]["router_aux_loss_coef"]
     model = student(values["student"]["config"], seed=0, vocabulary=vocabulary)
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     vectors = [weight for weight in model.parameters() if weight.ndim == 1]
@@ -111,15 +162,26 @@ def train(
         parts = [
             row_sums(
                 model,
-                store.read_row("train", row_at((step - 1) * batch + offset, rows=rows, seed=0)),
+                row,
                 vocabulary=vocabulary,
                 kd_weight=objective["kd_weight"],
                 ce_weight=objective["ce_weight"],
             )
-            for offset in range(batch)
+            for row in batches[step - 1]
         ]
         weight = sum(part.weight for part in parts)
         loss = sum((part.loss for part in parts), torch.zeros((), dtype=torch.float64)) / weight
+        if coefficient:
+            rows_of = [parts[first : first + micro] for first in range(0, batch, micro)]
+            balances = [
+                balance(
+                    [one for part in few for one in part.router],
+                    experts_per_token=model.config.num_experts_per_tok,
+                )
+                for few in rows_of
+            ]
+            router = torch.stack(balances).mean()
+            loss = loss + coefficient * router
         adamw.zero_grad()
         loss.backward()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -139,6 +201,7 @@ def train(
                 "agreement": sum(part.agreement for part in parts) / weight,
                 "gradient_norm": float(norm),
                 "learning_rate": _cosine(step, values),
+                **({"router_loss": float(router.detach())} if coefficient else {}),
             }
         )
     return model, records

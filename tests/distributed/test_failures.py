@@ -3,86 +3,19 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from distributed_harness import VOCABULARY, Workplace
+from distributed_harness import Workplace
+from jobs import RANKS, ROWS, STEPS, ended, start, started, the_sentence
 
 from sparsekd.logit_store.protocol.reader import open_store
-from sparsekd.trainer.data.order import BatchShape, micro_batches
+from sparsekd.trainer.data.order import BatchShape, GlobalOrder, micro_batches
 
 pytestmark = pytest.mark.distributed
-
-ROWS, STEPS, RANKS = 8, 4, 2
-STUDENT: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY,
-}
-
-
-def started(store: Path, root: Path, *more: str) -> tuple[list[int], str]:
-    """Trains on two ranks by the command line; returns the exit codes and everything that was printed."""
-    return ended(start(store, root, *more))
-
-
-def start(store: Path, root: Path, *more: str) -> "list[subprocess.Popen[str]]":
-    """Starts a training on two ranks.
-
-    No launcher: one would kill the other rank before it can show that it ends by itself.
-    """
-    words = [
-        *(sys.executable, "-m", "sparsekd.trainer.door.cli", "train"),
-        *(f"store.path={store}", f"run.root={root}", "run.name=run", "launch=cpu", "tracking=disabled"),
-        *("engine.dtype=float32", "engine.zero_stage=3", "objective=kd", "schedule.warmup_steps=1"),
-        *(f"train.steps={STEPS}", f"train.global_batch_rows={ROWS}", "train.micro_batch_rows=2"),
-        *("train.log_every=1", "train.evaluate_rows=0", "train.prefetch_steps=1"),
-        *(f"+student.config.{key}={value}" for key, value in STUDENT.items()),
-        *more,
-    ]
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    common = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"}
-    return [
-        subprocess.Popen(
-            words,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(RANKS)
-    ]
-
-
-def ended(jobs: "list[subprocess.Popen[str]]") -> tuple[list[int], str]:
-    """Waits for all ranks of a job; returns the exit codes and everything that was printed."""
-    try:
-        output = "".join(job.communicate(timeout=120)[0] for job in jobs)
-    finally:
-        for job in jobs:
-            job.kill()
-    return [job.returncode for job in jobs], output
-
-
-def the_sentence(output: str) -> str:
-    """What was said of the failure, once and without a traceback."""
-    assert "Traceback" not in output, output[-6000:]
-    said = [line for line in output.splitlines() if line.startswith("sparsekd train: ")]
-    assert len(said) == 1, output[-6000:]
-    return said[0]
 
 
 @pytest.fixture
@@ -90,10 +23,10 @@ def damaged(workplace: Workplace, tmp_path: Path) -> Path:
     """A copy of the store, one byte changed in a row that the second rank alone reads, in its third step."""
     store = tmp_path / "store"
     shutil.copytree(workplace.root / "store", store)
-    rows = open_store(store).rows("train")
+    order = GlobalOrder(open_store(store).rows("train"), seed=0)
     shape = BatchShape(global_rows=ROWS, micro_rows=2, world_size=RANKS)
     read = [
-        {row for part in micro_batches(ROWS * step, shape, rank=rank, rows=rows, seed=0) for row in part}
+        {place.row for part in micro_batches(ROWS * step, shape, order, rank=rank) for place in part}
         for step in range(STEPS)
         for rank in range(RANKS)
     ]
@@ -132,6 +65,16 @@ def test_a_damaged_held_out_row_is_found_before_the_first_step(workplace: Workpl
     assert not (tmp_path / "runs" / "run").exists()
 
 
+def test_a_student_that_cannot_be_exported_is_refused_before_the_first_step(
+    workplace: Workplace, tmp_path: Path
+) -> None:
+    """transformers gives a qwen2 model its own tokenizer class, which `evaluate` would refuse in the end."""
+    codes, output = started(workplace.root / "store", tmp_path / "runs", "student.config.model_type=qwen2")
+    said = the_sentence(output)
+    assert codes == [2, 2] and "model type qwen2 cannot be exported" in said and "llama or qwen3" in said
+    assert not (tmp_path / "runs" / "run").exists()
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk with room for one checkpoint of the tiny student and not for two."""
@@ -159,11 +102,23 @@ def test_a_full_disk_is_one_sentence_and_room_lets_the_same_command_finish(
     said = the_sentence(output)
     assert codes == [2, 2] and f"{checkpoints} cannot be written" in said and "bytes are free" in said
     assert [path.name for path in checkpoints.iterdir()] == ["step-00000002"]
+    record = json.loads((small_disk / "run" / "FAILED.json").read_text())  # room was kept for it
+    assert record["rank"] == 0 and "cannot be written" in record["message"]
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
     codes, output = again()
     assert codes == [0, 0], output[-6000:]
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002", "step-00000004"]
     assert (small_disk / "run" / "DONE.json").is_file() and not (small_disk / "run" / "FAILED.json").exists()
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_refused_before_the_first_step(
+    workplace: Workplace, small_disk: Path
+) -> None:
+    subprocess.run(["mount", "-o", "remount,size=150k", str(small_disk)], check=True)
+    codes, output = started(workplace.root / "store", small_disk)
+    said = the_sentence(output)
+    assert codes == [2, 2] and "checkpoints has no room for a checkpoint: one takes about 1" in said
+    assert "step 1/4" not in output and (small_disk / "run" / "FAILED.json").is_file()
 
 
 @pytest.mark.parametrize("writes", ["train.log_every=1", "train.checkpoint_every=20"])

@@ -17,7 +17,10 @@ from worker import configured
 from sparsekd.trainer.config.schema import Config, LaunchConfig
 from sparsekd.trainer.run.errors import CheckpointError
 from sparsekd.trainer.run.ranks import ranks
+from sparsekd.trainer.state.checkpoint import CONVERTED_SUFFIX
+from sparsekd.trainer.state.conversion import CONVERSION_NAME, publish_conversion, read_conversion
 from sparsekd.trainer.state.record import COMMIT_NAME, commit_bytes, read_commit
+from sparsekd.trainer.state.universal import is_conversion_of
 from sparsekd.trainer.student.loop import train_on
 
 pytestmark = pytest.mark.distributed
@@ -117,6 +120,36 @@ def test_another_number_of_ranks_goes_on(ended: Workplace, name: str) -> None:
     assert commit.world_size == (2 if name == "on_two_ranks" else 1)
 
 
+def test_a_conversion_that_is_not_whole_or_of_another_checkpoint_is_made_anew(
+    ended: Workplace, tmp_path: Path
+) -> None:
+    """Believed for its name, or for a file that says it is complete, it would be trained on."""
+    stopped_short(ended, "tied", "with_conversions")
+    checkpoints = ended.folder("with_conversions") / "checkpoints"
+    (source,) = checkpoints.iterdir()
+    forged = checkpoints / f".{source.name}{CONVERTED_SUFFIX}"
+    (forged / "engine").mkdir(parents=True)
+    (forged / "COMPLETE").touch()
+    output = ended.run([renamed(ended, "tied", "with_conversions")], ranks=1)
+    assert f"converting {source} for another number of ranks" in output
+    assert ended.metrics("with_conversions") == ended.metrics("tied_on_one_rank")
+    assert not forged.exists()
+
+    (working := tmp_path / "working" / "engine").mkdir(parents=True)
+    (working / "weights.pt").write_bytes(b"weights")
+    publish_conversion(working.parent, tmp_path / "converted", "a" * 64)
+    found = read_conversion(tmp_path / "converted")
+    assert found is not None and found.source == "a" * 64 and list(found.files) == ["engine/weights.pt"]
+    with ranks(LaunchConfig(device="cpu"), timeout_minutes=1) as here:
+        assert is_conversion_of(tmp_path / "converted", "a" * 64, here)
+        assert not is_conversion_of(tmp_path / "converted", "b" * 64, here)
+        (tmp_path / "converted" / "engine" / "weights.pt").write_bytes(b"wEights")
+        assert not is_conversion_of(tmp_path / "converted", "a" * 64, here)
+        for spoilt in (b"", b"{}", b"x" * 100):
+            (tmp_path / "converted" / CONVERSION_NAME).write_bytes(spoilt)
+            assert not is_conversion_of(tmp_path / "converted", "a" * 64, here)
+
+
 def test_the_number_of_ranks_changes_nothing(ended: Workplace) -> None:
     start = student(all_runs(ended)["tied"]["student"]["config"], seed=0, vocabulary=VOCABULARY).state_dict()
     found, expected = ended.weights("alone", STEPS), ended.weights("tied", STEPS)
@@ -128,9 +161,9 @@ def test_the_number_of_ranks_changes_nothing(ended: Workplace) -> None:
 def test_bad_numbers_stop_the_run_with_step_and_rows(workplace: Workplace) -> None:
     values = workplace.run_values("diverging", optimizer={"learning_rate": 1e30})
     output = workplace.run([values], ranks=1, expected=2)
-    assert "Step 2 gave a loss or gradient that is not a finite number, on rows [" in output
+    assert "Step 2 gave a gradient that is not a finite number, though its losses are, on rows [" in output
     record = json.loads((workplace.folder("diverging") / "FAILED.json").read_text())
-    assert record["rank"] == 0 and "Step 2" in record["message"] and "_log_step" in record["traceback"]
+    assert record["rank"] == 0 and "Step 2" in record["message"] and "log_step" in record["traceback"]
     assert not list((workplace.folder("diverging") / "checkpoints").glob("step-*"))
 
 
@@ -166,6 +199,31 @@ def test_what_does_not_fit_is_refused(ended: Workplace) -> None:
     assert "is older than" in say(train={"resume": str(older)})
 
 
+def test_a_checkpoint_whose_evaluation_was_made_up_for_is_kept_as_the_best(workplace: Workplace) -> None:
+    """It was stopped before its evaluation, so that its record has no loss; later ones are worse."""
+
+    def values(steps: int, rate: float) -> dict[str, Any]:
+        train = {"steps": steps, "evaluate_every": 4, "evaluate_rows": 3, "checkpoint_every": 2}
+        kept = {"keep_checkpoints": 1, "keep_best": 1, "allow": ["schedule"]}
+        return workplace.run_values(
+            "best", train=train | kept, optimizer={"learning_rate": rate}, schedule={"kind": "constant"}
+        )
+
+    workplace.run([values(4, 1e-2)], ranks=1)
+    folder = workplace.folder("best")
+    place = folder / "checkpoints" / "step-00000004"
+    (place / COMMIT_NAME).write_bytes(commit_bytes(replace(read_commit(place), heldout_loss=None), place))
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert json.loads(lines[-1])["kind"] == "heldout"
+    (folder / "metrics.jsonl").write_text("".join(lines[:-1]))
+    (folder / "DONE.json").unlink()
+    workplace.run([values(8, 1.0)], ranks=1)
+    losses = {line["step"]: line["loss"] for line in workplace.metrics("best", "heldout")}
+    assert losses[4] < losses[8]
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["step-00000004", "step-00000008"]
+
+
 def test_the_mark_of_a_finished_run_is_made_up_for(ended: Workplace) -> None:
     """Killed between the last checkpoint and the mark."""
     folder = ended.folder("alone")
@@ -174,3 +232,34 @@ def test_the_mark_of_a_finished_run_is_made_up_for(ended: Workplace) -> None:
     with ranks(LaunchConfig(device="cpu"), timeout_minutes=1) as here:
         train_on(here, configured(Config(), renamed(ended, "tied", "alone")), [])
     assert (folder / "DONE.json").read_text() == wanted and not (folder / "FAILED.json").exists()
+
+
+def test_the_student_s_folder_may_move_and_its_content_may_not_change(workplace: Workplace) -> None:
+    """Weights come from the checkpoint after a stop, but a run that began elsewhere is another run."""
+    first, second = workplace.root / "student_a", workplace.root / "elsewhere" / "student_b"
+    shutil.copytree(workplace.root / "pretrained", first)
+
+    def values(place: Path, steps: int) -> dict[str, Any]:
+        return workplace.run_values(
+            "moved",
+            student={"path": str(place), "config": {}},
+            schedule={"kind": "constant"},
+            train={"steps": steps, "checkpoint_every": 2},
+        )
+
+    workplace.run([values(first, 2)], ranks=1)
+    second.parent.mkdir()
+    first.rename(second)
+    output = workplace.run([values(second, 4)], ranks=1)
+    assert "The student lies elsewhere, and is the same: student.path" in output and str(second) in output
+    assert "start: from" in output and "step-00000002, step 2" in output
+
+    weights = second / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with (
+        ranks(LaunchConfig(device="cpu"), timeout_minutes=1) as here,
+        pytest.raises(CheckpointError, match=rf"other weights than student\.path={second} holds now"),
+    ):
+        train_on(here, configured(Config(), values(second, 6)), [])

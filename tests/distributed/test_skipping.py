@@ -9,9 +9,11 @@ import pytest
 from distributed_harness import TRAIN_ROWS, Workplace, masked_store
 
 from sparsekd.logit_store.errors import DamagedStoreError
-from sparsekd.logit_store.protocol.reader import open_store
-from sparsekd.trainer.data.order import BatchShape, step_rows
+from sparsekd.logit_store.protocol.reader import LogitStore, open_store
+from sparsekd.logit_store.row import Row
+from sparsekd.trainer.data.order import BatchShape, GlobalOrder, Place, step_rows
 from sparsekd.trainer.data.skipping import RowsOrNothing, check_left_out
+from sparsekd.trainer.data.sources import Records, Sources
 from sparsekd.trainer.run.errors import CheckpointError, DataError
 from sparsekd.trainer.state.record import read_commit
 
@@ -73,9 +75,9 @@ def test_rows_left_out_have_no_weight_on_any_ranks_and_over_a_resume(
 
     # Each is told once, though it comes in two epochs and on both ranks, and the record has them in order.
     shape = BatchShape(global_rows=8, micro_rows=2, world_size=2)
+    order = GlobalOrder(TRAIN_ROWS, 0)
     first_steps = {
-        row: min(step for step in range(STEPS) if row in step_rows(step * 8, shape, rows=TRAIN_ROWS, seed=0))
-        for row in DAMAGED
+        row: min(step for step in range(STEPS) if row in step_rows(step * 8, shape, order)) for row in DAMAGED
     }
     for name in ("skipping", "skipping_alone", "in_two"):
         told = workplace.metrics(name, "skipped")
@@ -89,19 +91,28 @@ def test_rows_left_out_have_no_weight_on_any_ranks_and_over_a_resume(
     assert output.count("left out damaged row 5") == 2  # in `skipping`, and once in both parts of `in_two`
 
 
+def reading(store: LogitStore, *, most: int, left_out: list[int]) -> RowsOrNothing:
+    sources = Sources.of_one(store, ("head_ids",), Records(None))
+    return RowsOrNothing(sources, most=most, left_out=left_out, keep=True, readers=1)
+
+
+def read(rows: RowsOrNothing, row: int, *, step: int) -> Row:
+    (found,) = rows.read([Place(row, row, row + 1, stream=0, window=row)], step=step)
+    return found.row
+
+
 def test_the_bound_is_kept_by_each_reader(stores: Path) -> None:
     store = open_store(stores / "damaged")
     with pytest.raises(DamagedStoreError, match="row 5"):
-        RowsOrNothing(store, planes=("head_ids",), most=0, left_out=[]).read(5, step=1)
-    rows = RowsOrNothing(store, planes=("head_ids",), most=1, left_out=[])
-    assert not rows.read(5, step=1).loss_mask.any() and not rows.read(5, step=2).loss_mask.any()
-    assert rows.read(4, step=1).loss_mask.any()
+        read(reading(store, most=0, left_out=[]), 5, step=1)
+    rows = reading(store, most=1, left_out=[])
+    assert not read(rows, 5, step=1).loss_mask.any() and not read(rows, 5, step=2).loss_mask.any()
+    assert read(rows, 4, step=1).loss_mask.any()
     with pytest.raises(DataError, match=r"More than train\.skip_damaged_rows=1 .* row 11"):
-        rows.read(11, step=3)
+        read(rows, 11, step=3)
     # What a run left out stays left out after a repair: the numbers are those of the run without a stop.
-    assert (
-        not RowsOrNothing(store, planes=("head_ids",), most=2, left_out=[4]).read(4, step=9).loss_mask.any()
-    )
+    rows = reading(store, most=2, left_out=[4])
+    assert not read(rows, 4, step=9).loss_mask.any()
     check_left_out([4, 5], most=2, checkpoint=stores)
     with pytest.raises(
         CheckpointError, match=r"left out 2 damaged rows, but train\.skip_damaged_rows=1: allow"

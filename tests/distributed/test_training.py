@@ -19,7 +19,7 @@ from plain_training import relative_difference, row_sums, student, train
 
 from sparsekd.kernels.memory import LossShape, plan_memory
 from sparsekd.logit_store.protocol.reader import open_store
-from sparsekd.trainer.data.order import BatchShape, micro_batches
+from sparsekd.trainer.data.order import BatchShape, GlobalOrder, Place, micro_batches
 
 pytestmark = pytest.mark.distributed
 
@@ -46,10 +46,31 @@ def expect_equal(work: Workplace, name: str, like: str, bound: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["tied", "untied", "slices", "slices_untied", "tokens", "padding", "padding_slices"]
+    "name",
+    [
+        *("tied", "untied", "slices", "slices_untied", "tokens", "padding", "padding_slices"),
+        *("balanced", "balanced_padding", "unbalanced"),
+    ],
 )
 def test_zero_3_equals_plain_training(trained: Workplace, name: str) -> None:
     expect_equal(trained, name, name, FLOAT32)
+
+
+def test_the_load_balancing_loss_is_there_as_the_configuration_says(trained: Workplace) -> None:
+    first = {name: trained.metrics(name)[0] for name in ("balanced", "unbalanced", "tied")}
+    assert "router_loss" not in first["unbalanced"] and "router_loss" not in first["tied"]
+    # Equal weights at the start: what the loss has more is the balance, at best 2 for two experts a token.
+    balanced, unbalanced = first["balanced"], first["unbalanced"]
+    assert balanced["ce"] == pytest.approx(unbalanced["ce"], rel=1e-6) and balanced["router_loss"] > 1.9
+    assert balanced["loss"] == pytest.approx(unbalanced["loss"] + 0.5 * balanced["router_loss"], rel=1e-6)
+    start = student(
+        all_runs(trained)["balanced"]["student"]["config"], seed=0, vocabulary=VOCABULARY
+    ).state_dict()
+    weights = {name: trained.weights(name, STEPS) for name in ("balanced", "unbalanced")}
+    other = {name: value.double() for name, value in weights["unbalanced"].items()}
+    assert relative_difference(weights["balanced"], other, start) > 100 * FLOAT32
+    gates = [name for name in other if name.endswith("mlp.gate.weight")]
+    assert len(gates) == 2
 
 
 @pytest.mark.parametrize(
@@ -60,15 +81,15 @@ def test_little_memory_makes_slices(trained: Workplace, name: str, memory: float
     store = open_store(trained.root / name)
     shape = BatchShape(global_rows=8, micro_rows=micro_rows, world_size=2)
 
-    def in_slices(rows: list[int]) -> bool:
-        count = sum(int(store.read_row("train", row).loss_mask.sum()) for row in rows)
+    def in_slices(places: list[Place]) -> bool:
+        count = sum(int(store.read_row("train", place.row).loss_mask.sum()) for place in places)
         loss = LossShape(count, VOCABULARY, 32, element_bytes=4, temperature=1.0, softcap=False, on_cpu=True)
         return plan_memory("torch", loss, memory_budget=int(memory * 2**30)).slice_columns > 0
 
     found = set()
     for step in range(STEPS):
-        parts = [micro_batches(step * 8, shape, rank=rank, rows=TRAIN_ROWS, seed=0) for rank in range(2)]
-        found |= {tuple(in_slices(rows) for rows in both) for both in zip(*parts, strict=True)}
+        parts = [micro_batches(step * 8, shape, GlobalOrder(TRAIN_ROWS, 0), rank=rank) for rank in range(2)]
+        found |= {tuple(in_slices(part) for part in both) for both in zip(*parts, strict=True)}
     assert found >= {(True, False), (False, True)}
 
 
@@ -119,7 +140,8 @@ def test_the_run_folder_says_what_ran(trained: Workplace) -> None:
     folder = trained.folder("tied")
     environment = json.loads((folder / "env.json").read_text())
     assert environment["world_size"] == 2 and environment["versions"]["deepspeed"]
-    assert json.loads((folder / "DONE.json").read_text()) == {"step": STEPS, "tokens": STEPS * 8 * 32}
+    done = json.loads((folder / "DONE.json").read_text())
+    assert done.pop("run_seconds") > 0 and done == {"step": STEPS, "tokens": STEPS * 8 * 32}
     assert "steps: 4" in (folder / "config.yaml").read_text()
     assert (folder / "logs" / "rank_1.log").is_file() and not (folder / "FAILED.json").exists()
     assert math.isfinite(trained.metrics("tied")[-1]["loss"])

@@ -2,10 +2,12 @@
 
 Each run is a configuration as nested JSON over the defaults. Sharing one job saves the start of processes and
 libraries, which takes longer than a tiny run. Started from `conftest.py`; exits as the command line does.
+TIMEOUT_MINUTES is that of a collective, 2 where it is not set.
 """
 
 import faulthandler
 import json
+import os
 import sys
 import traceback
 from dataclasses import fields, is_dataclass
@@ -33,10 +35,11 @@ def main() -> int:
     from sparsekd.trainer.student.loop import train_on
 
     # A job that hangs says where, in every process, before the test gives up on it.
-    faulthandler.dump_traceback_later(150, exit=True)
+    faulthandler.dump_traceback_later(280 if "TIMEOUT_MINUTES" in os.environ else 150, exit=True)
     runs = [configured(Config(), values) for values in json.loads(Path(sys.argv[1]).read_text())]
     try:
-        with ranks(runs[0].launch, timeout_minutes=2) as here:
+        minutes = float(os.environ.get("TIMEOUT_MINUTES", 2))
+        with ranks(runs[0].launch, timeout_minutes=minutes) as here:
             for config in runs:
                 train_on(here, config, [])
     except (UserError, StoreError) as error:

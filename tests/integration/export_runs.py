@@ -4,6 +4,7 @@ Called by torchrun with two ranks: `export_runs.py FOLDER STORE`.
 """
 
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,10 +13,10 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
 from sparsekd.trainer.config.schema import Config, LaunchConfig
+from sparsekd.trainer.run import ranks as joining
 from sparsekd.trainer.run.ending import run_as_process
-from sparsekd.trainer.run.ranks import Ranks, ranks
-from sparsekd.trainer.state import checkpoint
 from sparsekd.trainer.state.record import Commit
+from sparsekd.trainer.state.save import Saver
 from sparsekd.trainer.student import train
 
 # (name, ZeRO stage, dtype of the engine, tied)
@@ -28,10 +29,12 @@ CASES = (
 )
 STEPS = 3
 
-_save_checkpoint = checkpoint.save
+_begin = Saver.begin
 
 
-def save(engine: deepspeed.DeepSpeedEngine, folder: Path, commit: Commit, here: Ranks) -> Path:
+def begin(
+    saver: Saver, engine: deepspeed.DeepSpeedEngine, commit: Commit, published: Callable[[Path, float], None]
+) -> None:
     """Saves as the trainer does, after writing down the weights by DeepSpeed's own accessor."""
     model = engine.module.model
     weights = {
@@ -40,9 +43,9 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, commit: Commit, here: 
         .clone()
         for name, parameter in model.named_parameters()
     }
-    if here.is_first:
-        torch.save(weights, folder.parent / f"weights-{commit.step}.pt")
-    return _save_checkpoint(engine, folder, commit, here)
+    if saver._here.is_first:
+        torch.save(weights, saver._folder.parent / f"weights-{commit.step}.pt")
+    _begin(saver, engine, commit, published)
 
 
 def run_config(folder: Path, store: Path, name: str, stage: int, dtype: str, tied: bool) -> Config:
@@ -70,13 +73,22 @@ def run_config(folder: Path, store: Path, name: str, stage: int, dtype: str, tie
     return config
 
 
+def custom_run_config(folder: Path, store: Path) -> Config:
+    """A student of a class of its own, with generation defaults that transformers does not write."""
+    config = run_config(folder, store, "custom", 3, "bfloat16", False)
+    config.student.path, config.student.config = str(folder.parent / "custom-model"), {}
+    config.student.trust_remote_code = True
+    return config
+
+
 def main(folder: Path, store: Path) -> None:
-    checkpoint.save = save
+    Saver.begin = begin
     # DeepSpeed keeps the first process group it saw, so all runs of this process share one.
-    with ranks(LaunchConfig(device="cpu"), timeout_minutes=2) as here:
-        train.ranks = lambda *_, **__: nullcontext(here)
+    with joining.ranks(LaunchConfig(device="cpu"), timeout_minutes=2) as here:
+        joining.ranks = lambda *_, **__: nullcontext(here)
         for name, stage, dtype, tied in CASES:
             train.run(run_config(folder, store, name, stage, dtype, tied))
+        train.run(custom_run_config(folder, store))
 
 
 if __name__ == "__main__":

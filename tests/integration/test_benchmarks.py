@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 
 import kernel_cases
+import loader_contestants
+import loader_report
 import pytest
+import save_worker
 import store_fidelity
 import store_ours
 import store_peers
@@ -87,6 +90,36 @@ def test_kernel(tmp_path: Path) -> None:
         assert f"## {table}. {story[0].upper()}{story[1:]}" in page
         for dtype in ("float32", "bfloat16"):
             assert f"### {table}: 24 x 300 x 16, {dtype}" in page
+
+
+def test_loader(tmp_path: Path) -> None:
+    """Without the peer that needs an environment of its own."""
+    for package in ("datasets", "moto", "obstore"):
+        pytest.importorskip(package)
+    run("loader.py", tmp_path)
+    page = page_of(tmp_path, "loader_cpu.md")
+    assert NO_CACHE in page and "mosaicml-streaming was not measured" in page
+    assert (tmp_path / "loader_cpu.png").stat().st_size > 10_000
+    cells = {row[0]: row for row in tables(page)}
+    for name in loader_contestants.LOADERS:
+        assert name.startswith("mosaicml") or float(cells[name][1].replace(",", "")) > 0
+    # Requests do not depend on the machine.
+    for name, most in loader_report.REQUESTS_MOST.items():
+        assert 0 < float(cells[f"requests a row, {name}"][2]) <= most
+
+
+def test_save(tmp_path: Path) -> None:
+    run("save.py", tmp_path)
+    page = page_of(tmp_path, "save_cpu.md")
+    assert NO_CACHE in page
+    assert (tmp_path / "save_cpu.png").stat().st_size > 10_000
+    cells = {row[0]: row for row in tables(page)}
+    for name in save_worker.WAYS:
+        pause, size = float(cells[name][1]), int(cells[name][-1].replace(",", ""))
+        assert (pause >= 0 and size == 0) if name == save_worker.NOTHING else (pause > 0 and size > 0), name
+    # All write the same state.
+    assert cells[save_worker.BEHIND][-1][:2] == cells[save_worker.TORCH][-1][:2]
+    assert "other sizes" in page
 
 
 @pytest.mark.usefixtures("own_environment")

@@ -352,7 +352,10 @@ def test_teachers_that_do_not_fit_are_refused(tokens: Path, llama: Path, tmp_pat
         assert not store.exists()
 
     small = make_teacher(tmp_path / "small", "llama", vocab_size=VOCABULARY - 1)
-    refused(r"knows 279 token ids, but the tokenizer of .* has 280: prepare .*corpus\.tokenizer=", small)
+    refused(
+        r"has 279 vocabulary entries, but .* has 280 ids; prepare .*corpus\.tokenizer=",
+        small,
+    )
     short = make_teacher(tmp_path / "short", "llama", max_position_embeddings=LENGTH - 1)
     refused(r"at most 47 positions, .* have 48; .*prepare again with corpus\.sequence_length=47", short)
     foreign = train_tokenizer(["quite another text with other merges, merges, merges"], VOCABULARY)

@@ -11,8 +11,10 @@ import pytest
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from sparsekd.logit_store.protocol.reader import open_store
+from sparsekd.trainer.config.places import evaluation_folder
 from sparsekd.trainer.config.schema import Config
-from sparsekd.trainer.quality import evaluate, score
+from sparsekd.trainer.models import opened
+from sparsekd.trainer.quality import evaluate
 from sparsekd.trainer.quality.result import Evaluation, load_evaluation
 from sparsekd.trainer.quality.table import headline, result_table
 from sparsekd.trainer.run.errors import ConfigError, DataError, ModelError
@@ -45,7 +47,7 @@ def _config(world: Path, **evaluate_options: object) -> Config:
 
 def _run(config: Config) -> Evaluation:
     evaluate.run(config)
-    return load_evaluation(evaluate.evaluation_folder(config))
+    return load_evaluation(evaluation_folder(config))
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +133,7 @@ def test_stored_records_are_exact_estimates_and_bounds(
 
 def test_no_two_models_are_alive_at_one_time(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[weakref.ref] = []
-    load = score.load_causal_lm
+    load = opened.load_causal_lm
 
     def watched(*arguments: object, **keywords: object) -> PreTrainedModel:
         # Without a collection: a model that only the collector would free is still in memory.
@@ -141,7 +143,7 @@ def test_no_two_models_are_alive_at_one_time(world: Path, monkeypatch: pytest.Mo
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(score, "load_causal_lm", watched)
+    monkeypatch.setattr(opened, "load_causal_lm", watched)
     config = _config(world, teacher="load", rows=4)
     config.teacher.path = str(world / "teacher")
     _run(config)
@@ -153,7 +155,7 @@ def test_a_model_too_short_for_the_rows_is_refused(world: Path, tmp_path: Path) 
     place = tmp_path / "short" / "config.json"
     place.write_text(json.dumps(json.loads(place.read_text()) | {"max_position_embeddings": 95}))
     config = _config(world, models={"kd": str(tmp_path / "short")}, baseline=None)
-    with pytest.raises(ModelError, match=r"models\.kd at .*short takes at most 95 positions, .* have 96"):
+    with pytest.raises(ModelError, match=r"models\.kd=.*short takes at most 95 positions, .* have 96"):
         _run(config)
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from custom_models import write_custom_model
 from safetensors.torch import load_file
 from synthetic_stores import write_synthetic_store
+from transformers import AutoModelForCausalLM
 
 from sparsekd.logit_store.synthetic import synthetic_manifest
 from sparsekd.trainer.config.schema import Config
@@ -54,6 +56,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_synthetic_store(
         folder / "store", synthetic_manifest(vocabulary_size=101), {"train": 8, "heldout": 3}, seed=3
     )
+    fields = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    custom = write_custom_model(folder / "custom-model", fields | heads)
+    (custom / "generation_config.json").write_text(json.dumps({"temperature": 0.6}))
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     made = subprocess.run(
         [
@@ -114,6 +120,19 @@ def test_a_stranger_loads_and_generates(runs: Path) -> None:
     assert f"loaded {len(CASES)}" in loaded.stdout
 
 
+def test_a_student_with_code_of_its_own(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(_config(runs, "custom"))
+    said = capsys.readouterr().out
+    assert "bit for bit" in said and "trust_remote_code=True" in said and "temperature=0.6" in said
+    folder = runs / "custom" / "export"
+    assert (folder / "modeling_halved.py").is_file()
+    assert 'dtype="auto", trust_remote_code=True)' in (folder / "README.md").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+    assert type(loaded).__name__ == "HalvedForCausalLM"
+    oracle = torch.load(runs / "custom" / "weights-3.pt")
+    assert all(torch.equal(oracle[name].bfloat16(), value) for name, value in loaded.named_parameters())
+
+
 def test_model_card(runs: Path) -> None:
     metrics = runs / "zero3-tied" / "metrics.jsonl"
     lines = [
@@ -128,6 +147,9 @@ def test_model_card(runs: Path) -> None:
     facts = yaml.safe_load(front)
     assert facts["library_name"] == "transformers" and "license" not in facts
     assert "license" in front and "No license" in body
+    # What ran, with "auto" settled, and nothing that the loss does not read.
+    assert "kd_weight=1.0, ce_weight=0.0, divergence=forward_kl, target_mode=sampled" in body
+    assert "impl=torch" in body and "=auto" not in body and "mixture" not in body and "None" not in body
     assert "k=4 exact, n=6 draws" in body and "4.2500" in body and "4.0000" not in body
 
 

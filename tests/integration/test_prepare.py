@@ -1,8 +1,12 @@
 """`prepare` from files to a sealed token store: every format, equal bytes after a kill, and its refusals."""
 
+import codecs
+import csv
+import gzip
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +29,7 @@ from sparsekd.trainer.corpus.prepare import run
 from sparsekd.trainer.corpus.split import is_heldout
 from sparsekd.trainer.corpus.tokenizer import save_tokenizer, tokenize, train_tokenizer
 from sparsekd.trainer.run.errors import ConfigError, DataError
+from sparsekd.trainer.run.stop import STOPPED_CODE
 
 pytestmark = pytest.mark.integration
 
@@ -114,6 +119,8 @@ def test_every_format_gives_the_same_rows(texts: Path, tmp_path: Path) -> None:
     contents = [document.text for document in read_documents(plain.corpus)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in contents))
     parquet.write_table(pa.table({"text": contents}), tmp_path / "d.parquet", row_group_size=3)
+    with (tmp_path / "d.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text"], *([text] for text in contents)])
     datasets.Dataset.from_dict({"text": contents}).save_to_disk(tmp_path / "saved")
     (tmp_path / "hub").mkdir()
     shutil.copy(tmp_path / "d.parquet", tmp_path / "hub" / "train.parquet")
@@ -121,6 +128,7 @@ def test_every_format_gives_the_same_rows(texts: Path, tmp_path: Path) -> None:
     expected = open_store(tmp_path / "text")
     for format, source in (
         ("jsonl", "d.jsonl"),
+        ("csv", "d.csv"),
         ("parquet", "d.parquet"),
         ("dataset", "saved"),
         ("dataset", "hub"),
@@ -139,6 +147,34 @@ def test_every_format_gives_the_same_rows(texts: Path, tmp_path: Path) -> None:
                 assert np.array_equal(left.segment_documents, right.segment_documents)
 
 
+def test_tool_copies_marks_and_compression_change_no_row(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, messy = config_for(texts, tmp_path / "plain"), config_for(texts, tmp_path / "messy")
+    folder = tmp_path / "again" / texts.name
+    shutil.copytree(texts, folder)
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / ".ipynb_checkpoints" / "a-checkpoint.py").write_text("a copy")
+    for name in ("_SUCCESS", "._a.py"):
+        (folder / name).write_bytes(b"\0\xff")
+    for index, path in enumerate(sorted(folder.rglob("[a-z]*.py"))):
+        if index % 2:
+            path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+        else:
+            path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+    messy.corpus.paths, messy.corpus.include = [str(folder)], "*.py"
+    run(plain)
+    capsys.readouterr()
+    run(messy)
+    printed = capsys.readouterr().out
+    assert (
+        "2 hidden files, marks of tools and compressed copies in folders left out, the first .ipynb"
+        in printed
+    )
+    assert files_of(tmp_path / "messy") == files_of(tmp_path / "plain")
+
+
 def test_two_machines_write_equal_stores(texts: Path, tmp_path: Path) -> None:
     for place in ("here", "there/deeper"):
         shutil.copytree(texts, tmp_path / place / "corpus")
@@ -152,13 +188,104 @@ SCRIPT = """
 import json, sys
 from sparsekd.trainer.config.schema import Config
 from sparsekd.trainer.corpus.prepare import run
+from sparsekd.trainer.run.errors import Stopped
+from sparsekd.trainer.run.stop import STOPPED_CODE
 config = Config()
 for key, value in json.loads(sys.argv[1]).items():
     group, name = key.split(".")
     setattr(getattr(config, group), name, value)
 print("READY", flush=True)
-run(config)
+try:
+    run(config)
+except Stopped as stopped:
+    assert "was asked to stop (terminated, SIGTERM)" in str(stopped), stopped
+    sys.exit(STOPPED_CODE)
 """
+
+
+def test_one_large_file_is_cut_into_documents(texts: Path, tmp_path: Path) -> None:
+    whole = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(texts.rglob("*.py")))
+    (tmp_path / "all.txt").write_text(whole, encoding="utf-8")
+    config = config_for(tmp_path / "all.txt", tmp_path / "tokens")
+    config.corpus.heldout_fraction = 0.1
+    config.corpus.sample_by = "paragraph"
+    run(config)
+    store = open_store(tmp_path / "tokens")
+    tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_path)
+    train, heldout = (tokens_by_document(store, split) for split in ("train", "heldout"))
+    assert len(train) > 100 and len(heldout) > 10
+    together = dict(sorted((train | heldout).items()))
+    texts_found = [tokenizer.decode(ids[:-1]) for ids in together.values()]
+    assert texts_found == [part.strip("\n") for part in re.split(r"\n(?:\s*\n)+", whole) if part.strip()]
+    config.corpus.sample_by, config.corpus.heldout_fraction = "document", 1e-12  # whatever its hash
+    with pytest.raises(DataError, match=r"1 documents holds none out.*corpus\.sample_by, corpus\.separator"):
+        run(config)
+
+
+def test_shredded_chat_text_is_said_and_json_as_text_refused(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = train_tokenizer(["some text"], 300)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    chats = [f"<|im_start|>user\nquestion {number}<|im_end|>\n" for number in range(20)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"text": chat}) + "\n" for chat in chats))
+    config = config_for(tmp_path / "chats.jsonl", tmp_path / "split")
+    config.corpus.tokenizer, config.corpus.train_vocabulary_size = str(tmp_path / "tokenizer"), None
+    with pytest.raises(DataError, match=r"1 of 1 documents are JSON, the first chats\.jsonl.*corpus=jsonl"):
+        run(config)
+    assert not (tmp_path / "split").exists()
+    config.corpus.format = "jsonl"
+    run(config)
+    said = (
+        "20 documents spell special tokens of the tokenizer (<|im_end|> in 20, <|im_start|> in 20), the first"
+    )
+    assert f"prepare: {said} chats.jsonl:1: these stay text" in capsys.readouterr().out
+    config.store.tokens, config.corpus.split_special_tokens = str(tmp_path / "parsed"), False
+    run(config)
+    parsed, split = (open_store(tmp_path / name) for name in ("parsed", "split"))
+    assert "special_tokens" in parsed.manifest.dataset and "special_tokens" not in split.manifest.dataset
+    for store, texts_of_special in ((parsed, 2), (split, 0)):
+        for ids in tokens_by_document(store, "train").values():
+            special = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+            assert sum(ids.count(token) for token in special) == texts_of_special
+    with pytest.raises(StoreError, match="special_tokens"):  # another choice, another store
+        config.store.tokens = str(tmp_path / "split")
+        run(config)
+
+
+MEMORY = """
+import json, resource, sys
+from transformers import AutoTokenizer
+from sparsekd.trainer.config.schema import Config
+from sparsekd.trainer.corpus.prepare import run
+config = Config()
+config.corpus.paths, config.corpus.tokenizer, config.store.tokens = [sys.argv[1]], sys.argv[2], sys.argv[3]
+config.corpus.heldout_fraction = 0.0
+AutoTokenizer.from_pretrained(config.corpus.tokenizer)("some words " * 100)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(config)
+print("MB", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_one_document_of_twenty_megabytes_takes_little_memory(tmp_path: Path) -> None:
+    """Encoded as a whole it took 3.4 GB; its text and the bytes of it are 40 MB."""
+    parts = [path.read_text(encoding="utf-8") for path in sorted(LIBRARY.glob("*.py"))]
+    save_tokenizer(train_tokenizer(parts[:20], 2000), tmp_path / "tokenizer")
+    with (tmp_path / "all.txt").open("w", encoding="utf-8") as file:
+        written = 0
+        for number in range(1_000_000):
+            text = f"# {number}\n{parts[number % len(parts)]}\n\n"
+            written += file.write(text)
+            if written > 20_000_000:
+                break
+    names = [str(tmp_path / name) for name in ("all.txt", "tokenizer", "tokens")]
+    command = [sys.executable, "-c", MEMORY, *names]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONSAFEPATH": "1"}, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert int(done.stdout.splitlines()[-1].removeprefix("MB ")) < 600
 
 
 @pytest.mark.parametrize("ended_by", [signal.SIGKILL, signal.SIGTERM])
@@ -179,12 +306,13 @@ def test_ended_and_started_again_gives_the_same_bytes(
     command = [sys.executable, "-c", SCRIPT, json.dumps(keys)]
     environment = os.environ | {"PYTHONSAFEPATH": "1"}
     shards = len(list((tmp_path / "whole").rglob("*.arrow")))
-    wait_for = random.Random(os.getpid()).randrange(1, shards - 1)
+    wait_for = random.Random(os.getpid()).randrange(1, shards // 2)
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     while process.poll() is None and len(list((tmp_path / "killed").rglob("*.arrow"))) < wait_for:
         time.sleep(0.001)
     process.send_signal(ended_by)
-    assert process.wait() == -ended_by, f"it ended before shard {wait_for} of {shards}"
+    code = STOPPED_CODE if ended_by == signal.SIGTERM else -ended_by
+    assert process.wait() == code, f"it ended before shard {wait_for} of {shards}"
     with pytest.raises(StoreError, match="not finished"):
         open_store(tmp_path / "killed")
     again = config_for(texts, tmp_path / "killed")

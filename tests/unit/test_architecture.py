@@ -14,23 +14,62 @@ PLAIN = {"sparsekd.trainer.quality.result", "sparsekd.trainer.quality.table"}
 """Data types, and how they print: what a room may know of another."""
 GROUND_FLOOR = {
     "kernels": {"torch", "triton", "numpy"},
-    "logit_store": {"numpy", "pyarrow", "zstandard", "tokenizers", "matplotlib", "obstore"},
+    "logit_store": {"numpy", "pyarrow", "zstandard", "tokenizers", "matplotlib", "obstore", "fsspec"},
 }
 
 
+IMPORTERS = ("import_module", "__import__")
+
 # Not installed with the package, or slow to import: a module needs them in the function that does.
-ON_USE = {"tokenizers", "matplotlib", "obstore"}
+ON_USE = {"tokenizers", "matplotlib", "obstore", "fsspec"}
 
 
 def imported_modules(path: Path) -> set[str]:
+    """Whatever a module imports, also inside of functions, for types alone, and by name at run time."""
+    return imports_of(path.read_text(), path)
+
+
+def imports_of(text: str, path: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found.add(node.module or "")
+            module = node.module or ""
+            below = {f"{module}.{name.name}" for name in node.names if is_module(f"{module}.{name.name}")}
+            found |= below or {module}
+        elif isinstance(node, ast.Call) and called(node) in IMPORTERS:
+            name = node.args[0] if node.args else None
+            assert isinstance(name, ast.Constant), f"{path} imports by a name that nobody can see"
+            found.add(str(name.value))
     return found
+
+
+def called(node: ast.Call) -> str:
+    return getattr(node.func, "attr", getattr(node.func, "id", ""))
+
+
+def is_module(name: str) -> bool:
+    place = ROOT.joinpath(*name.removeprefix("sparsekd.").split("."))
+    return name.startswith("sparsekd.") and (place.is_dir() or place.with_suffix(".py").is_file())
+
+
+def test_no_way_to_import_is_overlooked() -> None:
+    door = "sparsekd.trainer.door.cli"
+    for text in (
+        f"import {door}",
+        "from sparsekd.trainer.door import cli",
+        "def inside():\n    from sparsekd.trainer.door.cli import main",
+        "if TYPE_CHECKING:\n    from sparsekd.trainer.door.cli import main",
+        f"importlib.import_module('{door}')",
+        f"import_module('{door}')",
+        f"__import__('{door}')",
+    ):
+        assert imports_of(text, ROOT) == {door}, text
+    assert imports_of("from sparsekd.trainer import door", ROOT) == {"sparsekd.trainer.door"}
+    with pytest.raises(AssertionError, match="nobody can see"):
+        imports_of("import_module(name)", ROOT)
 
 
 @pytest.mark.parametrize("package", GROUND_FLOOR)
@@ -56,8 +95,11 @@ def test_the_store_imports_at_its_top_only_what_it_always_needs() -> None:
 
 def rooms_of(path: Path) -> set[str]:
     """The trainer's rooms that a module imports, also inside of functions; plain data types do not count."""
-    modules = {module for module in imported_modules(path) if module.startswith("sparsekd.trainer.")}
-    return {module.split(".")[2] for module in modules - PLAIN}
+    return {module.split(".")[2] for module in trainer_modules_of(path) - PLAIN}
+
+
+def trainer_modules_of(path: Path) -> set[str]:
+    return {module for module in imported_modules(path) if module.startswith("sparsekd.trainer.")}
 
 
 def modules_of(room: str) -> list[Path]:
@@ -74,7 +116,33 @@ def test_every_room_has_its_place_in_the_house() -> None:
 
 def test_shared_rooms_know_shared_rooms_alone() -> None:
     for path in [path for room in SHARED for path in modules_of(room)]:
+        assert {module.split(".")[2] for module in trainer_modules_of(path)} <= {*SHARED}, path
+
+
+def test_plain_data_types_know_no_room() -> None:
+    for module in PLAIN:
+        path = ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py")
         assert rooms_of(path) <= {*SHARED}, path
+        assert not {name.split(".")[0] for name in imported_modules(path)} & {"torch", "transformers"}, path
+
+
+def test_the_trainer_s_imports_run_one_way() -> None:
+    places = {
+        ".".join(("sparsekd", *path.relative_to(ROOT).with_suffix("").parts)): path
+        for path in (ROOT / "trainer").glob("**/*.py")
+    }
+    left = {name: trainer_modules_of(path) & places.keys() for name, path in places.items()}
+    while leaves := {name for name, below in left.items() if not below & left.keys()}:
+        left = {name: below for name, below in left.items() if name not in leaves}
+    assert not left, f"these import one another: {sorted(left)}"
+
+
+def test_launch_needs_the_standard_library_alone() -> None:
+    for path in sorted((ROOT / "launch").glob("**/*.py")):
+        for module in imported_modules(path):
+            assert module.split(".")[0] in sys.stdlib_module_names or module.startswith("sparsekd.launch"), (
+                path
+            )
 
 
 def test_rooms_do_not_import_one_another() -> None:
@@ -114,7 +182,7 @@ def test_light_commands_do_not_import_torch(statement: str) -> None:
 def test_files_stay_short() -> None:
     long = {
         str(path.relative_to(ROOT)): lines
-        for folder in ("kernels", "logit_store", "trainer", "launch", "conf", "benchmarks")
+        for folder in ("kernels", "logit_store", "trainer", "launch", "conf", "sparsekd", "benchmarks")
         for path in (ROOT / folder).glob("**/*.py")
         if (lines := len(path.read_text().splitlines())) > 500
     }

@@ -11,7 +11,8 @@ from synthetic_stores import write_synthetic_store
 from sparsekd.logit_store.manifest import manifest_to_json
 from sparsekd.logit_store.synthetic import synthetic_manifest
 from sparsekd.trainer.config.compose import as_yaml, check_for_verb, compose_config, groups
-from sparsekd.trainer.config.schema import Config, options, run_folder
+from sparsekd.trainer.config.options import options
+from sparsekd.trainer.config.schema import Config, run_folder
 from sparsekd.trainer.door.cli import VERBS, main
 from sparsekd.trainer.run.errors import ConfigError
 
@@ -130,6 +131,16 @@ def test_a_mistake_is_one_sentence_that_names_what_is_legal(override: str, words
         ("train", ["store.path=STORE/tokens"], ["student.path"]),
         ("train", [*TRAIN, "objective.kd_weight=0"], ["kd_weight and ce_weight are both 0"]),
         ("train", [*TRAIN, "engine.zero_stage=0"], ["zero_stage=0", "float32"]),
+        (
+            "train",
+            [*TRAIN, "engine.zero_stage=0", "engine.dtype=float32", "train.nonfinite=skip"],
+            ["train.nonfinite=skip needs engine.zero_stage 1, 2 or 3", "train.nonfinite=stop"],
+        ),
+        (
+            "train",
+            [*TRAIN, "engine.zero_stage=2", "engine.offload=cpu", "train.nonfinite=skip"],
+            ["train.nonfinite=skip with engine.offload=cpu needs engine.zero_stage=3, found 2"],
+        ),
         (
             "train",
             [*TRAIN, "engine.zero_stage=0", "engine.dtype=float32", "engine.offload=cpu"],

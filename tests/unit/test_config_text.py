@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from sparsekd.trainer.config.compose import as_yaml, compose_config
-from sparsekd.trainer.config.schema import Config, options
+from sparsekd.trainer.config.options import options
+from sparsekd.trainer.config.schema import Config
 from sparsekd.trainer.door.cli import VERBS, main
 from sparsekd.trainer.run.errors import ConfigError
 
@@ -317,4 +318,4 @@ def test_no_verb_takes_a_word_without_a_look(capsys: pytest.CaptureFixture[str])
     for flag in ("--teacher", "--repair"):
         said = refused(["store", "verify", "no/such/store", flag, "nonsense=1"], capsys)
         assert "'nonsense' is not a configuration key" in said
-    assert "doctor takes no settings, found --cfg" in refused(["doctor", "--cfg"], capsys)
+    assert "doctor takes run.root=... alone, found --cfg" in refused(["doctor", "--cfg"], capsys)

@@ -3,10 +3,11 @@
 import itertools
 import random
 import re
+from pathlib import Path
 
 import pytest
 
-from sparsekd.launch.env import hosts, master_port, tasks_on_node, torch_variables
+from sparsekd.launch.env import array_share, hosts, master_port, parsed_hosts, tasks_on_node, torch_variables
 
 SRUN = {
     "SLURM_JOB_ID": "1234",
@@ -39,7 +40,7 @@ FIRST_EPHEMERAL_PORT = 32_768  # Linux's net.ipv4.ip_local_port_range
     ],
 )
 def test_the_hosts_of_a_node_list(node_list: str, names: str) -> None:
-    assert hosts(node_list) == names.split()
+    assert parsed_hosts(node_list) == names.split()
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_the_hosts_of_a_node_list(node_list: str, names: str) -> None:
 )
 def test_what_is_no_node_list_is_refused_in_one_sentence(node_list: str) -> None:
     with pytest.raises(ValueError, match=r"cannot be read .*; set MASTER_ADDR to the host of rank 0") as said:
-        hosts(node_list)
+        parsed_hosts(node_list)
     assert len(str(said.value)) < 400
 
 
@@ -61,11 +62,29 @@ def test_node_lists_of_any_letters_give_hosts_or_the_sentence() -> None:
     for _ in range(3000):
         text = "".join(chance.choice("n1[2-3],r0") for _ in range(chance.randrange(1, 12)))
         try:
-            found = hosts(text)
+            found = parsed_hosts(text)
         except ValueError as error:
             assert "cannot be read" in str(error), text
         else:
             assert found and all(re.fullmatch(r"[a-z0-9-]+", name) for name in found), text
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("echo a7; echo a9", ["a7", "a9"]),
+        ("echo a7; exit 1", ["n1", "n2"]),
+        ("echo 'no: configuration'", ["n1", "n2"]),
+        ("true", ["n1", "n2"]),
+    ],
+)
+def test_slurm_itself_reads_a_node_list_where_it_can(
+    script: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\n[ "$*" = "show hostnames n[1-2]" ] || exit 3\n{script}\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert hosts("n[1-2]") == expected
 
 
 def test_srun_variables_become_torch_s() -> None:
@@ -138,6 +157,19 @@ def test_one_process_without_a_launcher_also_inside_an_allocation() -> None:
     assert torch_variables(batch_step)["WORLD_SIZE"] == "1"
 
 
+def test_a_shell_in_a_step_of_many_tasks_waits_for_nobody() -> None:
+    shell = {**SRUN, "SLURM_PTY_PORT": "41234"}
+    with pytest.raises(
+        ValueError, match=r"an interactive shell in a step of 16 tasks.*from salloc with srun"
+    ):
+        torch_variables(shell)
+    alone = {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}
+    one = torch_variables({**shell, **alone, "SLURM_STEP_TASKS_PER_NODE": "1"})
+    assert one["WORLD_SIZE"] == "1"
+    # Variables that torchrun has set win, also in such a shell.
+    assert torch_variables({**shell, "RANK": "0", "WORLD_SIZE": "4"}) == {}
+
+
 def test_contradicting_variables_are_refused() -> None:
     with pytest.raises(ValueError, match="SLURM_PROCID=16"):
         torch_variables({**SRUN, "SLURM_PROCID": "16"})
@@ -155,3 +187,17 @@ def test_messages_are_short_whatever_they_quote() -> None:
         with pytest.raises(ValueError) as said:
             torch_variables({**SRUN, name: "[" * 5000})
         assert len(str(said.value)) < 400 and ("node list" in str(said.value) or name in str(said.value))
+
+
+def test_the_jobs_of_an_array_are_counted_from_zero() -> None:
+    def share(listed: int, *, first: int = 0, step: int = 1, count: int = 4) -> tuple[int, int]:
+        names = ("ID", "MIN", "STEP", "COUNT")
+        numbers = zip(names, (listed, first, step, count), strict=True)
+        return array_share({f"SLURM_ARRAY_TASK_{name}": str(number) for name, number in numbers})
+
+    assert array_share({}) == (0, 1)
+    assert [share(listed) for listed in range(4)] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert [share(listed, first=3, step=2, count=3)[0] for listed in (3, 5, 7)] == [0, 1, 2]
+    assert all(share(listed, first=1, count=3)[0] < 3 for listed in (1, 5, 6))
+    with pytest.raises(ValueError, match="SLURM_ARRAY_TASK_ID='x' is not a number"):
+        array_share({"SLURM_ARRAY_TASK_ID": "x"})

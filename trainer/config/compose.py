@@ -26,7 +26,9 @@ from yaml import YAMLError
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import read_manifest
 from sparsekd.logit_store.places.paths import RemotePath, StorePath, store_path
-from sparsekd.trainer.config.schema import Config, Option, options, require
+from sparsekd.trainer.config.corpus import check_corpus
+from sparsekd.trainer.config.options import Option, options
+from sparsekd.trainer.config.schema import Config, require
 from sparsekd.trainer.config.text import UNREADABLE, as_typed, exact_schema, quoted, without_interpolation
 from sparsekd.trainer.run.errors import ConfigError, FolderError
 
@@ -71,6 +73,23 @@ def compose_config(overrides: Sequence[str], *, config_directory: str | None = N
     return config
 
 
+def checked_again(config: Config) -> Config:
+    """The same configuration with types and values checked, where a program set its fields.
+
+    Raises:
+        ConfigError: As `compose_config`.
+    """
+    try:
+        values = OmegaConf.create(_without_interpolations(dataclasses.asdict(config)))
+        found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_sentence(error)) from error
+    assert isinstance(found, Config)
+    for leaf in options(found):
+        _check_value(leaf)
+    return found
+
+
 def as_yaml(config: Config) -> str:
     """The whole configuration as YAML, as a run folder keeps it; text with `${` in it comes back as text."""
     return OmegaConf.to_yaml(OmegaConf.create(_without_interpolations(dataclasses.asdict(config))))
@@ -107,6 +126,7 @@ def check_for_verb(config: Config, verb: str) -> None:
         "capture": _check_capture,
         "train": _check_train,
         "evaluate": _check_evaluate,
+        "plan": _check_plan,
     }
     if verb in checks:
         checks[verb](config)
@@ -151,6 +171,7 @@ def _check_prepare(config: Config) -> None:
         raise ConfigError(
             f"Set corpus.tokenizer (a folder or hub name) or corpus.train_vocabulary_size; {found} set."
         )
+    check_corpus(corpus)
     _check_model_path(corpus.tokenizer, "corpus.tokenizer")
 
 
@@ -191,16 +212,29 @@ def _check_capture(config: Config) -> None:
 
 def _check_train(config: Config) -> None:
     # Only now: a shared module must not need a room, except for the verb that is the room's own.
-    from sparsekd.trainer.config.checks import check_train, resolved_objective
+    from sparsekd.trainer.config.checks import check_train, shared_objective
+    from sparsekd.trainer.config.mixture import check_alike, requested_stores
 
-    folder = check_store(config.store.path, "store.path", "as the store that train reads")
+    folders = {
+        request.name: check_store(request.path, request.key, "as a store that train reads")
+        for request in requested_stores(config.store, config.data)
+    }
     _check_model_path(config.student.path, "student.path")
     check_train(config)
     try:
-        record = read_manifest(folder).record
+        manifests = {name: read_manifest(folder) for name, folder in folders.items()}
     except StoreError as error:
         raise FolderError(str(error)) from error
-    resolved_objective(config.objective, record)
+    check_alike(manifests)
+    shared_objective(config.objective, {name: manifest.record for name, manifest in manifests.items()})
+
+
+def _check_plan(config: Config) -> None:
+    if config.data.mixture:
+        raise ConfigError(
+            f"plan speaks of one store, but data.mixture names {len(config.data.mixture)}: call it for each, "
+            "with its store.tokens, and leave data.mixture out."
+        )
 
 
 def _check_evaluate(config: Config) -> None:
@@ -227,7 +261,8 @@ def _check_value(leaf: Option) -> None:
     if leaf.default is None:
         return
     if choices is not None:
-        _check_one_of(leaf.key, leaf.default, choices)
+        for value in leaf.default if isinstance(leaf.default, list) else [leaf.default]:
+            _check_one_of(leaf.key, value, choices)
     if leaf.type_name in ("list[str]", "dict[str, str]"):
         entries = leaf.default.values() if isinstance(leaf.default, dict) else leaf.default
         nested = next((entry for entry in entries if not isinstance(entry, str)), None)
@@ -252,6 +287,7 @@ def _check_keys(overrides: Sequence[str], config_directory: str | None) -> None:
     """Unknown keys and groups, with the nearest legal one: Hydra's own messages name neither."""
     leaves = {leaf.key: leaf for leaf in options()}
     sections = sorted({key.rpartition(".")[0] for key in leaves})
+    known_groups = groups()
     for text in overrides:
         if re.match(r"[+~]*hydra([./@=]|$)", text):
             raise ConfigError(
@@ -267,7 +303,6 @@ def _check_keys(overrides: Sequence[str], config_directory: str | None) -> None:
             raise ConfigError(f"{text!r} takes a key away, and every key has a value; set {key}=... instead.")
         if override.is_sweep_override():
             raise ConfigError(_about_sweep(text))
-        known_groups = groups()
         if key in known_groups and not override.is_delete():
             _check_choice(key, str(override.value()), known_groups[key], config_directory)
             continue
@@ -318,7 +353,7 @@ def _check_one_of(key: str, value: str, choices: Sequence[str]) -> None:
 
 
 def _about_sweep(text: str) -> str:
-    return f"{text!r} is a sweep; sparsekd runs one configuration: call it once for each value."
+    return f"{text!r} is a sweep: add --multirun to train once for each value."
 
 
 def _about_form(text: str, leaves: dict[str, Option]) -> str:

@@ -4,9 +4,10 @@ DeepSpeed has defaults of its own (it clips gradients at 1.0 when nothing is sai
 dtype of the weights); none of them decides here.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from sparsekd.logit_store.trees import flat
 from sparsekd.trainer.config.schema import EngineConfig, OptimizerConfig
 from sparsekd.trainer.data.order import BatchShape
 from sparsekd.trainer.run.errors import ConfigError
@@ -100,17 +101,9 @@ def _zero_section(engine: EngineConfig, *, pin_memory: bool) -> dict[str, Any]:
     return section
 
 
-def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _check_further_keys(further: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    owned = {key for key, _ in _leaves(own)}
-    for key, value in _leaves(further):
+    owned = flat(own, lists=False).keys()
+    for key, value in flat(further, lists=False).items():
         parents = {key.rsplit(".", cut)[0] for cut in range(key.count(".") + 1)}
         children = {name for name in owned if name.startswith(f"{key}.")}
         if parents & owned or children or key.split(".")[0] in _NEVER:
@@ -136,4 +129,4 @@ def _merged(own: Mapping[str, Any], further: Mapping[str, Any]) -> dict[str, Any
 
 def further_keys(engine: EngineConfig) -> list[str]:
     """The user's own DeepSpeed keys as `key=value`, to be announced."""
-    return [f"{key}={value}" for key, value in _leaves(engine.deepspeed)]
+    return [f"{key}={value}" for key, value in flat(engine.deepspeed, lists=False).items()]

@@ -1,78 +1,26 @@
-"""The typed configuration: the one home of every default, with the comment that `--help` shows.
+"""The typed configuration: the one home of every default but a corpus's (`corpus.py`), with the
+comments that `--help` shows.
 
 YAML groups in `conf/` only override what stands here. This module and `compose.py` stay free of torch, so
 that `--help`, `plan` and a mistyped key answer at once.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sparsekd.kernels.objective import DIVERGENCES, TARGET_MODES
 from sparsekd.logit_store.codecs.codec import CODECS, DEFAULT_CODEC
 from sparsekd.logit_store.manifest_checks import POSITION_RULES
 from sparsekd.logit_store.places.access import KINDS as ACCESS_KINDS
+from sparsekd.trainer.config.corpus import CorpusConfig
+from sparsekd.trainer.config.option import option
 from sparsekd.trainer.run.errors import ConfigError
-
-
-def option(
-    default: Any,
-    comment: str,
-    *,
-    choices: tuple[str, ...] | None = None,
-    minimum: float | None = None,
-    maximum: float | None = None,
-) -> Any:
-    """A dataclass field with the comment that `--help` shows and the values that it may take.
-
-    Args:
-        default: The default; lists and dicts are copied for each instance.
-        comment: One sentence for a reader of `--help`.
-        choices: Legal values of a string field, `None` for any.
-        minimum: Smallest legal number (elementwise for lists), inclusive.
-        maximum: Largest legal number (elementwise for lists), inclusive.
-    """
-    metadata = {"comment": comment, "choices": choices, "minimum": minimum, "maximum": maximum}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class RunConfig:
     name: str = option("student", "Name of the run; its folder is run.root/run.name.")
     root: str = option("runs", "Folder that holds run folders.")
-
-
-@dataclass
-class CorpusConfig:
-    format: str = option("text", "What the paths hold.", choices=("text", "jsonl", "parquet", "dataset"))
-    paths: list[str] = option(
-        [], "Files, folders or glob patterns; with format=dataset, saved dataset folders or hub names."
-    )
-    include: str = option("*", "Pattern of file names taken from folders, searched recursively.")
-    exclude: list[str] = option([], "Patterns of paths inside folders that are left out, such as '*/test/*'.")
-    text_field: str = option("text", "Field or column that holds a document's text.")
-    weight_field: str | None = option(
-        None,
-        "Field or column that holds a document's weight in the loss, a number of 0 or more (0 leaves its "
-        "tokens out of the loss); null weighs all alike. Held-out figures are unweighted.",
-    )
-    dataset_config: str | None = option(None, "Configuration name of a hub dataset.")
-    dataset_split: str = option("train", "Split that is read from a dataset.")
-    max_documents: int | None = option(None, "Take only the first so many documents.", minimum=1)
-    tokenizer: str | None = option(None, "Tokenizer folder or hub name; usually the teacher's.")
-    tokenizer_revision: str | None = option(None, "Revision of a hub tokenizer.")
-    train_vocabulary_size: int | None = option(
-        None,
-        "Train a byte-level BPE tokenizer with so many entries on the training split instead.",
-        minimum=257,
-    )
-    sequence_length: int = option(1024, "Tokens in one packed row.", minimum=2)
-    heldout_fraction: float = option(
-        0.02, "Share of the documents held out, chosen by content hash.", minimum=0.0, maximum=0.9
-    )
-    seed: int = option(0, "Seed of the held-out choice.", minimum=0)
 
 
 @dataclass
@@ -158,6 +106,12 @@ class StudentConfig:
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
     activation_checkpointing: bool = option(
         False, "Recompute activations in the backward pass to save memory."
+    )
+    router_loss: float | None = option(
+        None,
+        "Weight of the load-balancing loss of a mixture of experts, 0 for none; null is as the model's "
+        "configuration says (router_aux_loss_coef where output_router_logits is true).",
+        minimum=0.0,
     )
 
 
@@ -269,8 +223,25 @@ class TrainConfig:
         200, "Steps between checkpoints; one is always written at the end.", minimum=1
     )
     keep_checkpoints: int = option(2, "Newest checkpoints that are kept.", minimum=1)
+    keep_every: int = option(
+        0, "Checkpoints at multiples of so many steps are kept as well; 0 for none.", minimum=0
+    )
+    keep_best: int = option(
+        0, "So many checkpoints with the least held-out loss are kept as well.", minimum=0
+    )
+    save_behind: bool = option(
+        True,
+        "Write checkpoints while the next steps run; false holds the steps until they are written. Both from "
+        "a copy in host memory as large as what each rank writes (`plan` shows it).",
+    )
     resume: str = option(
         "auto", "auto goes on from the newest checkpoint, never begins anew, or a checkpoint folder."
+    )
+    allow: list[str] = option(
+        [],
+        "What may differ from the checkpoint that a run goes on from: schedule, the learning rates of the "
+        "steps taken; objective; store, other rows of the same teacher and records. Kept in starts.jsonl.",
+        choices=("schedule", "objective", "store"),
     )
     skip_damaged_rows: int = option(
         0,
@@ -278,7 +249,60 @@ class TrainConfig:
         "at the first.",
         minimum=0,
     )
+    nonfinite: str = option(
+        "stop",
+        "A step whose loss or gradient is no finite number: stop ends the run, skip leaves the step out, so "
+        "that it changes neither weights nor optimizer.",
+        choices=("stop", "skip"),
+    )
+    nonfinite_most: int = option(
+        10, "skip: steps that each start of a run may leave out; one more ends it.", minimum=1
+    )
+    spike_factor: float = option(
+        5.0,
+        "A step whose loss or gradient norm is so many times the median of the steps before is logged with "
+        "its rows; 0 looks for none.",
+        minimum=0.0,
+    )
     prefetch_steps: int = option(2, "Optimizer steps whose rows are read ahead.", minimum=1)
+
+
+@dataclass
+class DataConfig:
+    shuffle: str = option(
+        "global",
+        "Order of the training rows: global, any row after any other, for stores that fit a local disk; "
+        "chunked, 16 neighbouring rows by one read, for stores elsewhere. Neither depends on the number of "
+        "ranks.",
+        choices=("global", "chunked"),
+    )
+    streams: int = option(
+        64,
+        "chunked: streams that a batch is taken from. A rank reads its share of them, without reading twice "
+        "where the number of ranks divides them (of a mixture, nearly so); at most one for each row of a "
+        "batch is made.",
+        minimum=1,
+    )
+    window: int = option(
+        4,
+        "chunked: chunks in which a stream's rows are permuted. All ranks together hold the stored bytes of "
+        "data.streams windows in memory.",
+        minimum=1,
+    )
+    mixture: dict[str, Any] = option(
+        {},
+        "Several stores instead of store.path, by names of your choice: {web: {path: runs/web/store, weight: "
+        "0.7}, code: {path: runs/code/store, weight: 0.3}}. Rows are taken in proportion to the weights; "
+        "without any, as many as each store has. Records may differ; target, sequence length, tokenizer and "
+        "draw temperature may not.",
+    )
+    readers: int = option(
+        1,
+        "Threads of a rank that read and decode rows; the batches and their order stay the same. More help "
+        "where one waits for a network.",
+        minimum=1,
+        maximum=256,
+    )
 
 
 @dataclass
@@ -295,13 +319,41 @@ class TrackingConfig:
 
 
 @dataclass
+class SlurmConfig:
+    nodes: int = option(1, "Nodes of the job; with launch.slurm.array of each of its tasks.", minimum=1)
+    tasks_per_node: int = option(1, "Ranks on each node, one for each GPU.", minimum=1)
+    gpus_per_node: int | None = option(None, "GPUs of each node; null asks for none.", minimum=1)
+    cpus_per_task: int | None = option(None, "CPUs of each rank; null is Slurm's own.", minimum=1)
+    time: str | None = option(None, "Time limit, such as 24:00:00; null is the partition's.")
+    partition: str | None = option(None, "Partition; null is Slurm's own.")
+    account: str | None = option(None, "Account; null is Slurm's own.")
+    signal_seconds: int = option(
+        180, "So long before the time limit the ranks are told to save and leave.", minimum=1, maximum=65535
+    )
+    array: int = option(
+        1, "capture: so many jobs, each with nodes of its own, share the shards.", minimum=1, maximum=10_000
+    )
+    extra: list[str] = option([], "Further options for sbatch, such as [--constraint=a100,--exclusive].")
+
+
+@dataclass
 class LaunchConfig:
+    scheduler: str = option(
+        "none",
+        "slurm: train and capture write a batch script and submit it (--dry-run shows it); none runs here.",
+        choices=("none", "slurm"),
+    )
     threads_per_rank: int = option(
         1, "CPU threads of each rank; records and losses are bit-equal only for an equal number.", minimum=1
     )
     device: str = option(
         "auto", "auto is cuda where there is one, else cpu.", choices=("auto", "cpu", "cuda")
     )
+    start_minutes: float = option(5.0, "Ranks that have not met by then end with a sentence.", minimum=0.01)
+    sweep_ranks: int = option(
+        1, "Ranks that `train --multirun` starts on this machine for each run, by torchrun.", minimum=1
+    )
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 @dataclass
@@ -333,7 +385,7 @@ class EvaluateConfig:
 
 @dataclass
 class ReportConfig:
-    evaluation: str | None = option(None, "Result folder of `evaluate`; by default run.root/evaluation.")
+    evaluation: str | None = option(None, "Result folder of `evaluate`; by default as evaluate.path says.")
     runs: dict[str, str] = option({}, "Name and run folder of each run whose curves are drawn.")
     path: str | None = option(None, "The page; by default run.root/report.html.")
     title: str = option("Distillation report", "Heading of the page.")
@@ -379,6 +431,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -386,44 +439,6 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
-
-
-@dataclass(frozen=True)
-class Option:
-    """One leaf of the configuration, for help texts and checks."""
-
-    key: str
-    type_name: str
-    default: Any
-    comment: str
-    choices: tuple[str, ...] | None
-    minimum: float | None
-    maximum: float | None
-
-
-def options(node: Any = Config, prefix: str = "") -> Iterator[Option]:
-    """Yields every leaf of the configuration tree in the order of the schema."""
-    instance = node() if isinstance(node, type) else node
-    for item in fields(instance):
-        value = getattr(instance, item.name)
-        key = f"{prefix}{item.name}"
-        if is_dataclass(value):
-            yield from options(value, f"{key}.")
-            continue
-        type_name = (
-            item.type if isinstance(item.type, str) else getattr(item.type, "__name__", str(item.type))
-        )
-        if not isinstance(item.type, type):
-            type_name = str(item.type).replace("typing.", "")
-        yield Option(
-            key=key,
-            type_name=type_name,
-            default=value,
-            comment=item.metadata["comment"],
-            choices=item.metadata["choices"],
-            minimum=item.metadata["minimum"],
-            maximum=item.metadata["maximum"],
-        )
 
 
 def run_folder(config: Config) -> str:

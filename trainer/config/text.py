@@ -8,6 +8,7 @@ moment: there, what YAML itself takes for a number or a switch is refused (`exac
 import dataclasses
 import functools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,7 +17,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError
 
-from sparsekd.trainer.config.schema import Config, options
+from sparsekd.trainer.config.options import options
+from sparsekd.trainer.config.schema import Config
 from sparsekd.trainer.run.errors import ConfigError
 
 UNREADABLE = (HydraException, ValueError, RecursionError)
@@ -70,6 +72,21 @@ def as_typed(word: str) -> str:
     else:
         return word
     return f"{head}={quoted_text}"
+
+
+def is_text(key: str) -> bool:
+    """Whether the values of a key, or of a group's choice, are text."""
+    return _kind(key) in ("str", "str | None")
+
+
+def separate_texts(word: str) -> list[str]:
+    """The values of an override of text, each as it would be typed alone: what stands between the commas.
+
+    Raises:
+        ConfigError: They cannot be told apart.
+    """
+    value = word.partition("=")[2]
+    return [found["quoted"] or text for found, text in _separated(_ELEMENT, value, word)] or [value]
 
 
 def quoted(text: str) -> str:
@@ -140,6 +157,14 @@ def _quoted(text: str, word: str) -> str:
 def _elements(pattern: re.Pattern[str], inside: str, word: str) -> list[str]:
     """The elements of a list, or the entries of a mapping, with the text of each in quotes."""
     elements = []
+    for found, text in _separated(pattern, inside, word):
+        name = found.groupdict().get("name")
+        elements.append(_quoted(text, word) if name is None else f"{name}:{_quoted(text, word)}")
+    return elements
+
+
+def _separated(pattern: re.Pattern[str], inside: str, word: str) -> Iterator[tuple[re.Match[str], str]]:
+    """What stands between the commas, each as it was found and as text without quotes."""
     position = 0
     while inside.strip(" \t") and position <= len(inside):
         found = pattern.match(f"{inside},", position)
@@ -159,9 +184,7 @@ def _elements(pattern: re.Pattern[str], inside: str, word: str) -> list[str]:
                     f"{word!r} can be read in more than one way at {text!r}; write that text in quotes, as "
                     f"in {example}."
                 )
-        name = found.groupdict().get("name")
-        elements.append(_quoted(text, word) if name is None else f"{name}:{_quoted(text, word)}")
-    return elements
+        yield found, text
 
 
 def _is_balanced(text: str) -> bool:

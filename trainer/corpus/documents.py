@@ -1,25 +1,33 @@
-"""Documents as they come: text files, JSON lines, Parquet, saved Hugging Face datasets and hub names.
+"""Documents as they come: text files, JSON lines, CSV, Parquet, saved Hugging Face datasets and hub names.
 
 Every reader streams: one document, one line or one batch of rows is in memory at a time. The order depends
 on the given paths and on relative names alone, never on the file system, so that two machines with the same
 files read the same corpus.
 """
 
-import fnmatch
-import glob
+import csv
 import hashlib
 import json
-import math
-import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sparsekd.trainer.config.schema import CorpusConfig, require
-from sparsekd.trainer.run.errors import ConfigError, DataError
+from sparsekd.logit_store.errors import first_line
+from sparsekd.trainer.config.corpus import CorpusConfig, check_corpus, with_escapes
+from sparsekd.trainer.config.schema import require
+from sparsekd.trainer.corpus.fields import require_fields, text_and_weight
+from sparsekd.trainer.corpus.files import LeftOut, SourceFile, list_files, source_name
+from sparsekd.trainer.corpus.splitting import split_text
+from sparsekd.trainer.corpus.streams import (
+    LARGEST_DOCUMENT,
+    open_text,
+    read_lines,
+    without_compression,
+)
+from sparsekd.trainer.run.errors import DataError
 
 # Rows of a Parquet file or dataset that are decoded at a time: enough to hide the cost of a batch, and small
 # beside a row group.
@@ -45,127 +53,46 @@ class Document:
     weight: float = 1.0
 
 
-@dataclass(frozen=True)
-class SourceFile:
-    """One file of the corpus: where it is now, and its name relative to what was given."""
-
-    path: Path
-    name: str
-
-
-def source_name(given: str) -> str:
-    """The name of one of `corpus.paths` in the manifest: its last part (stores travel), a hub name whole."""
-    is_hub_name = not Path(given).is_absolute() and given.count("/") == 1 and not Path(given).exists()
-    return given if is_hub_name and not glob.has_magic(given) else Path(given).name
-
-
-def read_documents(config: CorpusConfig) -> Iterator[Document]:
+def read_documents(config: CorpusConfig, left_out: LeftOut = lambda name: None) -> Iterator[Document]:
     """Yields the documents of `corpus.paths` in their fixed order, `corpus.max_documents` at most.
 
+    Args:
+        config: Where documents are and how they are read.
+        left_out: Is told of the files that `list_files` leaves out.
+
     Raises:
-        ConfigError: No path is given, or a field is asked of text files.
+        ConfigError: No path is given, or keys contradict each other.
         DataError: A path matches nothing, or a file, line or row cannot be read; the message says where.
     """
     require(config.paths, "corpus.paths", "to find documents")
-    if config.weight_field is not None and config.format == "text":
-        raise ConfigError(
-            f"corpus.weight_field={config.weight_field} with corpus.format=text: a text file has no fields; "
-            "use jsonl, parquet or dataset, or leave corpus.weight_field away."
-        )
-    return islice(_read_all(config), config.max_documents)
+    check_corpus(config)
+    return islice(_read_all(config, left_out), config.max_documents)
 
 
-def _read_all(config: CorpusConfig) -> Iterator[Document]:
+def _read_all(config: CorpusConfig, left_out: LeftOut) -> Iterator[Document]:
+    compressed = config.format in ("text", "jsonl", "csv")
     for source, given in enumerate(config.paths):
         if config.format == "dataset":
             yield from _read_dataset(given, source, config)
             continue
-        for file in list_files(given, config.include, config.exclude):
+        files = list_files(given, config.include, config.exclude, compressed=compressed, left_out=left_out)
+        for file in files:
             if config.format == "text":
-                yield _read_text(file, source)
+                yield from _read_text(file, source, config)
             elif config.format == "jsonl":
                 yield from _read_jsonl(file, source, config)
+            elif config.format == "csv":
+                yield from _read_csv(file, source, config)
             elif config.format == "parquet":
                 yield from _read_parquet(file, source, config)
             else:
                 raise DataError(
-                    f"corpus.format is {config.format!r}, expected text, jsonl, parquet or dataset."
+                    f"corpus.format is {config.format!r}, expected text, jsonl, csv, parquet or dataset."
                 )
 
 
-def list_files(given: str, include: str, exclude: list[str]) -> list[SourceFile]:
-    """The files of one path, sorted by relative name.
-
-    Args:
-        given: A file, a folder (searched recursively; links to folders are not followed) or a glob pattern,
-            in which `**` stands for any depth. A path that exists is never read as a pattern.
-        include: Pattern of file names taken from folders.
-        exclude: Patterns of relative paths inside folders that are left out. The path is matched with and
-            without a leading slash, so that `*/test/*` also matches a folder `test` at the top.
-
-    Raises:
-        DataError: Nothing is there, or nothing is left.
-    """
-    path = Path(given)
-    if path.is_file():
-        return [SourceFile(path, path.name)]
-    if path.is_dir():
-        found = sorted(_walk(path, include, exclude), key=lambda file: file.name)
-        if not found:
-            raise DataError(
-                f"corpus.paths: the folder {given} holds no file with corpus.include={include!r} that "
-                f"corpus.exclude={exclude} leaves; check the patterns."
-            )
-        return found
-    matches = sorted(glob.glob(given, recursive=True))
-    if not matches:
-        raise DataError(
-            f"corpus.paths: {given} is neither a file nor a folder, and as a pattern it matches nothing; "
-            "check the path (relative paths start where the command was started)."
-        )
-    files = []
-    for match in matches:
-        if Path(match).is_file():
-            files.append(SourceFile(Path(match), _below_pattern(match, given)))
-        elif not given.rstrip("/").endswith("**"):  # `**` names the folders whose files it names too
-            prefix = _below_pattern(match, given)
-            below = _walk(Path(match), include, exclude)
-            files += [SourceFile(file.path, f"{prefix}/{file.name}") for file in below]
-    return sorted(files, key=lambda file: file.name)
-
-
-def _walk(folder: Path, include: str, exclude: list[str]) -> Iterator[SourceFile]:
-    def is_excluded(relative: str, patterns: list[str]) -> bool:
-        return any(
-            fnmatch.fnmatchcase(relative, pattern) or fnmatch.fnmatchcase(f"/{relative}", pattern)
-            for pattern in patterns
-        )
-
-    # A folder that matches `x` has nothing inside that `x/*` leaves: it need not be entered.
-    whole_folders = [pattern.removesuffix("/*") for pattern in exclude if pattern.endswith("/*")]
-    for parent, folders, names in os.walk(folder):
-        below = os.path.relpath(parent, folder).replace(os.sep, "/")
-        prefix = "" if below == "." else f"{below}/"
-        folders[:] = [name for name in folders if not is_excluded(prefix + name, whole_folders)]
-        for name in names:
-            relative = prefix + name
-            if fnmatch.fnmatchcase(name, include) and not is_excluded(relative, exclude):
-                path = Path(parent, name)
-                if path.is_file():
-                    yield SourceFile(path, relative)
-
-
-def _below_pattern(match: str, pattern: str) -> str:
-    """`match` relative to the part of `pattern` before its first wildcard."""
-    fixed = []
-    for part in Path(pattern).parts:
-        if glob.has_magic(part):
-            break
-        fixed.append(part)
-    return Path(match).relative_to(Path(*fixed)).as_posix()
-
-
 def _document(text: str, source: int, place: str, weight: float = 1.0) -> Document:
+    text = text.removeprefix("\ufeff")  # a byte order mark says nothing at the beginning of a text
     try:
         content = text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -176,107 +103,99 @@ def _document(text: str, source: int, place: str, weight: float = 1.0) -> Docume
     return Document(text=text, content=content, source=source, place=place, weight=weight)
 
 
-def _fields(config: CorpusConfig) -> list[str]:
-    """The fields or columns that are read of each document: the text's, then the weight's."""
-    return [config.text_field] if config.weight_field is None else [config.text_field, config.weight_field]
-
-
-def _require_fields(found: Sequence[str], config: CorpusConfig, where: str, kind: str) -> None:
-    """Raises DataError for a field that is not there, naming its key; `kind` is "field" or "column"."""
-    for key in ("text_field", "weight_field"):
-        name = getattr(config, key)
-        if name is not None and name not in found:
-            shown = f"the fields {list(found)}" if kind == "field" else list(found)
-            what = key.removesuffix("_field")
-            raise DataError(
-                f"{where} has no {kind} {name!r}, found {shown}; set corpus.{key} to the {what}'s."
-            )
-
-
-def _of_record(
-    record: Mapping[str, Any], config: CorpusConfig, source: int, where: str, place: str
-) -> Document:
-    """The document of one line or row, whose fields are there."""
-    text = _as_text(record[config.text_field], where, config.text_field)
-    weight = 1.0
-    if config.weight_field is not None:
-        weight = _as_weight(record[config.weight_field], where, config.weight_field)
-    return _document(text, source, place, weight)
-
-
-def _as_weight(value: Any, where: str, field: str) -> float:
-    """A weight field's value, as the float32 that the store keeps."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        try:
-            weight = struct.unpack("<f", struct.pack("<f", value))[0]
-        except OverflowError:
-            weight = math.inf
-        if math.isfinite(weight) and weight >= 0:
-            return weight
-    raise DataError(
-        f"{where}: {field!r} is {value!r}, expected a finite number, 0 or more; mend it, or leave "
-        "corpus.weight_field away to weigh all documents alike."
-    )
-
-
-def _read_text(file: SourceFile, source: int) -> Document:
-    try:
-        content = file.path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file.path} cannot be read: {error.strerror}.") from error
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file.path} is not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start} cannot be "
-            "decoded; convert the file or leave it out with corpus.exclude."
-        ) from error
-    return Document(text=text, content=content, source=source, place=file.name)
+def _read_text(file: SourceFile, source: int, config: CorpusConfig) -> Iterator[Document]:
+    separator = None if config.separator is None else with_escapes(config.separator)
+    with open_text(file.path) as stream:
+        for text, line in split_text(stream, file.path, config.sample_by, separator):
+            yield _document(text, source, file.name if line is None else f"{file.name}:{line}")
 
 
 def _read_jsonl(file: SourceFile, source: int, config: CorpusConfig) -> Iterator[Document]:
-    with _open(file) as stream:
-        for number, line in enumerate(stream, start=1):
+    with open_text(file.path) as stream:
+        for number, line in enumerate(read_lines(stream, file.path), start=1):
             if not line.strip():
                 continue
             where = f"{file.path}, line {number}"
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{where} is not UTF-8: byte 0x{line[error.start]:02x} at offset {error.start} of the "
-                    "line cannot be decoded; convert the file."
-                ) from error
+            try:  # a mark stands before later lines where files were joined
+                record = json.loads(_decoded(line, where).removeprefix("\ufeff"))
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"{where} is not JSON: {error.msg} at column {error.colno}; mend or remove the line."
+                ) from error
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
+                raise DataError(
+                    f"{where} cannot be read as JSON ({first_line(error)}); mend or remove the line."
                 ) from error
             if not isinstance(record, dict):
                 raise DataError(
                     f"{where} has no field {config.text_field!r}, found {type(record).__name__}; mend or "
                     "remove the line."
                 )
-            _require_fields(sorted(record), config, where, "field")
-            yield _of_record(record, config, source, where, f"{file.name}:{number}")
+            text, weight = text_and_weight(record, config, where, "field")
+            yield _document(text, source, f"{file.name}:{number}", weight)
 
 
-def _open(file: SourceFile) -> Any:
+def _decoded(line: bytes, where: str) -> str:
     try:
-        return file.path.open("rb")
-    except OSError as error:
-        raise DataError(f"{file.path} cannot be read: {error.strerror}.") from error
-
-
-def _as_text(value: Any, where: str, field: str) -> str:
-    """A text field's value; null counts as an empty document."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
         raise DataError(
-            f"{where}: {field!r} is of type {type(value).__name__}, expected text; "
-            "set corpus.text_field to the field that holds the text."
+            f"{where} is not UTF-8: byte 0x{line[error.start]:02x} at offset {error.start} of the line "
+            "cannot be decoded; convert the file."
+        ) from error
+
+
+def _read_csv(file: SourceFile, source: int, config: CorpusConfig) -> Iterator[Document]:
+    is_tabbed = without_compression(file.name).lower().endswith((".tsv", ".tab"))
+    delimiter = ("\t" if is_tabbed else ",") if config.delimiter is None else with_escapes(config.delimiter)
+    csv.field_size_limit(LARGEST_DOCUMENT)
+    with open_text(file.path) as stream:
+        lines = (
+            _decoded(line, f"{file.path}, line {number}")
+            for number, line in enumerate(read_lines(stream, file.path), start=1)
         )
-    return value
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        line = 1
+        try:
+            for cells in rows:
+                where, place = f"{file.path}, line {line}", f"{file.name}:{line}"
+                line = rows.line_num + 1
+                if header is None:
+                    header = cells
+                    _check_header(header, config, where)
+                elif cells:
+                    if len(cells) != len(header):
+                        raise DataError(
+                            f"{where} has {len(cells)} cells, the first line names {len(header)} columns; "
+                            "mend the row, or set corpus.delimiter to what stands between cells."
+                        )
+                    record: dict[str, Any] = dict(zip(header, cells, strict=True))
+                    if config.weight_field is not None:
+                        record[config.weight_field] = _as_number(record[config.weight_field])
+                    text, weight = text_and_weight(record, config, where, "column")
+                    yield _document(text, source, place, weight)
+        except csv.Error as error:
+            raise DataError(
+                f"{file.path} cannot be read as CSV in the row that begins at line {line} ({error}); mend "
+                'it: a cell with a delimiter, line break or quote stands in quotes, with "" for the quote.'
+            ) from error
+
+
+def _check_header(header: list[str], config: CorpusConfig, where: str) -> None:
+    require_fields(dict.fromkeys(header, ""), config, where, "column")
+    for name in (config.text_field, config.weight_field):
+        if name is not None and header.count(name) > 1:
+            raise DataError(
+                f"{where} names the column {name!r} {header.count(name)} times; rename the others."
+            )
+
+
+def _as_number(cell: str) -> float | str:
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
 
 
 def _read_parquet(file: SourceFile, source: int, config: CorpusConfig) -> Iterator[Document]:
@@ -286,30 +205,50 @@ def _read_parquet(file: SourceFile, source: int, config: CorpusConfig) -> Iterat
     try:
         table = parquet.ParquetFile(file.path)
     except (OSError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{file.path} cannot be read as Parquet: {reason}") from error
+        raise DataError(f"{file.path} cannot be read as Parquet: {first_line(error)}.") from error
     with table:
-        _require_fields(table.schema_arrow.names, config, str(file.path), "column")
+        columns = _columns_of_schema(table.schema_arrow)
+        require_fields(columns, config, str(file.path), "column")
         row = 0
         try:
-            for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=_fields(config)):
+            for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=_top_columns(columns, config)):
                 for record in batch.to_pylist():
-                    yield _of_record(record, config, source, f"{file.path}, row {row}", f"{file.name}:{row}")
+                    text, weight = text_and_weight(record, config, f"{file.path}, row {row}", "column")
+                    yield _document(text, source, f"{file.name}:{row}", weight)
                     row += 1
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"{file.path} cannot be read at row {row} or shortly after: {reason}") from error
+            raise DataError(
+                f"{file.path} cannot be read at row {row} or shortly after: {first_line(error)}."
+            ) from error
+
+
+def _columns_of_schema(fields: Any) -> dict[str, Any]:
+    """Columns of an Arrow schema, or fields of a struct, as `require_fields` takes them."""
+    from pyarrow import types
+
+    return {
+        field.name: _columns_of_schema(field.type) if types.is_struct(field.type) else "" for field in fields
+    }
+
+
+def _top_columns(columns: Mapping[str, Any], config: CorpusConfig) -> list[str]:
+    """The columns in which the fields that are asked for may stand."""
+    names = [name for name in (config.text_field, config.weight_field) if name is not None]
+    return [
+        column for column in columns if any(name == column or name.startswith(f"{column}.") for name in names)
+    ]
 
 
 def _read_dataset(given: str, source: int, config: CorpusConfig) -> Iterator[Document]:
     table = _load_dataset(given, config)
-    _require_fields(table.column_names, config, f"The dataset {given}", "column")
+    require_fields(dict(table.features), config, f"The dataset {given}", "column")
     row = 0
-    fields = _fields(config)
+    fields = _top_columns(table.features, config)
     for batch in table.select_columns(fields).iter(batch_size=BATCH_ROWS):
         for values in zip(*(batch[field] for field in fields), strict=True):
             record = dict(zip(fields, values, strict=True))
-            yield _of_record(record, config, source, f"{given}, row {row}", f"{source_name(given)}:{row}")
+            text, weight = text_and_weight(record, config, f"{given}, row {row}", "column")
+            yield _document(text, source, f"{source_name(given)}:{row}", weight)
             row += 1
 
 
@@ -331,8 +270,7 @@ def _load_dataset(given: str, config: CorpusConfig) -> Any:
         else:
             table = datasets.load_dataset(given, config.dataset_config, split=config.dataset_split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"The dataset {given} cannot be loaded: {reason}") from error
+        raise DataError(f"The dataset {given} cannot be loaded: {first_line(error)}.") from error
     if isinstance(table, datasets.DatasetDict):
         if config.dataset_split not in table:
             raise DataError(

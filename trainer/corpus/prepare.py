@@ -6,6 +6,7 @@ packs. A killed run is started again with the same command: it repeats the passe
 capture, and skips the shards that are already there.
 """
 
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,26 +22,25 @@ from sparsekd.logit_store.places.paths import StorePath, store_path
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import Row
-from sparsekd.trainer.config.schema import Config, CorpusConfig, require
+from sparsekd.trainer.config.corpus import CorpusConfig
+from sparsekd.trainer.config.schema import Config, StoreConfig, require
 from sparsekd.trainer.corpus import packing
-from sparsekd.trainer.corpus.documents import CorpusDigest, Document, read_documents, source_name
+from sparsekd.trainer.corpus.documents import CorpusDigest, Document, read_documents
+from sparsekd.trainer.corpus.encoding import encode
+from sparsekd.trainer.corpus.files import source_name
+from sparsekd.trainer.corpus.findings import Formats, SpecialTokens, Tally
 from sparsekd.trainer.corpus.split import split_of
 from sparsekd.trainer.corpus.tokenizer import (
     load_tokenizer,
     save_tokenizer,
-    tokenize,
     tokenizer_identity,
     train_tokenizer,
 )
-from sparsekd.trainer.run.errors import DataError
+from sparsekd.trainer.run.console import Interval
+from sparsekd.trainer.run.errors import DataError, Stopped
+from sparsekd.trainer.run.stop import StopWatch, watched
 
 SPLITS = ("train", "heldout")
-
-# Documents that are tokenized together: enough for the tokenizer's threads, little beside its own memory.
-BATCH_DOCUMENTS = 1024
-BATCH_CHARACTERS = 4_000_000
-
-SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,15 @@ class Survey:
         sources: One running digest for each of `corpus.paths`.
         documents: Documents with text, by split.
         empty: Documents without text; they are left out.
+        formats: What documents look like.
+        left_out: Hidden and marker files and folders that are not read.
     """
 
     sources: list[CorpusDigest]
     documents: dict[str, int]
     empty: int
+    formats: Formats
+    left_out: Tally
 
 
 def run(config: Config) -> None:
@@ -65,6 +69,7 @@ def run(config: Config) -> None:
         ConfigError: A needed key is missing, or two keys contradict each other.
         DataError: There is nothing to tokenize, or a document cannot be read.
         StoreError: The store exists with another identity, or cannot be written.
+        Stopped: It was asked to stop; the shards that were written stay.
     """
     corpus = config.corpus
     path = store_path(require(config.store.tokens, "store.tokens", "as the folder of the token store"))
@@ -77,14 +82,22 @@ def run(config: Config) -> None:
         f"{survey.documents['heldout']:,} held out by content hash, {survey.empty:,} empty ones left out",
         flush=True,
     )
+    if survey.left_out.count:
+        print(
+            f"prepare: {survey.left_out.count:,} hidden files, marks of tools and compressed copies in "
+            f"folders left out, the first {survey.left_out.first}; one that is text is taken by its name",
+            flush=True,
+        )
     tokenizer, name = _tokenizer(corpus)
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(tokenizer, Path(folder))
-        manifest = _manifest(config, survey, tokenizer, Path(folder), name)
+        manifest = _manifest(corpus, config.store, survey, tokenizer, Path(folder), name)
         create_store(path, manifest, Path(folder))
-    shards = write_rows(path, manifest, corpus, survey, tokenizer)
+    special = SpecialTokens(tokenizer, corpus)
+    with watched(os.environ) as watch:
+        shards = write_rows(path, manifest, corpus, survey, tokenizer, special, watch)
     seal(path, shards)
-    _report(open_store(path), survey, path, time.monotonic() - started)
+    _report(open_store(path), survey, special, path, time.monotonic() - started)
 
 
 def survey_documents(corpus: CorpusConfig) -> Survey:
@@ -95,10 +108,11 @@ def survey_documents(corpus: CorpusConfig) -> Survey:
     """
     sources = [CorpusDigest() for _ in corpus.paths]
     documents = dict.fromkeys(SPLITS, 0)
-    empty = 0
-    for document in read_documents(corpus):
+    empty, left_out, formats = 0, Tally(), Formats(corpus)
+    for document in read_documents(corpus, left_out.add):
         sources[document.source].add(document.content, _weight_of(document, corpus))
         if document.content:
+            formats.look(document)
             documents[_split_of(document, corpus)] += 1
         else:
             empty += 1
@@ -107,17 +121,19 @@ def survey_documents(corpus: CorpusConfig) -> Survey:
     if total == 0:
         found = f"{empty:,} documents, all of them empty" if empty else "no documents"
         raise DataError(f"{where} holds {found}; check corpus.paths, corpus.format and corpus.text_field.")
+    formats.check()
     if corpus.heldout_fraction > 0 and documents["heldout"] == 0:
         raise DataError(
             f"corpus.heldout_fraction={corpus.heldout_fraction:g} of {total:,} documents holds none out; add "
-            "documents, raise the fraction, or set it to 0 to go without held-out text."
+            "documents, cut text files into more (corpus.sample_by, corpus.separator), raise the fraction, "
+            "or set it to 0 to go without held-out text."
         )
     if documents["train"] == 0:
         raise DataError(
             f"corpus.heldout_fraction={corpus.heldout_fraction:g} of {total:,} documents leaves none to "
             "train on; add documents or lower the fraction."
         )
-    return Survey(sources=sources, documents=documents, empty=empty)
+    return Survey(sources=sources, documents=documents, empty=empty, formats=formats, left_out=left_out)
 
 
 def _weight_of(document: Document, corpus: CorpusConfig) -> float | None:
@@ -151,9 +167,13 @@ def _tokenizer(corpus: CorpusConfig) -> tuple[PreTrainedTokenizerBase, str]:
 
 
 def _manifest(
-    config: Config, survey: Survey, tokenizer: PreTrainedTokenizerBase, folder: Path, name: str
+    corpus: CorpusConfig,
+    settings: StoreConfig,
+    survey: Survey,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    name: str,
 ) -> Manifest:
-    corpus = config.corpus
     sources = [
         {
             "name": source_name(given),
@@ -169,20 +189,22 @@ def _manifest(
         "heldout": {"fraction": corpus.heldout_fraction, "seed": corpus.seed, "by": "blake2b of the content"},
         "packing": "documents in order without gaps; one that crosses a row's end goes on as a new segment",
     }
+    if not corpus.split_special_tokens:
+        dataset["special_tokens"] = "where the text spells them"
     if corpus.weight_field is not None:
         dataset["weights"] = f"of documents, from the field {corpus.weight_field}"
     return Manifest(
         format_version=FORMAT_VERSION,
         target="next_token",
         sequence_length=corpus.sequence_length,
-        rows_per_shard=config.store.rows_per_shard,
+        rows_per_shard=settings.rows_per_shard,
         splits=SPLITS,
         dataset=dataset,
         tokenizer=tokenizer_identity(tokenizer, folder, name),
         record=RecordSpec(k=0, n=0, temperatures=(), draw_temperature=1.0, seed=0),
         teacher=None,
         # A table of frequent ids would have to be made of the very tokens that are to be written.
-        codec=CodecSpec(DEFAULT_CODEC if config.store.codec == "compact" else config.store.codec, {}),
+        codec=CodecSpec(DEFAULT_CODEC if settings.codec == "compact" else settings.codec, {}),
         planes=() if corpus.weight_field is None else ("weights",),
     )
 
@@ -193,6 +215,8 @@ def write_rows(
     corpus: CorpusConfig,
     survey: Survey,
     tokenizer: PreTrainedTokenizerBase,
+    special: SpecialTokens,
+    watch: StopWatch,
 ) -> dict[str, int]:
     """Tokenizes, packs and writes every document.
 
@@ -202,6 +226,8 @@ def write_rows(
         corpus: Where documents come from.
         survey: What the first pass found; this pass must find the same.
         tokenizer: The store's tokenizer.
+        special: Looks at each document.
+        watch: What asks to stop.
 
     Returns:
         Number of shards by split.
@@ -209,6 +235,7 @@ def write_rows(
     Raises:
         DataError: The corpus changed since the first pass.
         StoreError: A shard cannot be written.
+        Stopped: It was asked to stop.
     """
     length, per_shard = manifest.sequence_length, manifest.rows_per_shard
     weighted = "weights" in manifest.planes
@@ -216,30 +243,36 @@ def write_rows(
     waiting: dict[str, list[Row]] = {split: [] for split in SPLITS}
     written = dict.fromkeys(SPLITS, 0)
     digests = [CorpusDigest() for _ in corpus.paths]
-    read, tokens = 0, 0
-    last_line = started = time.monotonic()
-    for batch in _batches(corpus, digests):
-        ids = tokenize(tokenizer, [document.text for _, document in batch])
-        sides = [_split_of(document, corpus) for _, document in batch]
+    read, tokens, newest, side = 0, 0, -1, ""
+    started, interval = time.monotonic(), Interval()
+    for batch in encode(
+        tokenizer, _numbered(corpus, digests, special), split_special_tokens=corpus.split_special_tokens
+    ):
+        sides = []
+        for part in batch:
+            if part.number != newest:
+                newest, side, read = part.number, _split_of(part.document, corpus), read + 1
+            sides.append(side)
         for split in SPLITS:
-            chosen = [index for index, side in enumerate(sides) if side == split and len(ids[index])]
+            chosen = [part for part, side in zip(batch, sides, strict=True) if side == split]
             stream = packing.append(
                 streams[split],
-                [ids[index] for index in chosen],
-                [batch[index][0] for index in chosen],
-                [batch[index][1].weight for index in chosen],
+                [part.token_ids for part in chosen],
+                [part.number for part in chosen],
+                [part.document.weight for part in chosen],
             )
             rows, streams[split] = packing.take_rows(stream, length, weighted=weighted)
             waiting[split] += rows
             while len(waiting[split]) >= per_shard:
+                if watch.request is not None:
+                    shards = sum(written.values())
+                    raise Stopped(f"{path} was asked to stop ({watch.request}); {shards} shards are written")
                 write_shard(path, manifest, split, written[split], waiting[split][:per_shard])
                 written[split] += 1
                 waiting[split] = waiting[split][per_shard:]
-        read += len(batch)
-        tokens += sum(len(document_ids) for document_ids in ids)
-        if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
-            last_line = time.monotonic()
-            speed = tokens / (last_line - started)
+        tokens += sum(len(part.token_ids) for part in batch)
+        if interval.is_over():
+            speed = tokens / (time.monotonic() - started)
             total = sum(survey.documents.values())
             print(f"prepare: {read:,} of {total:,} documents, {tokens:,} tokens, {speed:,.0f}/s", flush=True)
     if [digest.hexdigest() for digest in digests] != [digest.hexdigest() for digest in survey.sources]:
@@ -259,24 +292,20 @@ def write_rows(
     return written
 
 
-def _batches(corpus: CorpusConfig, digests: list[CorpusDigest]) -> Iterator[list[tuple[int, Document]]]:
-    """Documents with text and their number in the corpus, in batches; every document goes into `digests`."""
-    batch: list[tuple[int, Document]] = []
-    characters = 0
+def _numbered(
+    corpus: CorpusConfig, digests: list[CorpusDigest], special: SpecialTokens
+) -> Iterator[tuple[int, Document]]:
+    """Documents with text and their number in the corpus; all go into `digests`, and `special` looks."""
     for number, document in enumerate(read_documents(corpus)):
         digests[document.source].add(document.content, _weight_of(document, corpus))
-        if not document.content:
-            continue
-        batch.append((number, document))
-        characters += len(document.text)
-        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+        if document.content:
+            special.look(document)
+            yield number, document
 
 
-def _report(store: LogitStore, survey: Survey, path: StorePath, seconds: float) -> None:
+def _report(
+    store: LogitStore, survey: Survey, special: SpecialTokens, path: StorePath, seconds: float
+) -> None:
     tokenizer = store.manifest.tokenizer
     total = sum(store.index(split).file_bytes for split in SPLITS)
     print(f"prepare: {path} is sealed after {seconds:.0f} s, {total:,} bytes of rows")
@@ -289,6 +318,8 @@ def _report(store: LogitStore, survey: Survey, path: StorePath, seconds: float) 
             f"{counts.tokens - counts.tokens_padding:,} tokens, {store.rows(split):,} rows of "
             f"{store.manifest.sequence_length:,}, padding {share:.2%}"
         )
+    for line in (*survey.formats.lines(), *special.lines()):
+        print(f"prepare: {line}")
     print(
         f"next: sparsekd capture teacher.path=TEACHER store.tokens={path} store.path=STORE   "
         f"(or train without a teacher: sparsekd train objective=ce_only store.path={path})",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from sparsekd.logit_store.errors import first_line
 from sparsekd.logit_store.json_text import canonical_json
 from sparsekd.logit_store.manifest import TokenizerIdentity
 from sparsekd.logit_store.places.tokenizer_folder import tokenizer_digest
@@ -34,10 +35,9 @@ def load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"corpus.tokenizer={source} cannot be loaded as a tokenizer ({reason}); give the teacher's "
-            "folder or hub name, or train one with corpus.train_vocabulary_size."
+            f"corpus.tokenizer={source} cannot be loaded as a tokenizer ({first_line(error)}); give the "
+            "teacher's folder or hub name, or train one with corpus.train_vocabulary_size."
         ) from error
     if tokenizer.eos_token_id is None:
         raise DataError(
@@ -99,18 +99,29 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, folder: Path, name: s
     )
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[NDArray[np.int32]]:
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, split_special_tokens: bool = True
+) -> list[NDArray[np.int32]]:
     """Tokens of each document, closed by the end-of-text token; empty for a text that gives no token.
 
-    A document begins as the tokenizer itself begins a text (with Llama's or Gemma's start token, say). The
-    name of a special token inside a text is text: it cannot end a document.
+    A document begins as the tokenizer itself begins a text (with Llama's or Gemma's start token, say).
+
+    Args:
+        tokenizer: As `load_tokenizer` gives it.
+        texts: The documents.
+        split_special_tokens: Whether the name of a special token inside a text is text, which cannot end a
+            document. Otherwise it is that token, and a start token that the text brings stands once.
 
     Returns:
         int32 arrays, one for each text.
     """
     end = tokenizer.eos_token_id
     encoded = tokenizer(
-        texts, add_special_tokens=True, split_special_tokens=True, return_attention_mask=False, verbose=False
+        texts,
+        add_special_tokens=True,
+        split_special_tokens=split_special_tokens,
+        return_attention_mask=False,
+        verbose=False,
     )["input_ids"]
     bare = len(tokenizer("", add_special_tokens=True)["input_ids"])
     documents = []
@@ -118,6 +129,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[NDArr
         if len(ids) <= bare:
             documents.append(np.empty(0, dtype=np.int32))
             continue
+        if not split_special_tokens and ids[:2] == [tokenizer.bos_token_id] * 2:
+            ids = ids[1:]
         closed = ids if ids[-1] == end else [*ids, end]
         documents.append(np.asarray(closed, dtype=np.int32))
     return documents

@@ -21,7 +21,15 @@ from sparsekd.kernels.objective import Objective
 from sparsekd.kernels.targets import NOTHING, SparseTargets
 from sparsekd.kernels.temperature import RestFormula, rest_at_temperature, rest_formula
 from sparsekd.logit_store.manifest import Manifest
-from sparsekd.logit_store.row import IGNORED_LABEL, Row, labels_of, position_ids, weights_of_positions
+from sparsekd.logit_store.row import (
+    IGNORED_LABEL,
+    Row,
+    is_real,
+    labels_of,
+    weights_of_positions,
+)
+from sparsekd.trainer.data.inputs import model_inputs
+from sparsekd.trainer.data.sources import Records, SourceRow
 from sparsekd.trainer.run.errors import DataError
 
 
@@ -41,6 +49,7 @@ class MicroBatch:
     kd_weights: Tensor  # (P,) float32
     targets: SparseTargets | None  # of P positions; None where the distillation term has weight 0
     weight_sum: Tensor  # float32 scalar: what the micro-batch adds to the denominator of the loss
+    routed: Tensor  # (B, L) bool: tokens, no padding, of rows in which the loss counts somewhere
 
 
 def rest_formula_of(objective: Objective, manifest: Manifest) -> RestFormula | None:
@@ -115,26 +124,22 @@ def head_positions(
 
 
 def micro_batch(
-    rows: Sequence[Row],
+    found: Sequence[SourceRow],
     *,
-    rest: RestFormula | None,
     target: str = "next_token",
-    share: float = 1.0,
     weighted: bool = True,
     counting: int | None = None,
 ) -> MicroBatch:
     """Stacks rows into the tensors of a forward pass, on the CPU.
 
     Args:
-        rows: B rows of equal length.
-        rest: How the records give log R at the objective's temperature; None leaves the teacher out.
+        found: B rows of equal length, and how the records of each are read: alike in whether they are.
         target: The manifest's: what a label is.
-        share: Probability with which each counted position of the rows was recorded; the distillation weighs
-            those that were by its inverse.
         weighted: Whether weights of documents count; held-out figures are one per counted position.
         counting: How many of the rows count; those behind them fill a forward pass. None: all do.
     """
-    token_ids = np.stack([row.token_ids for row in rows]).astype(np.int64)
+    rows, records = [row for row, _ in found], [records for _, records in found]
+    token_ids, places = model_inputs(rows)
     mask = np.stack([row.loss_mask for row in rows])
     weights = mask.astype(np.float32)
     if weighted:
@@ -142,21 +147,75 @@ def micro_batch(
     if counting is not None:
         weights[counting:] = 0
     recorded, kd_weights = None, np.zeros_like(weights)
-    if rest is not None:
+    if records[0].rest is not None:
         recorded = np.stack([row.recorded for row in rows if row.recorded is not None])
-        kd_weights = weights * recorded / np.float32(share)
+        kd_weights = weights * recorded
+        kd_weights /= np.array([[each.share] for each in records], np.float32)
     labels = np.stack([labels_of(row, target) for row in rows])
     head = head_positions(labels, weights, kd_weights, recorded)
     return MicroBatch(
-        token_ids=torch.from_numpy(token_ids),
-        position_ids=torch.from_numpy(np.stack([position_ids(row) for row in rows]).astype(np.int64)),
+        token_ids=token_ids,
+        position_ids=places,
         positions=torch.from_numpy(head.positions),
         labels=torch.from_numpy(head.labels),
         ce_weights=torch.from_numpy(head.ce_weights),
         kd_weights=torch.from_numpy(head.kd_weights),
-        targets=None if rest is None else sparse_targets(rows, rest, head.records),
+        targets=None if recorded is None else _targets(rows, records, recorded.sum(axis=1), head),
         weight_sum=torch.tensor(head.weight_sum),
+        # By rows, since one that was left out may hold the tokens of another.
+        routed=torch.from_numpy(
+            np.stack([is_real(row) for row in rows]) & (weights > 0).any(1, keepdims=True)
+        ),
     )
+
+
+def _targets(
+    rows: Sequence[Row], records: Sequence[Records], counts: NDArray[np.int64], head: HeadPositions
+) -> SparseTargets:
+    """The teacher's records at P positions, of rows of one source or several.
+
+    Args:
+        rows: B rows.
+        records: [B], how their records are read.
+        counts: [B], how many each has.
+        head: The positions.
+    """
+    kinds = list(dict.fromkeys(records))
+    if len(kinds) == 1:
+        assert kinds[0].rest is not None
+        return sparse_targets(rows, kinds[0].rest, head.records)
+    row_of = head.positions // len(rows[0].token_ids)
+    before = counts.cumsum() - counts  # records of the rows before each
+    parts = []
+    for kind in kinds:
+        assert kind.rest is not None
+        is_mine = np.array([each == kind for each in records])
+        mine = np.where(is_mine, counts, 0)
+        chosen = np.flatnonzero(is_mine[row_of] & (head.records >= 0))
+        places = (head.records - before[row_of] + (mine.cumsum() - mine)[row_of])[chosen]
+        its_rows = [row for row, own in zip(rows, is_mine, strict=True) if own]
+        parts.append((torch.from_numpy(chosen), sparse_targets(its_rows, kind.rest, places)))
+    return _joined(parts, len(head.positions))
+
+
+def _joined(parts: Sequence[tuple[Tensor, SparseTargets]], count: int) -> SparseTargets:
+    """Targets of `count` positions from those of some each, which may differ in k and n; the rest is
+    `NOTHING`."""
+    k = max(part.head_size for _, part in parts)
+    draws = max(part.ids.shape[1] - part.head_size for _, part in parts)
+    widths = {"ids": (k + draws,), "head_logprobs": (k,), "tail_counts": (draws,)}
+    whole = {
+        name: value.new_full((count, *widths.get(name, ())), NOTHING[name])
+        for name, value in parts[0][1]._asdict().items()
+    }
+    for chosen, part in parts:
+        own = part.head_size
+        whole["ids"][chosen, :own] = part.ids[:, :own]
+        whole["ids"][chosen, k : k + part.ids.shape[1] - own] = part.ids[:, own:]
+        whole["head_logprobs"][chosen, :own] = part.head_logprobs
+        whole["tail_counts"][chosen, : part.tail_counts.shape[1]] = part.tail_counts
+        whole["log_rest"][chosen], whole["entropy"][chosen] = part.log_rest, part.entropy
+    return SparseTargets(**whole)
 
 
 def sparse_targets(rows: Sequence[Row], rest: RestFormula, places: NDArray[np.int64]) -> SparseTargets:

@@ -6,13 +6,15 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import NoReturn
 
 from sparsekd.launch.env import torch_variables
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.trainer.config.schema import Config
+from sparsekd.trainer.config.schema import Config, run_folder
 from sparsekd.trainer.run.ending import run_as_process
-from sparsekd.trainer.run.errors import ConfigError, FolderError, TypedError, UserError, typed
+from sparsekd.trainer.run.errors import ConfigError, FolderError, Stopped, TypedError, UserError, typed
+from sparsekd.trainer.run.stop import STOPPED_CODE
 
 VERBS = {
     "plan": "tokens, bytes, shards and memory, before money is spent",
@@ -44,8 +46,8 @@ def run() -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code: 0 done, 2 for something the user can put right, 130 stopped by
-    Ctrl-C."""
+    """Runs one verb and returns the exit code: 0 done, 2 for something the user can put right, 75 stopped
+    and saved, 130 ended by Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
@@ -69,6 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             who = f"rank {rank}: " if rank else ""
             print(f"sparsekd {words[0]}: {who}{error}", file=sys.stderr, flush=True)
         return 2
+    except Stopped as stopped:
+        if _place()[0] == 0:
+            print(f"sparsekd {words[0]}: {stopped}; the same command goes on.", flush=True)
+        return STOPPED_CODE
     except KeyboardInterrupt:
         return 130
 
@@ -93,25 +99,53 @@ def _dispatch(verb: str, words: list[str]) -> int:
         print(_verb_help(verb))
         return 0
     if verb == "doctor":
-        from sparsekd.trainer.door.doctor import run as run_doctor
-
-        if words:
-            raise TypedError(f"doctor takes no settings, found {' '.join(words)}; leave them away.")
-        return run_doctor()
+        return _doctor(words)
     parser = argparse.ArgumentParser(prog=f"sparsekd {verb}", add_help=False, exit_on_error=False)
     parser.add_argument("--config-dir")
     parser.add_argument("--cfg", action="store_true")
+    parser.add_argument("--run-folder", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("-m", "--multirun", action="store_true")
     with typed():
         flags, overrides = _parse(parser, words)
+        if flags.multirun:
+            from sparsekd.trainer.door.sweep import run_sweep
+
+            return run_sweep(verb, overrides, config_directory=flags.config_dir, dry_run=flags.dry_run)
         from sparsekd.trainer.config.compose import as_yaml, check_for_verb, compose_config
 
         config = compose_config(overrides, config_directory=flags.config_dir)
         if flags.cfg:
             print(as_yaml(config), end="")
             return 0
+        if flags.run_folder:
+            print(run_folder(config))
+            return 0
         check_for_verb(config, verb)
+        if config.launch.scheduler == "none" and flags.dry_run:
+            raise ConfigError("--dry-run shows the batch script of launch=slurm; add that, or leave it away.")
+    if config.launch.scheduler == "slurm":
+        from sparsekd.trainer.door.submit import run_submitted
+
+        run_submitted(config, verb, [word for word in words if word != "--dry-run"], dry_run=flags.dry_run)
+        return 0
     _run(verb, config, overrides)
     return 0
+
+
+def _doctor(words: list[str]) -> int:
+    """`doctor`, which takes one setting: run.root, whose disk it looks at, too."""
+    from sparsekd.trainer.door.doctor import run
+
+    other = next((word for word in words if word.partition("=")[0] != "run.root"), None)
+    if other is not None:
+        raise TypedError(f"doctor takes run.root=... alone, found {other}; leave it away.")
+    if not words:
+        return run()
+    from sparsekd.trainer.config.compose import compose_config
+
+    with typed():
+        return run(Path(compose_config(words).run.root))
 
 
 def _run(verb: str, config: Config, overrides: list[str]) -> None:
@@ -152,13 +186,16 @@ def _overview() -> str:
     lines = [
         "sparsekd: distil large language models from precomputed teacher logits",
         "",
-        "usage: sparsekd VERB [key=value ...] [--config-dir DIR] [--cfg] [--traceback]",
+        "usage: sparsekd VERB [key=value ...] [--config-dir DIR] [--cfg] [--multirun] [--dry-run]",
         "",
         *(f"  {verb:<{width}}  {purpose}" for verb, purpose in VERBS.items()),
         "",
         "  key=value     a setting; text is taken as typed, but for null where its type says None, quotes",
         "                around the whole value, and ${run.root} for another key's (docs/operations.md)",
         "  --cfg         print the composed configuration and stop",
+        "  --multirun    train: one run for each combination of values such as train.seed=0,1",
+        "  --dry-run     with launch=slurm or --multirun: show what would be started and stop",
+        "  --run-folder  print the folder of the run and stop",
         "  --config-dir  a folder with configuration groups of your own",
         "  --traceback   show where an error arose",
         "",
@@ -172,12 +209,12 @@ def _overview() -> str:
 # The sections of the configuration that each verb reads, or the keys, where it reads few of a section.
 SECTIONS = {
     "plan": ("corpus", "store", "teacher.path", "student", "objective", "train", "engine", "plan"),
-    "doctor": (),
+    "doctor": ("run.root",),
     "prepare": ("corpus", "store"),
-    "capture": ("store", "teacher", "launch", "engine.timeout_minutes"),
+    "capture": ("store", "teacher", "launch", "launch.slurm", "engine.timeout_minutes"),
     "train": (
-        "run", "store", "student", "objective", "optimizer", "schedule", "engine", "train", "tracking",
-        "launch", "debug",
+        "run", "store", "student", "objective", "optimizer", "schedule", "engine", "train", "data",
+        "tracking", "launch", "launch.slurm", "debug",
     ),
     "export": ("run", "export", "launch", "engine.timeout_minutes"),
     "evaluate": ("run", "store", "teacher", "student", "evaluate", "launch", "engine.timeout_minutes"),

@@ -1,22 +1,29 @@
 """`sparsekd doctor`: what this environment is, and each problem with its remedy."""
 
 import importlib.util
+import ipaddress
 import os
 import platform
 import shutil
+import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
-PACKAGES = (
-    "torch", "triton", "deepspeed", "transformers", "accelerate", "pyarrow", "zstandard", "numpy",
-    "hydra-core", "wandb", "datasets", "matplotlib",
-)  # fmt: skip
+from sparsekd.trainer.run.console import readable_seconds, size_text
+from sparsekd.trainer.run.versions import INSTALLATION, version_of
 
 # ZeRO and the data loader exchange through /dev/shm; containers often leave it at 64 MiB.
 SHARED_MEMORY_BYTES = 512 * 1024**2
+
+SECONDS_OF_A_BUILD = 600.0
+"""No extension of DeepSpeed's takes longer to compile; what is older waits for nobody."""
+
+NETWORK_FILE_SYSTEMS = (
+    "nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "wekafs", "cifs", "afs", "panfs", "fuse.sshfs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,15 +36,22 @@ class Finding:
     remedy: str | None = None
 
 
-def run() -> int:
-    """Prints versions and findings; returns 0 when nothing is wrong, else 2."""
+def run(run_root: Path | None = None) -> int:
+    """Prints versions and findings; returns 0 when nothing is wrong, else 2.
+
+    Args:
+        run_root: Folder of run folders, whose disk is looked at, too.
+    """
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in PACKAGES:
-        print(f"  {package:<13} {version(package) or 'not installed'}")
+    for package in INSTALLATION:
+        print(f"  {package:<13} {version_of(package) or 'not installed'}")
     checks: tuple[Callable[[], Finding], ...] = (
-        python_version, kernels_collision, accelerator, deepspeed_toolchain, shared_memory, tracking, slurm,
+        python_version, kernels_collision, accelerator, deepspeed_toolchain, extension_locks, shared_memory,
+        start_up, tracking, slurm, node_name,
     )  # fmt: skip
     findings = [check() for check in checks]
+    if run_root is not None:
+        findings.append(room_for_checkpoints(run_root))
     print()
     for finding in findings:
         mark = "ok  " if finding.problem is None else "FIX "
@@ -51,14 +65,6 @@ def run() -> int:
         else f"\n{problems} problem(s)."
     )
     return 0 if problems == 0 else 2
-
-
-def version(package: str) -> str | None:
-    """The installed version, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def python_version() -> Finding:
@@ -126,6 +132,26 @@ def deepspeed_toolchain() -> Finding:
     )
 
 
+def extension_locks() -> Finding:
+    """A process killed while torch compiled an extension leaves a lock; later ones wait for it in silence."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    # Below the default root there is one folder more, for Python's and CUDA's version.
+    locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]
+    ages = {path: time.time() - _modified(path) for path in locks}
+    stale = sorted(path for path, age in ages.items() if age > SECONDS_OF_A_BUILD)
+    if stale:
+        return Finding(
+            "torch's extensions",
+            "locked",
+            f"{stale[0]} is {readable_seconds(ages[stale[0]])} old: a build was most likely killed, and "
+            "every start that needs this extension waits for its lock without a word",
+            f"when nothing compiles any more: rm {' '.join(map(str, stale))}",
+        )
+    return Finding("torch's extensions", f"{root}: {'being compiled now' if locks else 'no lock'}")
+
+
 def shared_memory() -> Finding:
     if not os.path.isdir("/dev/shm"):
         return Finding("/dev/shm", "not present on this system")
@@ -151,6 +177,68 @@ def tracking() -> Finding:
     return Finding("tracking", state)
 
 
+def start_up() -> Finding:
+    """Where the packages lie, of which every rank opens some thousand files when it starts."""
+    kind = _file_system(Path(sys.prefix))
+    if kind not in NETWORK_FILE_SYSTEMS:
+        return Finding("start-up", f"{sys.prefix} is on {kind}")
+    return Finding(
+        "start-up",
+        f"{sys.prefix} is on {kind}, of which every rank opens some 10,000 files when it starts: with many "
+        "ranks use an image or a local copy (docs/operations.md, Start-up)",
+    )
+
+
+def node_name() -> Finding:
+    """Whether other nodes can reach this one by its name, under which gloo and NCCL make it known."""
+    name, several = socket.gethostname(), _nodes() > 1
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(name, None)}
+    except OSError as error:
+        found, why = set(), f"does not resolve ({error.strerror})"
+    else:
+        why = f"resolves to loopback alone ({', '.join(sorted(found))})"
+    reached = sorted(address for address in found if not ipaddress.ip_address(address).is_loopback)
+    if reached:
+        return Finding("node's name", f"{name} is {', '.join(reached)}")
+    if not several:
+        return Finding("node's name", f"{name} {why}; no matter on one node")
+    return Finding(
+        "node's name",
+        name,
+        f"{name} {why}: the other nodes would wait for this one until the time-out",
+        "put its address into DNS or /etc/hosts on every node, or name the interface: "
+        "GLOO_SOCKET_IFNAME=eth0 (and NCCL_SOCKET_IFNAME)",
+    )
+
+
+def room_for_checkpoints(root: Path) -> Finding:
+    """Whether the disk takes one more checkpoint, as large as the largest there is."""
+    existing = next(place for place in (root, *root.absolute().parents) if place.exists())
+    if not os.access(existing, os.W_OK):
+        return Finding(
+            "room for runs", str(existing), f"{existing} cannot be written", "choose another run.root"
+        )
+    free = shutil.disk_usage(existing).free
+    sizes = [
+        sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        for folder in root.glob("*/checkpoints/step-*")
+    ]
+    state = f"{existing}: {size_text(free)} free"
+    if not sizes:
+        return Finding("room for runs", f"{state}; no checkpoint there yet to compare with")
+    # The new one is whole before the oldest is removed.
+    state += f", the largest checkpoint has {size_text(max(sizes))}"
+    if free > max(sizes):
+        return Finding("room for runs", state)
+    return Finding(
+        "room for runs",
+        state,
+        f"{state}: the next one finds no room",
+        "remove old runs, lower train.keep_checkpoints, or choose another run.root",
+    )
+
+
 def slurm() -> Finding:
     from sparsekd.launch.env import torch_variables
 
@@ -163,8 +251,30 @@ def slurm() -> Finding:
     return Finding("Slurm", f"rank {variables.get('RANK', '0')} of {variables.get('WORLD_SIZE', '1')}")
 
 
+def _nodes() -> int:
+    """Nodes of the job that this shell or rank belongs to, by Slurm's or torchrun's variables."""
+    found = [os.environ.get(name, "") for name in ("SLURM_JOB_NUM_NODES", "NNODES")]
+    return max([int(text) for text in found if text.isdecimal()], default=1)
+
+
+def _file_system(place: Path) -> str:
+    """The kind of file system that a place is on, as the kernel names it."""
+    lines = [line.split() for line in _read(Path("/proc/mounts")).splitlines()]
+    absolute = place.resolve()
+    above = [(len(Path(words[1]).parts), words[2]) for words in lines if absolute.is_relative_to(words[1])]
+    return max(above)[1] if above else "an unknown file system"
+
+
+def _modified(path: Path) -> float:
+    """Seconds since the epoch; now for a file that is gone."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return time.time()
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text()
-    except OSError:
+    except OSError:  # not there, or not for this user: then it holds nothing of use here
         return ""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from sparsekd.trainer.config.compose import groups
-from sparsekd.trainer.config.schema import options
+from sparsekd.trainer.config.options import options
 
 
 def settings_lines(sections: Sequence[str]) -> list[str]:

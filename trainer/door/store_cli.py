@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NoReturn
 from sparsekd.logit_store.manifest import read_manifest
 from sparsekd.logit_store.places.paths import StorePath, store_path
 from sparsekd.trainer.config.schema import Config, StoreConfig, require
+from sparsekd.trainer.run.console import ProgressLine
 from sparsekd.trainer.run.errors import ConfigError, TypedError, typed
-from sparsekd.trainer.run.progress import ProgressLine
 
 if TYPE_CHECKING:
     from sparsekd.logit_store.tools.verify import VerifyResult

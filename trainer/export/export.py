@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,23 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from sparsekd.logit_store.errors import first_line
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
-from sparsekd.logit_store.row import segment_lengths
-from sparsekd.trainer.config.schema import Config, require, run_folder
+from sparsekd.logit_store.typed_json import one_line
+from sparsekd.trainer.config.checks import objective_that_ran, shared_objective
+from sparsekd.trainer.config.mixture import requested_stores
+from sparsekd.trainer.config.places import export_folder
+from sparsekd.trainer.config.schema import Config, StudentConfig, run_folder
+from sparsekd.trainer.data.sources import joined_digest
 from sparsekd.trainer.export.model_card import Provenance, model_card
-from sparsekd.trainer.models.causal_lm import DTYPES, ModelSource, load_config
+from sparsekd.trainer.models.causal_lm import DTYPES, for_cpu, load_config, model_of
+from sparsekd.trainer.models.saved import TOLERANCE, reload_difference, write_model
 from sparsekd.trainer.models.source import student_source
 from sparsekd.trainer.run.errors import CheckpointError, ConfigError
-from sparsekd.trainer.run.ranks import Ranks, ranks
+from sparsekd.trainer.run.ranks import Ranks, one_process
 from sparsekd.trainer.run.tracking import read_metrics
 from sparsekd.trainer.state.checkpoint import newest_verified, verify
 from sparsekd.trainer.state.record import ENGINE_FOLDER, Commit, read_commit
@@ -38,9 +45,6 @@ EXPORT_NAME = "sparsekd_export.json"
 # The engine's module is `student.Student`, which holds the model under this name.
 _PREFIX = "model."
 _MODEL_STATES = "mp_rank_00_model_states.pt"
-# Relative difference of logits that is still the same model; bit for bit is what is seen.
-_TOLERANCE = 1e-6
-_PROBE_TOKENS = 64
 
 
 def run(config: Config) -> None:
@@ -48,35 +52,35 @@ def run(config: Config) -> None:
 
     Raises:
         CheckpointError: No checkpoint is whole, its store is another one, or the reloaded model differs.
+        ModelError: transformers does not take the model or its tokenizer from a folder as they are.
         ConfigError: The run has no configuration, or the target holds something else than its older export.
     """
     transformers_logging.disable_progress_bar()
     folder = Path(run_folder(config))
     run_config = read_run_config(folder)
-    target = Path(config.export.path or folder / "export")
+    target = export_folder(config)
     _check_target(target, config.run.name)
     launch = dataclasses.replace(config.launch, device="cpu")
-    with ranks(launch, timeout_minutes=config.engine.timeout_minutes) as here:
-        if here.world_size != 1:
-            raise ConfigError(
-                f"export runs in one process, but was started with {here.world_size}; "
-                "call it without torchrun."
-            )
+    with one_process(launch, timeout_minutes=config.engine.timeout_minutes, what="export") as here:
         checkpoint = choose_checkpoint(folder, config.export.checkpoint, here)
     commit = read_commit(checkpoint)
-    store = _store_of(run_config, commit, folder)
+    stores = _stores_of(run_config, commit, folder)
+    store = next(iter(stores.values()))
     print(f"exporting {checkpoint} as {config.export.dtype}", flush=True)
-    model = model_from_checkpoint(checkpoint, run_config, store, dtype=DTYPES[config.export.dtype])
+    model = model_from_checkpoint(checkpoint, run_config.student, store, dtype=DTYPES[config.export.dtype])
     working = target.with_name(f".{target.name}.tmp-export")
     shutil.rmtree(working, ignore_errors=True)
     try:
-        write_model(model, store, working)
-        provenance = _provenance(config, run_config, commit, store, folder)
+        source = student_source(run_config.student, store.manifest.tokenizer)
+        for remark in write_model(model, source, store, working):
+            print(remark, flush=True)
+        has_code = any(working.glob("*.py"))
+        provenance = _provenance(config, run_config, commit, stores, folder, has_code=has_code)
         (working / "README.md").write_text(model_card(provenance), encoding="utf-8")
         mark = {"run": config.run.name, "step": commit.step, "config_digest": commit.config_digest}
         (working / EXPORT_NAME).write_text(json.dumps(mark, indent=1, sort_keys=True) + "\n")
-        difference = reload_difference(model, working, _probe(store))
-        if difference > _TOLERANCE:
+        difference = reload_difference(model, source, store, working)
+        if not difference <= TOLERANCE:
             raise CheckpointError(
                 f"The model exported from {checkpoint} gives logits that differ by {difference:.1e} "
                 "(relative) after loading it again, expected the same; nothing was written, report the model "
@@ -88,12 +92,14 @@ def run(config: Config) -> None:
     equal = "bit for bit" if difference == 0 else f"up to a relative {difference:.1e}"
     print(f"written: {target} ({model.num_parameters():,} parameters)")
     print(f"loaded again with transformers: the logits are equal {equal}")
-    print(
-        f"next: sparsekd evaluate store.path={run_config.store.path} run.root={config.run.root} "
-        f"'evaluate.models={{{config.run.name}: {target}}}' evaluate.student={config.run.name} "
-        "evaluate.baseline=null",
-        flush=True,
-    )
+    for name, each in stores.items():  # of a mixture each has its own evaluation
+        folder_of = f" evaluate.path={config.run.root}/evaluation-{name}" if name else ""
+        print(
+            f"next: sparsekd evaluate store.path={each.path} run.root={config.run.root} "
+            f"'evaluate.models={{{config.run.name}: {target}}}' evaluate.student={config.run.name} "
+            "evaluate.baseline=null" + folder_of + (" student.trust_remote_code=true" if has_code else ""),
+            flush=True,
+        )
 
 
 def read_run_config(folder: Path) -> Config:
@@ -111,8 +117,9 @@ def read_run_config(folder: Path) -> Config:
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(place)))
     except OmegaConfBaseException as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{place} is not a configuration of this version of sparsekd: {reason}") from error
+        raise ConfigError(
+            f"{place} is not a configuration of this version of sparsekd: {first_line(error)}."
+        ) from error
     assert isinstance(config, Config)
     return config
 
@@ -192,21 +199,16 @@ def _rank_of(path: Path) -> int:
 
 
 def model_from_checkpoint(
-    checkpoint: Path, run_config: Config, store: LogitStore, *, dtype: torch.dtype
+    checkpoint: Path, student: StudentConfig, store: LogitStore, *, dtype: torch.dtype
 ) -> PreTrainedModel:
     """The trained model in memory, its weights cast once from float32.
 
     Raises:
         CheckpointError: Names or shapes of the weights are not those of the run's student.
     """
-    source = student_source(run_config.student, store.manifest.tokenizer)
+    source = for_cpu(student_source(student, store.manifest.tokenizer))
     weights = consolidated_weights(checkpoint)
-    model = AutoModelForCausalLM.from_config(
-        load_config(source, "student"),
-        dtype=dtype,
-        attn_implementation=source.attention,
-        trust_remote_code=source.trust_remote_code,
-    )
+    model = model_of(load_config(source, "student"), source, dtype=dtype)
     # With tied weights one name of a pair is enough.
     wanted = model.state_dict(keep_vars=True)
     filled = {id(value) for name, value in wanted.items() if name in weights}
@@ -228,73 +230,22 @@ def model_from_checkpoint(
             wanted[name].copy_(value)
     model.config.dtype = dtype
     model.config.use_cache = True
-    model.generation_config = _generation_config(model, source, store)
     return model.eval()
 
 
-def write_model(model: PreTrainedModel, store: LogitStore, folder: Path) -> None:
-    """Writes weights (safetensors), configuration, generation defaults and the store's tokenizer files."""
-    # The tokenizer first: where a tokenizer's folder came with a model's config.json, ours must win.
-    shutil.copytree(store.tokenizer_path, folder)
-    model.save_pretrained(folder)
-
-
-def reload_difference(model: PreTrainedModel, folder: Path, token_ids: Tensor) -> float:
-    """Relative difference of the logits of a model in memory and of the same one loaded from a folder.
-
-    Raises:
-        CheckpointError: The loaded model has another dtype, or lost the tie of embedding and head.
-    """
-    loaded = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", attn_implementation=model.config._attn_implementation
-    ).eval()
-    for name, found, wanted in (
-        ("dtype", loaded.dtype, model.dtype),
-        ("tied weights", _is_tied(loaded), _is_tied(model)),
-    ):
-        if found != wanted:
-            raise CheckpointError(
-                f"The exported model comes back with {name} {found}, expected {wanted}; "
-                "report the model type."
-            )
-    with torch.inference_mode():
-        ours, theirs = (each(input_ids=token_ids).logits.double() for each in (model, loaded))
-    return float((ours - theirs).norm() / ours.norm().clamp_min(1e-30))
-
-
-def _is_tied(model: PreTrainedModel) -> bool:
-    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
-
-
-def _generation_config(model: PreTrainedModel, source: ModelSource, store: LogitStore) -> GenerationConfig:
-    """A pretrained student's own defaults where there are any, and the tokenizer's special tokens."""
-    own = None
-    if source.path is not None:
-        # Most models have such a file; for those that do not, the model's configuration speaks.
-        with contextlib.suppress(OSError):
-            own = GenerationConfig.from_pretrained(source.path, revision=source.revision or "main")
-    found = own or GenerationConfig.from_model_config(model.config)
-    tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_path)
-    end = store.manifest.tokenizer.eos_token_id
-    if found.eos_token_id is None:
-        found.eos_token_id = end
-    if found.bos_token_id is None:
-        found.bos_token_id = tokenizer.bos_token_id
-    if found.pad_token_id is None:
-        found.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-    return found
-
-
-def _store_of(run_config: Config, commit: Commit, folder: Path) -> LogitStore:
-    """The run's store, whose tokenizer goes into the export."""
-    path = require(run_config.store.path, "store.path", f"in {folder / 'config.yaml'}, for the tokenizer")
-    store = open_store(path)
-    if store.digest != commit.store_digest:
+def _stores_of(run_config: Config, commit: Commit, folder: Path) -> dict[str, LogitStore]:
+    """The run's stores by their sources' names; the tokenizer of the first, which all share, goes into the
+    export."""
+    requests = requested_stores(run_config.store, run_config.data)
+    stores = {request.name: open_store(request.path) for request in requests}
+    digest = joined_digest({name: store.digest for name, store in stores.items()})
+    if digest != commit.store_digest:
+        paths = ", ".join(request.path for request in requests)
         raise CheckpointError(
-            f"{path} is not the store that {folder} was trained on: its digest is {store.digest[:12]}, the "
-            f"checkpoint names {commit.store_digest[:12]}; bring that store back to this place."
+            f"{paths}: not what {folder} was trained on, as the digest is {digest[:12]} and the checkpoint "
+            f"names {commit.store_digest[:12]}; bring what it was trained on back to this place."
         )
-    return store
+    return stores
 
 
 def _check_target(target: Path, run_name: str) -> None:
@@ -326,33 +277,45 @@ def _publish(working: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _probe(store: LogitStore) -> Tensor:
-    """Token ids of the beginning of a row, int64 [1, L]."""
-    split = "heldout" if store.rows("heldout") else "train"
-    row = store.read_row(split, 0)
-    first = min(int(segment_lengths(row)[0]), _PROBE_TOKENS)
-    return torch.from_numpy(row.token_ids[:first].astype("int64"))[None]
-
-
 def _provenance(
-    config: Config, run_config: Config, commit: Commit, store: LogitStore, folder: Path
+    config: Config,
+    run_config: Config,
+    commit: Commit,
+    stores: Mapping[str, LogitStore],
+    folder: Path,
+    *,
+    has_code: bool,
 ) -> Provenance:
-    manifest, objective = store.manifest, run_config.objective
+    manifests = {name: store.manifest for name, store in stores.items()}
+    objective = shared_objective(
+        run_config.objective, {name: manifest.record for name, manifest in manifests.items()}
+    )
     return Provenance(
         name=config.run.name,
         base_model=run_config.student.path,
         base_revision=run_config.student.revision,
-        teacher=manifest.teacher if objective.kd_weight > 0 else None,
-        record=manifest.record if objective.kd_weight > 0 else None,
-        store_digest=store.digest,
-        tokenizer=manifest.tokenizer.name,
-        objective=dataclasses.asdict(objective),
+        teachers={
+            name: (manifest.teacher, manifest.record)
+            for name, manifest in manifests.items()
+            if manifest.teacher is not None and objective.kd_weight > 0
+        },
+        stores={name: store.digest for name, store in stores.items()},
+        tokenizer=next(iter(manifests.values())).tokenizer.name,
+        objective=objective_that_ran(objective) | _implementation(commit),
         step=commit.step,
         tokens=commit.tokens,
         heldout=_heldout_metrics(folder, commit.step),
         dtype=config.export.dtype,
+        has_code=has_code,
         versions=commit.versions,
     )
+
+
+def _implementation(commit: Commit) -> dict[str, str]:
+    """The implementation of the loss that a checkpoint remembers; text of any content is cut to a line."""
+    remembered = commit.settings["bits"].get("objective")
+    impl = remembered.get("impl") if isinstance(remembered, dict) else None
+    return {} if impl is None else {"impl": one_line(str(impl))}
 
 
 def _heldout_metrics(folder: Path, step: int) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """The exported model's README: front matter for the Hugging Face Hub, and where the weights came from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,27 @@ from sparsekd.logit_store.manifest import RecordSpec, TeacherIdentity
 
 @dataclass(frozen=True)
 class Provenance:
-    """What is known of a trained model; `teacher` and `record` are None for one trained without a teacher."""
+    """What is known of a trained model.
+
+    Attributes that do not say it themselves:
+        teachers: with their records, by the names of a mixture's sources ("" for an only store); none for
+            a model trained without a teacher.
+        stores: digests of the logit stores, likewise.
+        has_code: the model has a class of its own, whose code lies in the folder.
+    """
 
     name: str
     base_model: str | None
     base_revision: str | None
-    teacher: TeacherIdentity | None
-    record: RecordSpec | None
-    store_digest: str
+    teachers: Mapping[str, tuple[TeacherIdentity, RecordSpec]]
+    stores: Mapping[str, str]
     tokenizer: str
     objective: dict[str, Any]
     step: int
     tokens: int
     heldout: dict[str, Any] | None
     dtype: str
+    has_code: bool
     versions: dict[str, str]
 
 
@@ -41,7 +49,7 @@ def _front_matter(provenance: Provenance) -> list[str]:
         "tags:",
         "- sparsekd",
     ]
-    if provenance.teacher is not None:
+    if provenance.teachers:
         lines.append("- knowledge-distillation")
     base = provenance.base_model
     # The Hub takes names like owner/model here; a folder of this machine would be a broken link.
@@ -51,19 +59,19 @@ def _front_matter(provenance: Provenance) -> list[str]:
 
 
 def _body(provenance: Provenance) -> list[str]:
-    teacher, record = provenance.teacher, provenance.record
-    how = "distilled from stored teacher logits" if teacher else "trained on the text alone"
+    how = "distilled from stored teacher logits" if provenance.teachers else "trained on the text alone"
     facts: list[tuple[str, str]] = []
-    if teacher is not None and record is not None:
+    for name, (teacher, record) in provenance.teachers.items():
+        of = f" ({name})" if name else ""
         revision = f" at revision {teacher.revision}" if teacher.revision else ""
         grid = ", ".join(f"{value:g}" for value in record.temperatures)
         facts += [
             (
-                "teacher",
+                f"teacher{of}",
                 f"{teacher.name}{revision} ({teacher.dtype}, weights `{teacher.weights_digest[:16]}`)",
             ),
             (
-                "record",
+                f"record{of}",
                 f"k={record.k} exact, n={record.n} draws at temperature {record.draw_temperature:g}; "
                 f"temperatures {grid}",
             ),
@@ -71,7 +79,10 @@ def _body(provenance: Provenance) -> list[str]:
     base = provenance.base_model
     revision = f" at revision {provenance.base_revision}" if provenance.base_revision else ""
     facts += [
-        ("logit store", f"`{provenance.store_digest}`"),
+        *(
+            (f"logit store ({name})" if name else "logit store", f"`{digest}`")
+            for name, digest in provenance.stores.items()
+        ),
         ("tokenizer", provenance.tokenizer),
         ("start", "random weights" if base is None else f"{Path(base).name}{revision}"),
         ("objective", ", ".join(f"{name}={value}" for name, value in provenance.objective.items())),
@@ -81,15 +92,17 @@ def _body(provenance: Provenance) -> list[str]:
         ("dtype", provenance.dtype),
         ("versions", ", ".join(f"{name} {value}" for name, value in provenance.versions.items())),
     ]
+    trust = ", trust_remote_code=True" if provenance.has_code else ""
     return [
         f"# {provenance.name}",
         "",
-        f"A causal language model, {how} by sparsekd. It loads with plain transformers:",
+        f"A causal language model, {how} by sparsekd. It loads with plain transformers"
+        + (" and the code of the base model that lies here:" if provenance.has_code else ":"),
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")',
+        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto"{trust})',
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
         "```",
         "",

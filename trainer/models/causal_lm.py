@@ -6,7 +6,7 @@ hidden states for packed rows, and the transform between `hidden @ weight.T` and
 Shapes: B rows, L tokens of a row, H hidden, V rows of the head's weight.
 """
 
-import difflib
+import dataclasses
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sparsekd.kernels.objective import HeadTransform
-from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.errors import first_line
+from sparsekd.trainer.models.config_fields import check_fields, made_config
 from sparsekd.trainer.run.errors import ModelError
 
 # What transformers' errors about an attention implementation have in common with no others.
@@ -34,7 +35,19 @@ class ModelSource:
     revision: str | None
     attention: str
     trust_remote_code: bool
+    setting: str  # that names the path, for messages
     config: dict[str, Any] | None = None
+
+    @property
+    def named(self) -> str:
+        """The path as a setting, for messages."""
+        return f"{self.setting}={self.path}"
+
+
+def for_cpu(source: ModelSource) -> ModelSource:
+    """The source with an attention that runs without a GPU: the same weights and, up to rounding, numbers."""
+    runs = source.attention in ("sdpa", "eager")
+    return source if runs else dataclasses.replace(source, attention="eager")
 
 
 def load_config(source: ModelSource, key: str) -> PretrainedConfig:
@@ -45,7 +58,8 @@ def load_config(source: ModelSource, key: str) -> PretrainedConfig:
         key: The configuration group, named in errors ("teacher" or "student").
 
     Raises:
-        ModelError: The folder or hub name cannot be read, or the fields do not make a configuration.
+        ModelError: The folder or hub name cannot be read, or the fields do not make a configuration, or one
+            of them would have no effect.
     """
     if source.path is not None:
         try:
@@ -54,6 +68,13 @@ def load_config(source: ModelSource, key: str) -> PretrainedConfig:
             )
         except (OSError, ValueError) as error:
             raise ModelError(_load_problem(source, key, error)) from error
+    model_type, fields = _typed_fields(source, key)
+    config = made_config(model_type, fields, key)
+    check_fields(config, model_type, fields, key)
+    return config
+
+
+def _typed_fields(source: ModelSource, key: str) -> tuple[str, dict[str, Any]]:
     fields = dict(source.config or {})
     model_type = fields.pop("model_type", None)
     if model_type is None:
@@ -62,21 +83,7 @@ def load_config(source: ModelSource, key: str) -> PretrainedConfig:
             f"give a model ({key}.path=...) or a configuration ({key}=llama_160m, or "
             f"{key}.config.model_type=llama with its sizes)."
         )
-    try:
-        config = AutoConfig.for_model(model_type, **fields)
-        plain = AutoConfig.for_model(model_type)
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{key}.config does not make a {model_type!r} configuration: {error}") from error
-    # transformers keeps a field that the model type does not know as an attribute, and it has no effect.
-    for field in fields:
-        if hasattr(config, field) and not hasattr(plain, field):
-            near = difflib.get_close_matches(field, [*plain.to_dict(), *plain.attribute_map], n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            raise ModelError(
-                f"{key}.config.{field} is not a field of a {model_type!r} configuration and would have no "
-                f"effect{hint}"
-            )
-    return config
+    return model_type, fields
 
 
 def load_causal_lm(source: ModelSource, key: str, *, dtype: torch.dtype) -> PreTrainedModel:
@@ -90,12 +97,8 @@ def load_causal_lm(source: ModelSource, key: str, *, dtype: torch.dtype) -> PreT
     """
     try:
         if source.path is None:
-            return AutoModelForCausalLM.from_config(
-                load_config(source, key),
-                dtype=dtype,
-                attn_implementation=source.attention,
-                trust_remote_code=source.trust_remote_code,
-            )
+            # Not checked again: that would build a model, here perhaps of partitioned parameters.
+            return model_of(made_config(*_typed_fields(source, key), key), source, dtype=dtype)
         return AutoModelForCausalLM.from_pretrained(
             source.path,
             revision=source.revision,
@@ -107,9 +110,20 @@ def load_causal_lm(source: ModelSource, key: str, *, dtype: torch.dtype) -> PreT
         raise ModelError(_load_problem(source, key, error)) from error
 
 
+def model_of(config: PretrainedConfig, source: ModelSource, *, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of a configuration, with random weights; attention and trust are the source's."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config,
+        dtype=dtype,
+        attn_implementation=source.attention,
+        trust_remote_code=source.trust_remote_code,
+    )
+    return model
+
+
 def _load_problem(source: ModelSource, key: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    what = f"{key}.config" if source.path is None else f"{key}.path={source.path}"
+    reason = first_line(error)
+    what = f"{key}.config" if source.path is None else source.named
     if any(word in str(error) for word in _WORDS_OF_ATTENTION):
         return (
             f"{what} does not support {key}.attention={source.attention} ({reason}); "
@@ -123,26 +137,6 @@ def _load_problem(source: ModelSource, key: str, error: Exception) -> str:
         else "it is neither a folder here nor a hub name that can be reached"
     )
     return f"{what} cannot be loaded: {hint} ({reason})"
-
-
-def check_length(config: PretrainedConfig, sequence_length: int, key: str, path: StorePath) -> None:
-    """Checks that a model takes rows as long as a store's.
-
-    Args:
-        config: The model's configuration.
-        sequence_length: Tokens in one row.
-        key: How the model is named in the message, such as "student.path=models/small".
-        path: The store.
-
-    Raises:
-        ModelError: The model takes fewer positions.
-    """
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and longest < sequence_length:
-        raise ModelError(
-            f"{key} takes at most {longest:,} positions, but the rows of {path} have {sequence_length:,}; "
-            f"use a longer model, or prepare again with corpus.sequence_length={longest}."
-        )
 
 
 def decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:

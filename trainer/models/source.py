@@ -12,6 +12,7 @@ def teacher_source(config: TeacherConfig, path: str) -> ModelSource:
         revision=config.revision,
         attention=config.attention,
         trust_remote_code=config.trust_remote_code,
+        setting="teacher.path",
     )
 
 
@@ -29,10 +30,12 @@ def student_source(config: StudentConfig, tokenizer: TokenizerIdentity) -> Model
         revision=config.revision,
         attention=config.attention,
         trust_remote_code=config.trust_remote_code,
+        setting="student.path",
         config=fields,
     )
 
 
-def judged_source(config: StudentConfig, path: str) -> ModelSource:
+def judged_source(config: StudentConfig, name: str, path: str) -> ModelSource:
     """Where a model that is judged beside others comes from: loaded as the student is."""
-    return ModelSource(path, None, config.attention, config.trust_remote_code)
+    setting = f"evaluate.models.{name}"
+    return ModelSource(path, None, config.attention, config.trust_remote_code, setting)

@@ -21,13 +21,12 @@ TEXT_TO_IDS = ("normalizer", "pre_tokenizer", "model")
 
 
 def check_tokenizer(
-    source: ModelSource, key: str, *, store_tokenizer: Path, identity: TokenizerIdentity, remedy: str
+    source: ModelSource, *, store_tokenizer: Path, identity: TokenizerIdentity, remedy: str
 ) -> bool:
     """Refuses a model whose own tokenizer is not the store's.
 
     Args:
         source: The model's folder or hub name.
-        key: The setting that names it, for messages.
         store_tokenizer: The tokenizer folder of the store whose ids the model will see or predict.
         identity: The same tokenizer in the store's manifest.
         remedy: What to do when they differ, the end of the sentence.
@@ -48,19 +47,18 @@ def check_tokenizer(
         stored = AutoTokenizer.from_pretrained(str(store_tokenizer))
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
-            f"The tokenizer of {key}={source.path} cannot be loaded ({error}), so it cannot be compared with "
+            f"The tokenizer of {source.named} cannot be loaded ({error}), so it cannot be compared with "
             f"the store's ({identity.name}); mend or remove its files."
         ) from error
-    difference = _difference(own, stored)
+    difference = tokenizer_difference(own, stored)
     if difference is not None:
         raise ModelError(
-            f"The tokenizer of {key}={source.path} is not the store's ({identity.name}): {difference}; "
-            f"{remedy}."
+            f"The tokenizer of {source.named} is not the store's ({identity.name}): {difference}; {remedy}."
         )
     return True
 
 
-def _difference(own: Any, stored: Any) -> str | None:
+def tokenizer_difference(own: Any, stored: Any) -> str | None:
     """How two tokenizers of transformers differ, in words; None where they do not."""
     own_tokens, stored_tokens = (
         {index: token for token, index in item.get_vocab().items()} for item in (own, stored)

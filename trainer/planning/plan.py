@@ -10,9 +10,11 @@ from typing import Any
 from sparsekd.kernels import memory
 from sparsekd.logit_store.tools.inspect import RULE_NOTES, TARGET_NOTES
 from sparsekd.trainer.config.loss_memory import cut_text, loss_memory
-from sparsekd.trainer.config.schema import Config
+from sparsekd.trainer.config.schema import Config, PlanConfig, StoreConfig, StudentConfig, TrainConfig
 from sparsekd.trainer.planning.store_size import Corpus, StoreSize, corpus_of, store_size
+from sparsekd.trainer.run.console import readable_seconds, size_text
 from sparsekd.trainer.run.errors import ConfigError
+from sparsekd.trainer.state.room import checkpoint_size, most_kept
 
 # Decoders with gated MLPs, and the sizes without which they cannot be counted: those for which transformers
 # has a default that does not follow from the others. config.json holds them all.
@@ -26,11 +28,11 @@ COUNTED_MODEL_TYPES = {
 RANKS_SHOWN = (1, 2, 8, 64)
 
 
-def student_fields(config: Config) -> dict[str, Any]:
+def student_fields(student: StudentConfig) -> dict[str, Any]:
     """The student's sizes: student.config, or config.json where student.path is a folder; else nothing."""
-    if config.student.path is None:
-        return dict(config.student.config)
-    place = Path(config.student.path, "config.json")
+    if student.path is None:
+        return dict(student.config)
+    place = Path(student.path, "config.json")
     return json.loads(place.read_text()) if place.is_file() else {}
 
 
@@ -70,18 +72,13 @@ def model_state_bytes(parameters: int, *, stage: int, dtype: str, ranks: int) ->
     return parameters * sum(share)
 
 
-def checkpoint_bytes(parameters: int, dtype: str) -> int:
-    """Bytes of one checkpoint: master weights and two moments in float32, and the weights of the module."""
-    return parameters * (12 + (2 if dtype == "bfloat16" else 4))
-
-
 def run(config: Config) -> None:
     """Prints the plan."""
     corpus = corpus_of(config)
     size = store_size(config, corpus)
     for title, lines in (
-        ("corpus", _corpus_lines(config, corpus)),
-        ("store, estimated on text-like rows", _store_lines(config, corpus, size)),
+        ("corpus", _corpus_lines(config.train, config.plan, corpus)),
+        ("store, estimated on text-like rows", _store_lines(config.store, corpus, size)),
         ("student", _student_lines(config, corpus)),
         ("loss of one micro-batch", _loss_lines(config, corpus)),
     ):
@@ -100,34 +97,34 @@ def run(config: Config) -> None:
         )
 
 
-def _corpus_lines(config: Config, corpus: Corpus) -> list[tuple[str, str]]:
-    batch = config.train.global_batch_rows
-    read = config.train.steps * batch
+def _corpus_lines(train: TrainConfig, plan: PlanConfig, corpus: Corpus) -> list[tuple[str, str]]:
+    batch = train.global_batch_rows
+    read = train.steps * batch
     lines = [
         ("tokens", f"{corpus.tokens:,} ({corpus.source})"),
         ("rows", f"{corpus.rows:,} of {corpus.sequence_length:,} tokens"),
         ("vocabulary", f"{corpus.vocabulary_size:,}"),
         (
             "training",
-            f"{config.train.steps:,} steps of {batch:,} rows read {read * corpus.sequence_length:,} tokens: "
+            f"{train.steps:,} steps of {batch:,} rows read {read * corpus.sequence_length:,} tokens: "
             f"{read / max(corpus.train_rows, 1):.2f} times the training rows",
         ),
     ]
-    speed = config.plan.teacher_tokens_per_second
+    speed = plan.teacher_tokens_per_second
     if speed is None:
-        lines.append(("teacher pass", "hours unknown; give plan.teacher_tokens_per_second=..."))
+        lines.append(("teacher pass", "time unknown; give plan.teacher_tokens_per_second=..."))
     else:
-        lines.append(("teacher pass", f"{corpus.tokens / speed / 3600:.2f} hours at {speed:,.0f} tokens/s"))
+        lines.append(("teacher pass", f"{readable_seconds(corpus.tokens / speed)} at {speed:,.0f} tokens/s"))
     return lines
 
 
-def _store_lines(config: Config, corpus: Corpus, size: StoreSize) -> list[tuple[str, str]]:
+def _store_lines(store: StoreConfig, corpus: Corpus, size: StoreSize) -> list[tuple[str, str]]:
     target = corpus.manifest.target
-    lines = [("record", f"k={config.store.k}, n={config.store.n}, codec {config.store.codec}")]
+    lines = [("record", f"k={store.k}, n={store.n}, codec {store.codec}")]
     if target != "next_token":
         lines.append(("label", TARGET_NOTES[target]))
     if corpus.recorded:
-        rule = RULE_NOTES[config.store.positions].format(share=config.store.share)
+        rule = RULE_NOTES[store.positions].format(share=store.share)
         lines += [
             ("records", f"{corpus.recorded:,} of {corpus.tokens:,} positions, {rule}"),
             ("a record", f"{size.of_records:8.2f} bytes"),
@@ -136,15 +133,15 @@ def _store_lines(config: Config, corpus: Corpus, size: StoreSize) -> list[tuple[
     lines += [
         ("all planes", f"{sum(size.planes.values()):8.2f} bytes per token"),
         ("around them", f"{size.around:8.2f} bytes per token"),
-        ("size", f"{_size(size.total)} in {corpus.shards:,} shards"),
+        ("size", f"{size_text(size.total)} in {corpus.shards:,} shards"),
     ]
-    if config.store.features:
+    if store.features:
         lines.append(("", "hidden states as if they were normal numbers; large models' take less as int8"))
     return lines
 
 
 def _student_lines(config: Config, corpus: Corpus) -> list[tuple[str, str]]:
-    parameters = count_parameters(student_fields(config), corpus.vocabulary_size)
+    parameters = count_parameters(student_fields(config.student), corpus.vocabulary_size)
     if parameters is None:
         return [
             (
@@ -154,19 +151,27 @@ def _student_lines(config: Config, corpus: Corpus) -> list[tuple[str, str]]:
             )
         ]
     engine = config.engine
-    ranks = ", ".join(
-        f"{_size(model_state_bytes(parameters, stage=engine.zero_stage, dtype=engine.dtype, ranks=ranks))} "
-        f"on {ranks}"
+    stage, dtype = engine.zero_stage, engine.dtype
+    states = ", ".join(
+        f"{size_text(model_state_bytes(parameters, stage=stage, dtype=dtype, ranks=ranks))} on {ranks}"
         for ranks in RANKS_SHOWN
     )
     weights = 2 if engine.dtype == "bfloat16" else 4
-    each = checkpoint_bytes(parameters, engine.dtype)
-    kept = config.train.keep_checkpoints
+    sizes = {
+        ranks: checkpoint_size(parameters, stage=stage, dtype=dtype, ranks=ranks) for ranks in RANKS_SHOWN
+    }
+    each, kept = sizes[1].total, most_kept(config.train)
+    copies = ", ".join(f"{size_text(size.first)} on {ranks}" for ranks, size in sizes.items())
     return [
         ("parameters", f"about {parameters:,}"),
-        ("states per rank", f"{ranks} ranks (ZeRO {engine.zero_stage})"),
+        ("states per rank", f"{states} ranks (ZeRO {stage})"),
         ("", f"{weights} + 4 + 12 bytes: weights, float32 gradients, AdamW; without activations"),
-        ("checkpoints", f"about {_size(each)} each, {_size(each * kept)} for the {kept} that are kept"),
+        (
+            "checkpoints",
+            f"about {size_text(each)} each, {size_text(each * kept)} for the {kept} that are kept at most, "
+            f"{size_text(each)} more while the next one is written",
+        ),
+        ("their copy", f"{copies} ranks, in the first rank's host memory, from which they are written"),
     ]
 
 
@@ -176,11 +181,11 @@ def _loss_lines(config: Config, corpus: Corpus) -> list[tuple[str, str]]:
     lines = [
         (
             "dense",
-            f"{_size(memory.dense_bytes(positions, vocabulary))} = 12 N V, N = {positions:,} positions: "
+            f"{size_text(memory.dense_bytes(positions, vocabulary))} = 12 N V, N = {positions:,} positions: "
             "student, teacher and one gradient",
         )
     ]
-    fields = student_fields(config)
+    fields = student_fields(config.student)
     hidden = fields.get("hidden_size") or config.plan.hidden_size
     if hidden is None:
         needed = "not counted: needs student.config.hidden_size or plan.hidden_size"
@@ -199,15 +204,6 @@ def _loss_lines(config: Config, corpus: Corpus) -> list[tuple[str, str]]:
         except ConfigError as error:
             lines.append((impl, f"does not run on a {where}: {error}"))
             continue
-        lines.append((impl, f"{_size(plan.peak_bytes)} on a {where}, {cut_text(plan)}"))
+        lines.append((impl, f"{size_text(plan.peak_bytes)} on a {where}, {cut_text(plan)}"))
     lines.append(("", f"H = {hidden:,}, {config.engine.dtype}; gradients of head and hidden states included"))
     return lines
-
-
-def _size(count: float) -> str:
-    """Bytes for people, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")

@@ -30,11 +30,12 @@ from sparsekd.logit_store.protocol.index import DIGEST_BYTES, ROW_ENTRY
 from sparsekd.logit_store.protocol.message import row_message, shard_footer, shard_header
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.row import Row, document_of_position, take_records, weight_runs
+from sparsekd.logit_store.spacing import evenly
 from sparsekd.logit_store.synthetic import synthetic_rows
 from sparsekd.logit_store.synthetic_text import can_be_text_like, text_like_rows
-from sparsekd.logit_store.tools.inspect import evenly
 from sparsekd.trainer.config.feature_requests import FeatureRequest, feature_requests
-from sparsekd.trainer.config.schema import Config
+from sparsekd.trainer.config.record import record_spec
+from sparsekd.trainer.config.schema import Config, CorpusConfig, PlanConfig, StoreConfig, TeacherConfig
 from sparsekd.trainer.run.errors import ConfigError
 
 # A longer row costs no less per position, but makes the plan slow.
@@ -105,7 +106,7 @@ def corpus_of(config: Config) -> Corpus:
         StoreError: The token store cannot be read.
     """
     if config.store.tokens is not None and Path(config.store.tokens).is_dir():
-        return _counted(config, config.store.tokens)
+        return _counted(config.store, config.store.tokens)
     for name in ("tokens", "vocabulary_size"):
         if getattr(config.plan, name) is None:
             raise ConfigError(
@@ -117,11 +118,13 @@ def corpus_of(config: Config) -> Corpus:
     rows = math.ceil(config.plan.tokens / length)
     heldout = round(rows * config.corpus.heldout_fraction)
     tokens = rows * length
-    manifest = _made_up_tokens(config, int(config.plan.vocabulary_size))
+    manifest = _made_up_tokens(config.corpus, config.store, int(config.plan.vocabulary_size))
     return Corpus(
         tokens=tokens,
         real=tokens,
-        recorded=_recorded(config, real=tokens, counted=tokens, counted_in_train=(rows - heldout) * length),
+        recorded=_recorded(
+            config.store, real=tokens, counted=tokens, counted_in_train=(rows - heldout) * length
+        ),
         rows=rows,
         shards=math.ceil((rows - heldout) / per_shard) + math.ceil(heldout / per_shard),
         train_rows=rows - heldout,
@@ -133,7 +136,7 @@ def corpus_of(config: Config) -> Corpus:
     )
 
 
-def _counted(config: Config, tokens: str) -> Corpus:
+def _counted(settings: StoreConfig, tokens: str) -> Corpus:
     store = open_store(tokens)
     manifest = store.manifest
     rows = {split: store.rows(split) for split in manifest.splits}
@@ -143,7 +146,7 @@ def _counted(config: Config, tokens: str) -> Corpus:
         tokens=sum(rows.values()) * manifest.sequence_length,
         real=real,
         recorded=_recorded(
-            config,
+            settings,
             real=real,
             counted=sum(count.tokens_counted for count in counts.values()),
             counted_in_train=counts[SAMPLED_SPLIT].tokens_counted if SAMPLED_SPLIT in counts else 0,
@@ -169,39 +172,38 @@ def _sample(store: LogitStore) -> Iterator[tuple[str, Row]]:
         places = places - count
 
 
-def _recorded(config: Config, *, real: int, counted: int, counted_in_train: int) -> int:
+def _recorded(settings: StoreConfig, *, real: int, counted: int, counted_in_train: int) -> int:
     """Positions with a record, of those that are no padding, those that count, and those of the split that is
     sampled."""
-    spec = config.store
-    if not _captures(config):
+    if not _captures(settings):
         return 0
-    if spec.positions == "sampled":
-        return counted - counted_in_train + round(spec.share * counted_in_train)
-    return real if spec.positions == "all" else counted
+    if settings.positions == "sampled":
+        return counted - counted_in_train + round(settings.share * counted_in_train)
+    return real if settings.positions == "all" else counted
 
 
-def _captures(config: Config) -> bool:
-    return config.store.k + config.store.n > 0 or bool(config.store.features)
+def _captures(settings: StoreConfig) -> bool:
+    return settings.k + settings.n > 0 or bool(settings.features)
 
 
 def _no_record() -> RecordSpec:
     return RecordSpec(k=0, n=0, temperatures=(), draw_temperature=1.0, seed=0)
 
 
-def _made_up_tokens(config: Config, vocabulary_size: int) -> Manifest:
+def _made_up_tokens(corpus: CorpusConfig, settings: StoreConfig, vocabulary_size: int) -> Manifest:
     """The manifest of what `prepare` would write, but of rows short enough to be made here."""
     return Manifest(
         format_version=FORMAT_VERSION,
         target="next_token",
-        sequence_length=min(config.corpus.sequence_length, ESTIMATE_POSITIONS),
-        rows_per_shard=config.store.rows_per_shard,
+        sequence_length=min(corpus.sequence_length, ESTIMATE_POSITIONS),
+        rows_per_shard=settings.rows_per_shard,
         splits=(SAMPLED_SPLIT, "heldout"),
         dataset={},
         tokenizer=TokenizerIdentity("plan", vocabulary_size, "", None, None),
         record=_no_record(),
         teacher=None,
-        codec=CodecSpec(config.store.codec, {}),
-        planes=() if config.corpus.weight_field is None else ("weights",),
+        codec=CodecSpec(settings.codec, {}),
+        planes=() if corpus.weight_field is None else ("weights",),
     )
 
 
@@ -230,34 +232,25 @@ def store_manifest(config: Config, corpus: Corpus) -> Manifest:
     """
     spec = config.store
     codec = CodecSpec(spec.codec, {"mass": spec.mass} if spec.codec == "compact" else {})
-    if not _captures(config):
+    if not _captures(spec):
         return replace(corpus.manifest, codec=codec)
-    size = teacher_hidden_size(config)
+    size = teacher_hidden_size(config.teacher, config.plan)
     return replace(
         corpus.manifest,
-        record=RecordSpec(
-            spec.k,
-            spec.n,
-            tuple(sorted(spec.temperatures)),
-            spec.draw_temperature,
-            spec.seed,
-            tail_logprobs=spec.tail_logprobs,
-            positions=spec.positions,
-            share=spec.share,
-        ),
+        record=record_spec(replace(spec, temperatures=sorted(spec.temperatures))),
         teacher=TeacherIdentity("plan", None, "", "", "", "", {}),
         codec=codec,
         features=tuple(_feature(request, size) for request in feature_requests(spec.features)),
     )
 
 
-def teacher_hidden_size(config: Config) -> int | None:
+def teacher_hidden_size(teacher: TeacherConfig, plan: PlanConfig) -> int | None:
     """Width of the teacher's hidden states: of the folder teacher.path, else plan.teacher_hidden_size."""
-    if config.teacher.path is not None and (place := Path(config.teacher.path, "config.json")).is_file():
+    if teacher.path is not None and (place := Path(teacher.path, "config.json")).is_file():
         fields = json.loads(place.read_text())
         if isinstance(found := fields.get("hidden_size"), int):
             return found
-    return config.plan.teacher_hidden_size
+    return plan.teacher_hidden_size
 
 
 def _feature(request: FeatureRequest, size: int | None) -> FeatureSpec:

@@ -11,7 +11,6 @@ import math
 import platform
 import tempfile
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,10 @@ from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
 
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
-from sparsekd.trainer.config.schema import Config, require
+from sparsekd.trainer.config.places import evaluation_folder
+from sparsekd.trainer.config.schema import Config, EvaluateConfig, TeacherConfig, require
 from sparsekd.trainer.data.heldout import SPLIT, HeldOut, read_held_out
+from sparsekd.trainer.models.opened import OpenModel, open_model
 from sparsekd.trainer.models.source import judged_source, teacher_source
 from sparsekd.trainer.models.tokenizers import check_tokenizer
 from sparsekd.trainer.quality.result import (
@@ -35,7 +36,7 @@ from sparsekd.trainer.quality.result import (
     ModelResult,
     save_evaluation,
 )
-from sparsekd.trainer.quality.score import Judged, Scores, TeacherTrace, kinds, load_judged, score
+from sparsekd.trainer.quality.score import Scores, TeacherTrace, kinds, score
 from sparsekd.trainer.quality.statistics import (
     calibration_error,
     deciles,
@@ -47,7 +48,8 @@ from sparsekd.trainer.quality.statistics import (
 from sparsekd.trainer.quality.table import headline, result_table
 from sparsekd.trainer.quality.worst import worst_tokens
 from sparsekd.trainer.run.errors import ConfigError, ModelError
-from sparsekd.trainer.run.ranks import Ranks, ranks
+from sparsekd.trainer.run.ranks import Ranks, one_process
+from sparsekd.trainer.run.versions import MODEL_PACKAGES, versions_of
 
 TEACHER = "teacher"
 
@@ -86,12 +88,7 @@ def run(config: Config) -> None:
             f"evaluate.models names a model {TEACHER!r}; the teacher is given by teacher.path instead."
         )
     store = open_store(require(config.store.path, "store.path", "for its held-out rows"))
-    with ranks(config.launch, timeout_minutes=config.engine.timeout_minutes) as job:
-        if job.world_size != 1:
-            raise ConfigError(
-                f"evaluate runs in one process, but was started with {job.world_size}; "
-                "call it without torchrun."
-            )
+    with one_process(config.launch, timeout_minutes=config.engine.timeout_minutes, what="evaluate") as job:
         evaluation = _evaluate(config, store, job)
     folder = evaluation_folder(config)
     place = save_evaluation(evaluation, folder)
@@ -102,11 +99,6 @@ def run(config: Config) -> None:
         f"next: sparsekd report report.evaluation={folder} report.path={folder.parent}/report.html",
         flush=True,
     )
-
-
-def evaluation_folder(config: Config) -> Path:
-    """Where the result goes: evaluate.path, or `evaluation` in run.root."""
-    return Path(config.evaluate.path or f"{config.run.root}/evaluation")
 
 
 def _evaluate(config: Config, store: LogitStore, job: Ranks) -> Evaluation:
@@ -126,23 +118,22 @@ def _evaluate(config: Config, store: LogitStore, job: Ranks) -> Evaluation:
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as scratch:
         if evaluate.teacher == "load":
             outcome, trace = _run_teacher(config, store, held, job, Path(scratch))
-            deviation = _deviation(held, outcome.loss, config)
+            deviation = _deviation(held, outcome.loss, config.teacher)
             outcomes.append(outcome)
         elif held.teacher is not None:
             outcomes.append(_stored_teacher(held, store))
-        for name in _in_order(config):
+        for name in _in_order(evaluate):
             print(f"{name}: {evaluate.models[name]}", flush=True)
-            source, key = judged_source(config.student, evaluate.models[name]), f"evaluate.models.{name}"
+            source = judged_source(config.student, name, evaluate.models[name])
             check_tokenizer(
                 source,
-                key,
                 store_tokenizer=store.tokenizer_path,
                 identity=store.manifest.tokenizer,
                 remedy="name a model that was trained on this store",
             )
-            judged = load_judged(source, key, store, evaluate.dtype, job.device)
+            judged = open_model(source, "student", store, dtype=evaluate.dtype, device=job.device)
             scores = score(judged, store, rows=held.rows, batch=batch, teacher=trace)
-            outcomes.append(_outcome(config, name, judged, scores, store, runs=trace is not None))
+            outcomes.append(_outcome(evaluate, name, judged, scores, store, runs=trace is not None))
             del judged
         return _assemble(config, store, held, outcomes, deviation, job)
 
@@ -151,7 +142,10 @@ def _run_teacher(
     config: Config, store: LogitStore, held: HeldOut, job: Ranks, scratch: Path
 ) -> tuple[_Outcome, TeacherTrace]:
     """Runs the teacher once; its hidden states go to a file, and the model itself goes."""
-    judged = _load_teacher(config, store, job)
+    path = require(config.teacher.path, "teacher.path", "by evaluate.teacher=load")
+    print(f"{TEACHER}: {path}", flush=True)
+    source = teacher_source(config.teacher, path)
+    judged = open_model(source, TEACHER, store, dtype=config.evaluate.dtype, device=job.device)
     width = judged.head.weight.shape[1]
     hidden = torch.from_file(
         str(scratch / "teacher-hidden"),
@@ -162,23 +156,16 @@ def _run_teacher(
     batch = config.evaluate.micro_batch_rows
     scores = score(judged, store, rows=held.rows, batch=batch, teacher=None, keep=hidden)
     trace = TeacherTrace(hidden, judged.head, judged.transform)
-    return _loaded_teacher(config, judged, scores), trace
+    return _loaded_teacher(path, judged, scores), trace
 
 
-def _in_order(config: Config) -> list[str]:
+def _in_order(evaluate: EvaluateConfig) -> list[str]:
     """Student, baseline, then the others as they were named."""
-    first = [name for name in (config.evaluate.student, config.evaluate.baseline) if name is not None]
-    return [*first, *(name for name in config.evaluate.models if name not in first)]
+    first = [name for name in (evaluate.student, evaluate.baseline) if name is not None]
+    return [*first, *(name for name in evaluate.models if name not in first)]
 
 
-def _load_teacher(config: Config, store: LogitStore, job: Ranks) -> Judged:
-    teacher = config.teacher
-    path = require(teacher.path, "teacher.path", "by evaluate.teacher=load")
-    print(f"{TEACHER}: {path}", flush=True)
-    return load_judged(teacher_source(teacher, path), TEACHER, store, config.evaluate.dtype, job.device)
-
-
-def _deviation(held: HeldOut, loss: NDArray[np.float32], config: Config) -> float | None:
+def _deviation(held: HeldOut, loss: NDArray[np.float32], teacher: TeacherConfig) -> float | None:
     """Mean |loaded - stored| of the teacher's loss; a large one is another teacher."""
     if held.teacher is None:
         return None
@@ -188,7 +175,7 @@ def _deviation(held: HeldOut, loss: NDArray[np.float32], config: Config) -> floa
     )
     if deviation > _OTHER_TEACHER:
         raise ModelError(
-            f"teacher.path={config.teacher.path} gives losses that differ from the store's records by "
+            f"teacher.path={teacher.path} gives losses that differ from the store's records by "
             f"{deviation:.2f} nats per token on average (rounding is below {_OTHER_TEACHER}): it is not the "
             "teacher that was captured; name that one, or use evaluate.teacher=store."
         )
@@ -227,50 +214,42 @@ def _stored_teacher(held: HeldOut, store: LogitStore) -> _Outcome:
     )
 
 
-def _loaded_teacher(config: Config, judged: Judged, scores: Scores) -> _Outcome:
-    bins = reliability(scores.confidence, scores.hit)
-    return _Outcome(
-        ModelResult(
-            name=TEACHER,
-            role=TEACHER,
-            path=config.teacher.path,
-            figures=_teacher_figures(_mean(scores.loss), calibration_error(bins)),
-            parameters=judged.model.num_parameters(),
-            weight_bytes=judged.weight_bytes,
-            tokens_per_second=scores.tokens_per_second,
-            reliability=bins,
-        ),
-        scores.loss,
-        scores,
-    )
+def _loaded_teacher(path: str, judged: OpenModel, scores: Scores) -> _Outcome:
+    calibration = calibration_error(reliability(scores.confidence, scores.hit))
+    figures = _teacher_figures(_mean(scores.loss), calibration)
+    return _of_model(TEACHER, TEACHER, path, figures, judged, scores)
 
 
 def _outcome(
-    config: Config, name: str, judged: Judged, scores: Scores, store: LogitStore, *, runs: bool
+    evaluate: EvaluateConfig, name: str, judged: OpenModel, scores: Scores, store: LogitStore, *, runs: bool
 ) -> _Outcome:
-    roles = {config.evaluate.baseline: "baseline", config.evaluate.student: "student"}
-    bins = reliability(scores.confidence, scores.hit)
+    roles = {evaluate.baseline: "baseline", evaluate.student: "student"}
     loss = _mean(scores.loss)
     figures = {"loss": Figure(loss, EXACT), "perplexity": Figure(math.exp(loss), EXACT)}
     for figure, kind in kinds(store.manifest.record, teacher_runs=runs).items():
         values = getattr(scores, figure)
         if values is not None:
             figures[figure] = Figure(_mean(values), kind)
-    figures["calibration_error"] = Figure(calibration_error(bins), EXACT)
-    return _Outcome(
-        ModelResult(
-            name=name,
-            role=roles.get(name, "other"),
-            path=config.evaluate.models[name],
-            figures=figures,
-            parameters=judged.model.num_parameters(),
-            weight_bytes=judged.weight_bytes,
-            tokens_per_second=scores.tokens_per_second,
-            reliability=bins,
-        ),
-        scores.loss,
-        scores,
+    calibration = calibration_error(reliability(scores.confidence, scores.hit))
+    figures["calibration_error"] = Figure(calibration, EXACT)
+    return _of_model(name, roles.get(name, "other"), evaluate.models[name], figures, judged, scores)
+
+
+def _of_model(
+    name: str, role: str, path: str, figures: dict[str, Figure], judged: OpenModel, scores: Scores
+) -> _Outcome:
+    """The outcome of a model that ran."""
+    result = ModelResult(
+        name=name,
+        role=role,
+        path=path,
+        figures=figures,
+        parameters=judged.model.num_parameters(),
+        weight_bytes=judged.weight_bytes,
+        tokens_per_second=scores.tokens_per_second,
+        reliability=reliability(scores.confidence, scores.hit),
     )
+    return _Outcome(result, scores.loss, scores)
 
 
 def _assemble(
@@ -313,10 +292,7 @@ def _assemble(
             "bootstrap_samples": evaluate.bootstrap_samples,
             "seed": evaluate.seed,
         },
-        versions={
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("sparsekd", "torch", "transformers")},
-        },
+        versions={"python": platform.python_version(), **versions_of(MODEL_PACKAGES)},
         models=[outcome.result for outcome in outcomes],
         margin=margin,
         gap_closed=gap_closed,

@@ -9,13 +9,49 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsekd.trainer.quality.statistics import Margin, ReliabilityBin
 from sparsekd.trainer.run.errors import DataError
+from sparsekd.trainer.run.files import write_whole
 
 RESULT_VERSION = 1
 RESULT_NAME = "evaluation.json"
 
 EXACT, ESTIMATE, LOWER_BOUND, UPPER_BOUND = "exact", "estimate", "lower bound", "upper bound"
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """Positions whose top-1 confidence falls in one bin.
+
+    Attributes:
+        count: positions.
+        confidence: their mean confidence, 0 when there is none.
+        accuracy: share of them whose top id is the true token, 0 when there is none.
+    """
+
+    count: int
+    confidence: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Margin:
+    """How far the student is ahead of the baseline.
+
+    Attributes:
+        value: baseline's loss - student's loss, nats per token; above 0 the student is better.
+        low: 2.5 % quantile of the paired bootstrap; None with fewer than 2 documents.
+        high: 97.5 % quantile.
+        wins: share of the documents on which the student's loss is lower.
+        documents: number of documents, which are what is resampled.
+        samples: resamples.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    wins: float
+    documents: int
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -144,9 +180,7 @@ def save_evaluation(evaluation: Evaluation, folder: Path) -> Path:
     """Writes `evaluation.json` into `folder` by rename and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / RESULT_NAME
-    temporary = folder / f".tmp-{RESULT_NAME}"
-    temporary.write_text(json.dumps(asdict(evaluation), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(place)
+    write_whole(place, json.dumps(asdict(evaluation), indent=1, sort_keys=True) + "\n")
     return place
 
 

@@ -12,41 +12,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from sparsekd.kernels.objective import HeadTransform
 from sparsekd.logit_store.manifest import RecordSpec
 from sparsekd.logit_store.protocol.reader import LogitStore
-from sparsekd.logit_store.row import Row, position_ids, records_at
+from sparsekd.logit_store.row import Row, records_at
 from sparsekd.trainer.data.heldout import row_batches
-from sparsekd.trainer.models.causal_lm import (
-    DTYPES,
-    ModelSource,
-    check_length,
-    decoder_and_head,
-    dense_logits,
-    head_transform,
-    hidden_states,
-    load_causal_lm,
-    load_config,
-)
-from sparsekd.trainer.models.probe import check_probe, probe_rows
+from sparsekd.trainer.data.inputs import model_inputs
+from sparsekd.trainer.models.causal_lm import dense_logits, hidden_states
+from sparsekd.trainer.models.opened import OpenModel
 from sparsekd.trainer.quality import metrics
 from sparsekd.trainer.quality.result import ESTIMATE, EXACT, LOWER_BOUND, UPPER_BOUND
-from sparsekd.trainer.run.errors import ModelError
 
 # Positions whose logits exist at one time: some five float32 [C, V] arrays, 1.6 GB at V = 152,064.
 _POSITIONS_AT_ONCE = 512
-
-
-class Judged(NamedTuple):
-    """A loaded model and its way to logits."""
-
-    model: PreTrainedModel
-    decoder: nn.Module
-    head: nn.Linear
-    transform: HeadTransform
-    weight_bytes: int  # of the weights in the dtype in which they are saved
 
 
 class TeacherTrace(NamedTuple):
@@ -78,35 +57,6 @@ class Scores:
     tokens_per_second: float
 
 
-def load_judged(source: ModelSource, key: str, store: LogitStore, dtype: str, device: torch.device) -> Judged:
-    """Loads a model, checks that it fits the store's vocabulary and that our logits are its own.
-
-    Raises:
-        ModelError: It cannot be loaded, its vocabulary or its length is too small, or its head is unknown.
-    """
-    saved = getattr(load_config(source, key), "dtype", None)
-    model = load_causal_lm(source, key, dtype=DTYPES[dtype]).eval()
-    nn.Module.to(model, device)
-    decoder, head = decoder_and_head(model)
-    vocabulary = store.manifest.tokenizer.vocabulary_size
-    entries = min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0])
-    if entries < vocabulary:
-        raise ModelError(
-            f"{key} at {source.path} has {entries} vocabulary entries, but the store {store.path} was made "
-            f"with a tokenizer of {vocabulary} ({store.manifest.tokenizer.name}): name a model of that "
-            "tokenizer."
-        )
-    check_length(model.config, store.manifest.sequence_length, f"{key} at {source.path}", store.path)
-    transform = head_transform(model.config, vocabulary)
-    with torch.inference_mode():
-        rows = probe_rows(store, device)
-        own = model(input_ids=rows.token_ids, position_ids=rows.position_ids, use_cache=False).logits
-        ours = dense_logits(hidden_states(decoder, rows.token_ids, rows.position_ids), head, transform)
-        check_probe(own, ours, rows, key=key, model_name=type(model).__name__)
-    width = torch.finfo(saved).bits // 8 if isinstance(saved, torch.dtype) else 4
-    return Judged(model, decoder, head, transform, model.num_parameters() * width)
-
-
 def kinds(record: RecordSpec, *, teacher_runs: bool) -> dict[str, str]:
     """Which comparisons with the teacher can be had, and how far each can be trusted."""
     if teacher_runs:
@@ -128,7 +78,7 @@ def kinds(record: RecordSpec, *, teacher_runs: bool) -> dict[str, str]:
 
 @torch.inference_mode()
 def score(
-    judged: Judged,
+    judged: OpenModel,
     store: LogitStore,
     *,
     rows: int,
@@ -146,14 +96,14 @@ def score(
         teacher: Its trace over the same rows, which makes every figure exact.
         keep: (N, H), filled with this model's hidden states at the counted positions.
     """
-    device = judged.head.weight.device
+    device = judged.device
     wanted = kinds(store.manifest.record, teacher_runs=teacher is not None)
     columns: dict[str, list[NDArray]] = {}
     # (seconds, tokens) of each batch; the first is a warm-up wherever there is a second.
     laps: list[tuple[float, int]] = []
     done = 0
     for chunk in row_batches(store, rows, batch):
-        token_ids, positions = _inputs(chunk, device)
+        token_ids, positions = model_inputs(chunk, device)
         mask = np.stack([row.loss_mask for row in chunk])
         counted = torch.from_numpy(mask).to(device)
         labels = token_ids.roll(-1, dims=1)[counted]
@@ -257,13 +207,6 @@ def _against_record(
     if "acceptance" in wanted:
         found["acceptance"] = metrics.bucket_acceptance(log_q, *head, record.log_rest)
     return found
-
-
-def _inputs(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and position ids, int64 [B, L] each."""
-    token_ids = np.stack([row.token_ids for row in rows]).astype(np.int64)
-    positions = np.stack([position_ids(row) for row in rows]).astype(np.int64)
-    return torch.from_numpy(token_ids).to(device), torch.from_numpy(positions).to(device)
 
 
 def _now(device: torch.device) -> float:

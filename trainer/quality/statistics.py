@@ -3,52 +3,16 @@
 Numpy only, float64 sums. Shapes: N positions, D documents, C categories.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
+
+from sparsekd.trainer.quality.result import Margin, ReliabilityBin
 
 CALIBRATION_BINS = 15
 """Equal-width bins of the expected calibration error (Guo et al. 2017, arXiv 1706.04599, use 15)."""
 
 # Resamples whose counts exist at one time; it bounds memory and does not change the result.
 _RESAMPLES_AT_ONCE = 256
-
-
-@dataclass(frozen=True)
-class ReliabilityBin:
-    """Positions whose top-1 confidence falls in one bin.
-
-    Attributes:
-        count: positions.
-        confidence: their mean confidence, 0 when there is none.
-        accuracy: share of them whose top id is the true token, 0 when there is none.
-    """
-
-    count: int
-    confidence: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class Margin:
-    """How far the student is ahead of the baseline.
-
-    Attributes:
-        value: baseline's loss - student's loss, nats per token; above 0 the student is better.
-        low: 2.5 % quantile of the paired bootstrap; None with fewer than 2 documents.
-        high: 97.5 % quantile.
-        wins: share of the documents on which the student's loss is lower.
-        documents: number of documents, which are what is resampled.
-        samples: resamples.
-    """
-
-    value: float
-    low: float | None
-    high: float | None
-    wins: float
-    documents: int
-    samples: int
 
 
 def reliability(confidence: NDArray[np.float32], hit: NDArray[np.bool_]) -> list[ReliabilityBin]:

@@ -1,6 +1,9 @@
 """The result in words and as an aligned table, for the console and the page."""
 
+from collections.abc import Sequence
+
 from sparsekd.trainer.quality.result import EXACT, LOWER_BOUND, UPPER_BOUND, Evaluation, Figure, ModelResult
+from sparsekd.trainer.run.console import size_text
 
 # (key, heading, what it means) in the order of the table.
 FIGURES = (
@@ -34,13 +37,13 @@ def figure_text(name: str, figure: Figure | None) -> str:
     return _MARKS.get(figure.kind, "~ ") + _FORMATS[name].format(figure.value)
 
 
-def size_text(model: ModelResult) -> tuple[str, str, str]:
+def sizes_of(model: ModelResult) -> tuple[str, str, str]:
     """Parameters, bytes of the weights, and speed of a model, for people."""
     if model.parameters is None or model.weight_bytes is None or model.tokens_per_second is None:
         return UNKNOWN, UNKNOWN, UNKNOWN
     return (
-        _with_unit(model.parameters, ("", " k", " M", " B")),
-        _with_unit(model.weight_bytes, (" B", " kB", " MB", " GB")),
+        _count_text(model.parameters),
+        size_text(model.weight_bytes),
         f"{model.tokens_per_second:,.0f}",
     )
 
@@ -53,17 +56,21 @@ def result_table(evaluation: Evaluation) -> str:
     for model in evaluation.models:
         figures = [figure_text(name, model.figures.get(name)) for name, _, _ in FIGURES]
         used |= {figure.kind for figure in model.figures.values()}
-        lines.append([model.name, *figures, *size_text(model)])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heading))]
-    text = [
+        lines.append([model.name, *figures, *sizes_of(model)])
+    legend = marks_legend(used)
+    return "\n".join([*aligned(lines), *([legend] if legend else [])])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
         "  ".join(
             cell.ljust(width) if column == 0 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines
     ]
-    legend = marks_legend(used)
-    return "\n".join([*text, *([legend] if legend else [])])
 
 
 def marks_legend(kinds: set[str]) -> str:
@@ -106,9 +113,9 @@ def headline(evaluation: Evaluation) -> str:
     return sentence + "."
 
 
-def _with_unit(value: float, units: tuple[str, ...]) -> str:
-    for unit in units[:-1]:
+def _count_text(value: float) -> str:
+    for unit in ("", " k", " M"):
         if value < 1000:
             return f"{value:.3g}{unit}"
         value /= 1000
-    return f"{value:.3g}{units[-1]}"
+    return f"{value:.3g} B"

@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import AutoTokenizer
 
 from sparsekd.logit_store.protocol.reader import LogitStore
 from sparsekd.logit_store.row import PADDING_DOCUMENT, segment_lengths
 from sparsekd.trainer.data.heldout import SPLIT
-from sparsekd.trainer.models.causal_lm import DTYPES, ModelSource, load_causal_lm
+from sparsekd.trainer.models.causal_lm import ModelSource
+from sparsekd.trainer.models.opened import open_model
 
 _PROMPT_TOKENS = 48
 
@@ -59,8 +60,8 @@ def continuations(
     texts: dict[str, list[str]] = {}
     for name, source in sources.items():
         print(f"{name} continues {len(chosen)} prompts", flush=True)
-        model = load_causal_lm(source, name, dtype=DTYPES[dtype]).eval()
-        nn.Module.to(model, device)
+        key = "teacher" if name == "teacher" else "student"
+        model: Any = open_model(source, key, store, dtype=dtype, device=device).model
         texts[name] = []
         for _, token_ids in chosen:
             prompt = torch.from_numpy(token_ids[:_PROMPT_TOKENS].astype(np.int64)).to(device)[None]

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from sparsekd.logit_store.trees import flat
 from sparsekd.trainer.run.errors import DataError
 from sparsekd.trainer.run.tracking import METRICS_NAME, read_metrics
 
@@ -34,7 +35,7 @@ def read_curve(name: str, role: str, folder: Path) -> Curve:
         raise DataError(f"report.runs.{name}={folder} has no {METRICS_NAME}; name the folder of a run.")
     try:
         entries = read_metrics(folder)
-        train = [entry for entry in entries if entry["kind"] == "train"]
+        train = [entry for entry in entries if entry["kind"] == "train" and entry["ce"] is not None]
         held = [entry for entry in entries if entry["kind"] == "heldout"]
         return Curve(
             name=name,
@@ -53,7 +54,7 @@ def run_settings(folder: Path) -> dict[str, Any]:
     place = folder / "config.yaml"
     if not place.is_file():
         return {}
-    return _flat(OmegaConf.to_container(OmegaConf.load(place)))
+    return flat(OmegaConf.to_container(OmegaConf.load(place)), lists=False)
 
 
 def run_versions(folder: Path) -> dict[str, str]:
@@ -71,13 +72,3 @@ def differing_settings(settings: dict[str, dict[str, Any]]) -> list[tuple[str, d
         if len({json.dumps(value, sort_keys=True) for value in values.values()}) > 1:
             found.append((key, values))
     return found
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        return {
-            name: leaf
-            for key, item in value.items()
-            for name, leaf in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()
-        }
-    return {prefix: value}

@@ -19,7 +19,7 @@ from sparsekd.trainer.quality.table import (
     figure_text,
     headline,
     marks_legend,
-    size_text,
+    sizes_of,
 )
 from sparsekd.trainer.report import figures
 from sparsekd.trainer.report.continuations import Continuation
@@ -70,7 +70,7 @@ def render(evaluation: Evaluation, runs: dict[str, Path], samples: list[Continua
         scale=_scale(evaluation),
         columns=FIGURES,
         figure_text=figure_text,
-        size_text=size_text,
+        sizes_of=sizes_of,
         best=_best(evaluation.models),
         legend=marks_legend(used),
         curves=_curves_plot(curves),

@@ -6,13 +6,16 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from sparsekd.logit_store.protocol.reader import open_store
-from sparsekd.trainer.config.schema import Config
+from sparsekd.trainer.config.places import evaluation_folder, report_page
+from sparsekd.trainer.config.schema import Config, ReportConfig
 from sparsekd.trainer.models.source import judged_source, teacher_source
 from sparsekd.trainer.quality.result import Evaluation, load_evaluation
 from sparsekd.trainer.quality.table import headline, result_table
 from sparsekd.trainer.report.continuations import Continuation, continuations
+from sparsekd.trainer.run.console import size_text
 from sparsekd.trainer.run.errors import ConfigError, DataError
-from sparsekd.trainer.run.ranks import ranks
+from sparsekd.trainer.run.files import write_whole
+from sparsekd.trainer.run.ranks import one_process
 from sparsekd.trainer.run.tracking import METRICS_NAME
 
 # What the extra `eval` brings.
@@ -28,19 +31,17 @@ def run(config: Config) -> None:
     """
     render = _render_function()
     transformers_logging.disable_progress_bar()
-    folder = Path(config.report.evaluation or f"{config.run.root}/evaluation")
+    folder = Path(config.report.evaluation or evaluation_folder(config))
     evaluation = load_evaluation(folder)
-    runs = _runs(config, evaluation)
+    runs = _runs(config.report, evaluation)
     samples = _samples(config, evaluation) if config.report.continuations else []
     page = render(evaluation, runs, samples, title=config.report.title)
-    place = Path(config.report.path or f"{config.run.root}/report.html")
+    place = report_page(config)
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".tmp-{place.name}")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(place)
+    write_whole(place, page)
     print(result_table(evaluation))
     print(headline(evaluation))
-    print(f"written: {place} ({place.stat().st_size / 1000:.0f} kB, needs no network)")
+    print(f"written: {place} ({size_text(place.stat().st_size)}, needs no network)")
     print(f"next: python3 -m webbrowser -t {place}", flush=True)
 
 
@@ -57,10 +58,10 @@ def _render_function() -> Callable[..., str]:
     return render
 
 
-def _runs(config: Config, evaluation: Evaluation) -> dict[str, Path]:
+def _runs(settings: ReportConfig, evaluation: Evaluation) -> dict[str, Path]:
     """report.runs, or else the folders around the judged models that hold metrics."""
-    if config.report.runs:
-        return {name: Path(folder) for name, folder in config.report.runs.items()}
+    if settings.runs:
+        return {name: Path(folder) for name, folder in settings.runs.items()}
     found = {
         model.name: Path(model.path).parent
         for model in evaluation.models
@@ -80,7 +81,7 @@ def _samples(config: Config, evaluation: Evaluation) -> list[Continuation]:
             f"expected {evaluation.store['digest'][:12]}); name that one, or set report.continuations=0."
         )
     sources = {
-        model.name: judged_source(config.student, model.path)
+        model.name: judged_source(config.student, model.name, model.path)
         for model in evaluation.models
         if model.path is not None and model.role != "teacher"
     }
@@ -88,12 +89,7 @@ def _samples(config: Config, evaluation: Evaluation) -> list[Continuation]:
     path = config.teacher.path or (known.path if known is not None else None)
     if path is not None:
         sources = {"teacher": teacher_source(config.teacher, path), **sources}
-    with ranks(config.launch, timeout_minutes=config.engine.timeout_minutes) as job:
-        if job.world_size != 1:
-            raise ConfigError(
-                f"report runs in one process, but was started with {job.world_size}; "
-                "call it without torchrun."
-            )
+    with one_process(config.launch, timeout_minutes=config.engine.timeout_minutes, what="report") as job:
         return continuations(
             store,
             sources,

@@ -31,6 +31,14 @@ class ModelError(UserError):
     """A teacher or student that cannot be loaded or does not fit its store."""
 
 
+class OwnerError(UserError):
+    """A run folder in which another job trains."""
+
+
+class Stopped(Exception):
+    """A command that was asked to stop has saved what it had, and leaves: the same command goes on."""
+
+
 class CheckpointError(UserError):
     """A checkpoint or run folder from which the run cannot go on."""
 
@@ -44,6 +52,14 @@ def typed() -> Iterator[None]:
         raise
     except ConfigError as error:
         raise TypedError(str(error)) from error
+
+
+class RankLostError(UserError):
+    """Another rank of the job died or hangs."""
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 @contextlib.contextmanager

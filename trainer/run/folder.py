@@ -1,16 +1,15 @@
 """The run folder answers "what ran here": configuration, environment, logs, and how it ended."""
 
-import contextlib
-import functools
+import errno
 import json
 import logging
 import os
+import socket
+import stat
 import subprocess
-import time
-import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from importlib import metadata
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,103 +18,131 @@ import torch
 from sparsekd.trainer.config.compose import as_yaml
 from sparsekd.trainer.config.schema import Config
 from sparsekd.trainer.run.errors import writing
-from sparsekd.trainer.run.ranks import Ranks, is_sentence, together
+from sparsekd.trainer.run.failure import FAILED_NAME, make_room, remove_room
+from sparsekd.trainer.run.files import write_whole
+from sparsekd.trainer.run.owner import Claim
+from sparsekd.trainer.run.pulse import clear
+from sparsekd.trainer.run.ranks import Ranks, on_first, together
+from sparsekd.trainer.run.stop import STOPPED_NAME, StopRequest
+from sparsekd.trainer.run.versions import TRAINING_PACKAGES, versions_of
 
 DONE_NAME = "DONE.json"
-FAILED_NAME = "FAILED.json"
+STARTS_NAME = "starts.jsonl"
 CHECKPOINTS_NAME = "checkpoints"
+LOGS_NAME = "logs"
 
-# Another rank's record is on disk before its connections break; a shared file system may show it later.
-_SECONDS_FOR_ANOTHERS_RECORD = 5.0
-
-_PACKAGES = ("sparsekd", "torch", "deepspeed", "transformers", "triton", "numpy", "pyarrow")
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that shape the numbers; those not installed are left out."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+_ENDS = (DONE_NAME, FAILED_NAME, STOPPED_NAME)
+"""Marks of how a run ended; a run has one of them or none."""
 
 
-def adopt(folder: Path, config: Config, overrides: Sequence[str], here: Ranks) -> None:
+def adopt(
+    folder: Path,
+    config: Config,
+    overrides: Sequence[str],
+    here: Ranks,
+    begun: Mapping[str, Any],
+    claim: Claim,
+) -> None:
     """Makes the folder this run's own: settings and environment are written, marks of an earlier end go.
+
+    Args:
+        folder: The run folder.
+        config: The composed configuration.
+        overrides: What the user typed.
+        here: This rank.
+        begun: Where this start begins, for its line in starts.jsonl.
+        claim: Of this job to the folder.
 
     Raises:
         UserError: It cannot be written (on the first rank; the others exit).
     """
-    together(here, functools.partial(_adopt_first, folder, config, overrides, here))
-    together(here, lambda: _log_to_file(folder / "logs" / f"rank_{here.rank}.log"))
+
+    def make_it_ours() -> None:
+        claim.require()
+        with writing(folder):
+            (folder / CHECKPOINTS_NAME).mkdir(parents=True, exist_ok=True)
+            (folder / LOGS_NAME).mkdir(exist_ok=True)
+            for old in (*(folder / name for name in _ENDS), *clear(folder / LOGS_NAME)):
+                old.unlink(missing_ok=True)
+            make_room(folder)
+            write_whole(folder / "config.yaml", as_yaml(config))
+            write_whole(folder / "overrides.yaml", "".join(f"- {json.dumps(text)}\n" for text in overrides))
+            environment = _environment(here)
+            write_whole(folder / "env.json", json.dumps(environment, indent=1, sort_keys=True) + "\n")
+            who = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "host": socket.gethostname()}
+            start = {**who, "pid": os.getpid(), **begun, "overrides": list(overrides), **environment}
+        with writing(folder / STARTS_NAME):
+            append_line(folder / STARTS_NAME, json.dumps(start | {"slurm": _slurm_state()}))
+
+    on_first(here, make_it_ours)
+    together(here, lambda: _log_to_file(folder / LOGS_NAME / f"rank_{here.rank}.log"))
 
 
-def _adopt_first(folder: Path, config: Config, overrides: Sequence[str], here: Ranks) -> None:
-    if not here.is_first:
-        return
-    with writing(folder):
-        (folder / CHECKPOINTS_NAME).mkdir(parents=True, exist_ok=True)
-        (folder / "logs").mkdir(exist_ok=True)
-        for name in (DONE_NAME, FAILED_NAME):
-            (folder / name).unlink(missing_ok=True)
-        (folder / "config.yaml").write_text(as_yaml(config))
-        (folder / "overrides.yaml").write_text("".join(f"- {json.dumps(text)}\n" for text in overrides))
-        (folder / "env.json").write_text(json.dumps(_environment(here), indent=1, sort_keys=True) + "\n")
-
-
-def write_done(folder: Path, result: dict[str, Any]) -> None:
-    """Leaves the mark of a finished run, and removes that of a failed one. First rank only."""
-    with writing(folder / DONE_NAME):
-        (folder / DONE_NAME).write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-        (folder / FAILED_NAME).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def failures_recorded(folder: Path, here: Ranks) -> Iterator[None]:
-    """Writes the traceback of the first rank that fails to FAILED.json; the others leave without a word.
+def write_done(folder: Path, result: dict[str, Any], claim: Claim) -> None:
+    """Leaves the mark of a finished run. First rank only.
 
     Raises:
-        SystemExit: With code 2, where another rank has failed before: it says why, and this one's own error
-            is most likely a connection that broke because of it. That error is in this rank's log.
+        UserError: It cannot be written, or the folder is another job's by now.
     """
-    try:
-        yield
-    except Exception as error:  # whatever it is, the record of it is all that outlives the job
-        record = {
-            "rank": here.rank,
-            "error": type(error).__name__,
-            "message": str(error),
-            "traceback": traceback.format_exc(),
-        }
-        logging.getLogger(__name__).error("rank %d failed", here.rank, exc_info=True)
-        place = folder / FAILED_NAME
-        deadline = time.monotonic() + _SECONDS_FOR_ANOTHERS_RECORD
-        while here.world_size > 1 and not is_sentence(error) and time.monotonic() < deadline:
-            if place.exists():
-                break
-            time.sleep(0.1)
-        try:
-            with place.open("x") as file:
-                file.write(json.dumps(record, indent=1) + "\n")
-        except FileExistsError:
-            raise SystemExit(2) from None
-        except OSError as problem:  # a full disk: the error itself still goes up
-            logging.getLogger(__name__).error("%s cannot be written: %s", place, problem)
-        raise
+    _write_end(folder, DONE_NAME, result, claim)
+
+
+def write_stopped(folder: Path, step: int, request: StopRequest, claim: Claim) -> None:
+    """Leaves the mark of a run that was asked to stop and has saved. First rank only.
+
+    Raises:
+        UserError: It cannot be written, or the folder is another job's by now.
+    """
+    said = {"reason": request.reason, "signal": request.signal, "requeue": request.requeue, "step": step}
+    _write_end(folder, STOPPED_NAME, said, claim)
+
+
+def _write_end(folder: Path, name: str, content: dict[str, Any], claim: Claim) -> None:
+    """Writes how a run ended, in one step: a batch script may read it at any time."""
+    claim.require()
+    with writing(folder / name):
+        for old in _ENDS:
+            (folder / old).unlink(missing_ok=True)
+        write_whole(folder / name, json.dumps(content, indent=1, sort_keys=True) + "\n")
+        remove_room(folder)
 
 
 def _environment(here: Ranks) -> dict[str, Any]:
     is_cuda = here.device.type == "cuda"
     return {
-        "versions": package_versions(),
+        "versions": versions_of(TRAINING_PACKAGES),
         "world_size": here.world_size,
         "device": torch.cuda.get_device_name(here.device) if is_cuda else "cpu",
         "cuda": torch.version.cuda,
         "threads_per_rank": torch.get_num_threads(),
         "git": _git_state(),
     }
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line durably, on a line of its own also where an earlier write was cut short.
+
+    Raises:
+        OSError: It cannot be written, or is no file: a link may lead anywhere, and a FIFO is never read.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    with open(os.open(path, flags, 0o666), "ab+") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "It is no file", str(path))
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        file.write(f"{line}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _slurm_state() -> dict[str, str] | None:
+    """Job, restarts of it, and its nodes, as Slurm names them; None outside of a job."""
+    names = {"job": "SLURM_JOB_ID", "restarts": "SLURM_RESTART_COUNT", "nodes": "SLURM_JOB_NODELIST"}
+    if names["job"] not in os.environ:
+        return None
+    return {key: os.environ[name] for key, name in names.items() if name in os.environ}
 
 
 def _git_state() -> dict[str, Any] | None:
@@ -142,7 +169,12 @@ class _LogFile(logging.FileHandler):
 
 def _log_to_file(path: Path) -> None:
     """Sends what libraries log to a file of this rank, and only warnings to the console."""
-    root = logging.getLogger()
+    # DeepSpeed's logger has a handler of its own and does not pass its lines on.
+    root, noisy = logging.getLogger(), logging.getLogger("DeepSpeed")
+    for logger in (root, noisy):  # an earlier run of this process has its own file
+        for earlier in [handler for handler in logger.handlers if isinstance(handler, _LogFile)]:
+            logger.removeHandler(earlier)
+            earlier.close()
     with writing(path):
         handler = _LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -151,8 +183,6 @@ def _log_to_file(path: Path) -> None:
     logging.captureWarnings(True)
     # DeepSpeed calls collectives by names that newer torch versions deprecate: a line for every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    # DeepSpeed's logger has a handler of its own and does not pass its lines on.
-    noisy = logging.getLogger("DeepSpeed")
     for existing in noisy.handlers:
         existing.setLevel(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     noisy.addHandler(handler)

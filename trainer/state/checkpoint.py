@@ -1,33 +1,31 @@
-"""Checkpoints that are whole or not there: written to a temporary folder, then published by one rename.
+"""Checkpoints as they lie in a run's folder: whole or not there. Found, verified, loaded and removed here.
 
-DeepSpeed writes files under their final names, and its pointer to the latest checkpoint before the other
-ranks are done. So it writes into a folder that no reader takes for a checkpoint; a commit record with every
-file's size and checksum is added; then the folder gets its name.
+`save` writes them into a folder that no reader takes for a checkpoint; a commit record with every file's size
+and checksum is added; then the folder gets its name.
 """
 
 import functools
-import io
+import math
 import os
 import shutil
 import stat
 import uuid
 import zlib
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import deepspeed
-import torch
-import torch.distributed as dist
 
-from sparsekd.trainer.run.errors import CheckpointError, UserError, writing
-from sparsekd.trainer.run.ranks import Ranks, agree, broadcast_object, together
+from sparsekd.trainer.run.errors import CheckpointError, UserError
+from sparsekd.trainer.run.ranks import Ranks, gather, on_first
+from sparsekd.trainer.run.stop import StopWatch
+from sparsekd.trainer.run.waiting import patiently
 from sparsekd.trainer.state.record import (
     COMMIT_NAME,
     ENGINE_FOLDER,
     Commit,
     FileRecord,
-    commit_bytes,
     is_loaded,
     read_commit,
     step_name,
@@ -46,119 +44,7 @@ def published(folder: Path) -> list[Path]:
     return sorted(path for path in names if os.path.lexists(path / COMMIT_NAME))
 
 
-def save(engine: deepspeed.DeepSpeedEngine, folder: Path, commit: Commit, here: Ranks) -> Path:
-    """Writes and publishes a checkpoint; every rank calls it. Returns the published folder.
-
-    Where a rank cannot write, all leave, nothing is published, and what was written is removed.
-
-    Args:
-        engine: The engine, between two optimizer steps.
-        folder: The run's `checkpoints` folder.
-        commit: The record; its `files` are filled in here.
-        here: This rank.
-
-    Raises:
-        UserError: The disk is full or fails (on the first rank; the others exit).
-        CheckpointError: DeepSpeed has not written what loading needs (as above).
-    """
-    token = uuid.uuid4().hex[:12]
-    working = folder / broadcast_object(f".{step_name(commit.step)}.tmp-{token}")
-    final = folder / step_name(commit.step)
-    try:
-        _write_engine(engine, working, here)
-        names = _share(_file_names(working), here)
-        listed = _gathered(together(here, lambda: _checked_in(working, names)))
-        record = replace(commit, files=dict(sorted(listed.items())))
-        together(here, functools.partial(_publish, working, final, record, here))
-    except BaseException:
-        # However it was broken off: half a checkpoint takes the room that the next try needs.
-        if here.is_first:
-            shutil.rmtree(working, ignore_errors=True)
-        raise
-    return final
-
-
-def _write_engine(engine: deepspeed.DeepSpeedEngine, working: Path, here: Ranks) -> None:
-    """DeepSpeed's part. A rank that cannot write still takes part in DeepSpeed's collectives, and all ranks
-    leave after them: none is left waiting."""
-
-    def make_folder() -> None:
-        with writing(working.parent):
-            # Not its parents: a run folder that was removed is not made anew, without its metrics.
-            for folder in (working, working / ENGINE_FOLDER):
-                folder.mkdir(exist_ok=True)
-
-    together(here, make_folder)
-    writer, problems = engine.checkpoint_engine, []
-
-    def write_or_note(state_dict: Any, path: str) -> None:
-        try:
-            with writing(working.parent):
-                torch_save(state_dict, Path(path))
-        except UserError as error:
-            problems.append(error)
-
-    def raise_problem() -> None:
-        if problems:
-            raise problems[0]
-
-    writer.save = write_or_note
-    try:
-        engine.save_checkpoint(str(working), tag=ENGINE_FOLDER, save_latest=False)
-    finally:
-        del writer.save  # the class's own again
-    together(here, raise_problem)
-
-
-def torch_save(value: Any, path: Path) -> None:
-    """torch.save whose failed writes are OSErrors, as those of any file.
-
-    By a path torch writes through a stream of C++, which says of a full disk what the moment gives
-    ("unexpected pos", "iostream error", "Parent directory does not exist") and never why.
-
-    Raises:
-        OSError: The disk is full or fails, or the place may not be written.
-    """
-    file = _Written(path)
-    try:
-        with file:
-            torch.save(value, file)
-    except RuntimeError:
-        if file.failure is not None:
-            raise file.failure from None
-        raise
-
-
-class _Written(io.BufferedWriter):
-    """A new file that keeps its first failed write: torch's zip writer raises an error of its own instead."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path, "wb"))
-        self.failure: OSError | None = None
-
-    def write(self, data: Any, /) -> int:
-        try:
-            return super().write(data)
-        except OSError as failure:
-            self.failure = self.failure or failure
-            raise
-
-
-def _publish(working: Path, final: Path, record: Commit, here: Ranks) -> None:
-    if not here.is_first:
-        return
-    data = commit_bytes(record, final)
-    with writing(final.parent):
-        _write_durably(working / COMMIT_NAME, data)
-        for inner in (working, *(path for path in working.rglob("*") if path.is_dir())):
-            _sync_folder(inner)
-        if os.path.lexists(final):
-            _make_way(final)
-        os.rename(working, final)
-        _sync_folder(final.parent)
-
-
-def _make_way(final: Path) -> None:
+def make_way(final: Path) -> None:
     """Takes the name from a checkpoint of the same step, which was damaged or older; `prune` removes it."""
     try:
         _set_aside(final)
@@ -180,19 +66,33 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> None:
         raise CheckpointError(f"DeepSpeed finds nothing to load in {checkpoint}; use an older checkpoint.")
 
 
-def verify(checkpoint: Path, here: Ranks) -> str | None:
+def verify(checkpoint: Path, here: Ranks, watch: StopWatch | None = None) -> str | None:
     """What is wrong with a checkpoint, on every rank; None if its record is sound and its files fit it.
 
-    The files are shared out over the ranks, each of which reads its part once.
+    The files are shared out over the ranks, each of which reads its part once, however long that takes.
+
+    Raises:
+        StopAsked: `watch` was asked meanwhile.
     """
+    read = functools.partial(_problem_of_share, checkpoint, here)
+    problems = gather(here, patiently(here, read, watch))
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def _problem_of_share(checkpoint: Path, here: Ranks) -> str | None:
     try:
         commit = read_commit(checkpoint)
     except CheckpointError as error:
-        return agree(str(error).removesuffix("."))
-    names = _share(sorted(commit.files), here)
-    problems = (_problem_of(checkpoint, name, commit.files[name]) for name in names)
-    problem = next((problem for problem in problems if problem is not None), None)
-    return agree(problem or (_foreign(checkpoint, commit) if here.is_first else None))
+        return str(error).removesuffix(".")
+    problem = problem_of_share(checkpoint, commit.files, here)
+    return problem or (_foreign(checkpoint, commit) if here.is_first else None)
+
+
+def problem_of_share(folder: Path, files: Mapping[str, FileRecord], here: Ranks) -> str | None:
+    """What is wrong with this rank's share of files that must be as a record says; None where nothing is."""
+    names = sorted(files)[here.rank :: here.world_size]
+    problems = (_problem_of(folder, name, files[name]) for name in names)
+    return next((problem for problem in problems if problem is not None), None)
 
 
 def _problem_of(checkpoint: Path, name: str, wanted: FileRecord) -> str | None:
@@ -205,7 +105,7 @@ def _problem_of(checkpoint: Path, name: str, wanted: FileRecord) -> str | None:
             return f"{path} is a link, a folder or the like where a file of the checkpoint belongs"
         if status.st_size != wanted.bytes:
             return f"{path} has {status.st_size} bytes, expected {wanted.bytes}"
-        if _crc32(path) != wanted.crc32:
+        if crc32_of(path) != wanted.crc32:
             return f"{path} does not match its recorded checksum"
     except FileNotFoundError:
         return f"{path} is missing"
@@ -224,37 +124,78 @@ def _foreign(checkpoint: Path, commit: Commit) -> str | None:
     return None
 
 
-def newest_verified(folder: Path, here: Ranks) -> tuple[Path | None, list[str]]:
+def newest_verified(
+    folder: Path, here: Ranks, watch: StopWatch | None = None
+) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files are all as recorded, and what is wrong with newer ones.
 
     Every rank gets the first rank's view of the folder, so that none waits for another.
+
+    Raises:
+        StopAsked: `watch` was asked meanwhile.
     """
-    names = broadcast_object([path.name for path in published(folder)])
+    names = on_first(here, lambda: [path.name for path in published(folder)])
     problems: list[str] = []
     for name in reversed(names):
-        problem = verify(folder / name, here)
+        problem = verify(folder / name, here, watch)
         if problem is None:
             return folder / name, problems
         problems.append(problem)
     return None, problems
 
 
-def prune(folder: Path, *, step: int, after: int, keep: int) -> dict[Path, str]:
-    """Removes all but the newest checkpoints, and what broken-off runs left behind. First rank only.
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which sound checkpoints stay."""
+
+    newest: int
+    every: int = 0
+    """Steps whose multiples stay for good; 0 for none."""
+    best: int = 0
+    """So many with the least held-out loss, of those that have one."""
+    losses: Mapping[int, float] = field(default_factory=dict)
+    """Held-out losses by step: of evaluations that were made up for after the checkpoint was written."""
+
+    def of(self, sound: Sequence[Path]) -> set[Path]:
+        """Those of the given ones, oldest first, that stay."""
+        stay = set(sound[-self.newest :])
+        if self.every:
+            stay |= {path for path in sound if _step_of(path) % self.every == 0}
+        losses = {path: self._loss(path) for path in sound} if self.best else {}
+        measured = [path for path, loss in losses.items() if loss is not None and math.isfinite(loss)]
+        measured.sort(key=lambda path: (losses[path], path.name))
+        return stay | set(measured[: self.best])
+
+    def _loss(self, checkpoint: Path) -> float | None:
+        """A checkpoint's held-out loss; None where it was not measured, or its record is damaged by now."""
+        try:
+            recorded = read_commit(checkpoint).heldout_loss
+        except CheckpointError:
+            return None
+        return self.losses.get(_step_of(checkpoint)) if recorded is None else recorded
+
+
+def prune(folder: Path, *, step: int, after: int, keep: Kept) -> dict[Path, str]:
+    """Removes checkpoints that need not stay, and what broken-off runs left behind. First rank only.
 
     Args:
         folder: The run's `checkpoints` folder.
         step: The checkpoint that was just written.
         after: The one that this process wrote before, or went on from (0 for none). Others beyond it were
             found damaged then: they must not crowd out sound ones.
-        keep: Sound checkpoints to keep.
+        keep: Which of the sound ones stay.
 
     Returns:
         What could not be removed, with the reason. It is tried again at every call.
     """
     found = published(folder)
     sound = [path for path in found if path.name <= step_name(after) or path.name == step_name(step)]
-    doomed = [path for path in found if path not in sound[-keep:]]
+    stay = keep.of(sound)
+    doomed = [path for path in found if path not in stay]
     problems: dict[Path, str] = {}
     for path in (*folder.glob(".step-*.tmp-*"), *doomed):
         left = path
@@ -285,52 +226,10 @@ def _set_aside(checkpoint: Path) -> Path:
     return doomed
 
 
-def _share(names: list[str], here: Ranks) -> list[str]:
-    return names[here.rank :: here.world_size]
-
-
-def _file_names(folder: Path) -> list[str]:
-    """Files below the folder, as the first rank sees them."""
-    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return broadcast_object(found)
-
-
-def _checked_in(folder: Path, names: list[str]) -> dict[str, FileRecord]:
-    """Makes files durable and measures them."""
-    measured = {}
-    for name in names:
-        path = folder / name
-        with writing(folder.parent):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            measured[name] = FileRecord(path.stat().st_size, _crc32(path))
-    return measured
-
-
-def _gathered(part: dict[str, FileRecord]) -> dict[str, FileRecord]:
-    parts: list[dict[str, FileRecord]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, part)
-    return {name: entry for found in parts for name, entry in found.items()}
-
-
-def _crc32(path: Path) -> int:
+def crc32_of(path: Path) -> int:
+    """The crc32 of a file's bytes."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             value = zlib.crc32(block, value)
     return value
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

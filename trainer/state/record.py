@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.json_text import read_signed_json, signed_json
+from sparsekd.logit_store.json_text import read_signed_json, signed_digest, signed_json
 from sparsekd.logit_store.typed_json import Count, Matching, Range, Sha256, read_bounded, require, typed
 from sparsekd.trainer.config.schema import ScheduleConfig
 from sparsekd.trainer.run.errors import CheckpointError
@@ -22,7 +22,7 @@ COMMIT_NAME = "COMMIT.json"
 ENGINE_FOLDER = "engine"
 """The part of a checkpoint that DeepSpeed writes and reads (its "tag")."""
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 RECORD_BYTES = 16 << 20
 """Bytes of a record at most; a file takes about 120, and each rank has two."""
 
@@ -45,7 +45,7 @@ class Commit:
     step: Annotated[int, Range(0, _LARGEST_STEP)]
     rows_consumed: Count
     tokens: Count
-    sums: tuple[float, ...]  # running sums of the metrics since their last line
+    sums: tuple[tuple[float, ...], ...]  # of each rank: running sums of the metrics since their last line
     world_size: Count
     threads_per_rank: Count
     store_digest: Sha256
@@ -54,6 +54,8 @@ class Commit:
     versions: dict[str, str]
     files: dict[str, FileRecord]  # by their names in the checkpoint
     skipped_rows: tuple[Count, ...] = ()  # damaged rows left out so far
+    heldout_loss: float | None = None  # where it was measured at this step
+    store_kind: str = ""  # what the store's rows are (`resume.store_kind`); unknown in older records
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class _Settings:
     numbers: dict[str, Any]
     bits: dict[str, Any]
     course: _Course
+    places: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -159,10 +162,21 @@ def read_commit(checkpoint: Path) -> Commit:
     return commit
 
 
+def read_commit_digest(checkpoint: Path) -> str:
+    """The digest that a checkpoint's record bears: the checkpoint's identity.
+
+    Raises:
+        CheckpointError: As `read_commit`.
+    """
+    read_commit(checkpoint)
+    return signed_digest((checkpoint / COMMIT_NAME).read_bytes())
+
+
 def _parsed(data: bytes, place: Path) -> Commit:
     content, _ = read_signed_json(place, data, RECORD_VERSION)
     commit = typed(Commit, content, str(place))
-    settings = typed(_Settings, commit.settings, f"{place} (settings)")
+    # Records from before a student was known by its content have no places.
+    settings = typed(_Settings, {"places": {}, **commit.settings}, f"{place} (settings)")
     engine, train = settings.numbers.get("engine"), settings.numbers.get("train")
     for name, section in (("engine", engine), ("train", train)):
         require(type(section) is dict, place, f"settings.numbers.{name}", "an object", section)
@@ -173,6 +187,8 @@ def _parsed(data: bytes, place: Path) -> Commit:
     require(1 <= step <= settings.course.steps, place, "step", f"1 to {settings.course.steps}", step)
     rows = step * shape.global_batch_rows
     require(commit.rows_consumed == rows, place, "rows_consumed", f"{rows}", commit.rows_consumed)
+    ranks = commit.world_size
+    require(len(commit.sums) == ranks, place, "sums", f"those of {ranks} ranks", len(commit.sums))
     _require_files(commit.files, commit.world_size, shape, place)
     return commit
 

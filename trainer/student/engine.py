@@ -4,6 +4,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import groups
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -22,6 +23,14 @@ def leave_out_compiled_collectives() -> None:
 def partitioned_loading(settings: dict[str, Any]) -> HfDeepSpeedConfig:
     """While the returned object lives, transformers loads models as this configuration partitions them."""
     return HfDeepSpeedConfig(settings)
+
+
+def forget_groups() -> None:
+    """Lets DeepSpeed forget the process group, which it keeps beyond the group's end.
+
+    A later training of this process has another group, and would die on the old one.
+    """
+    groups._release_process_group_references()
 
 
 def adamw(model: nn.Module, optimizer: OptimizerConfig) -> torch.optim.AdamW:
@@ -63,7 +72,12 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
 
 
 def backward(
-    engine: deepspeed.DeepSpeedEngine, loss_sum: Tensor, global_weight: Tensor, world_size: int
+    engine: deepspeed.DeepSpeedEngine,
+    loss_sum: Tensor,
+    global_weight: Tensor,
+    world_size: int,
+    *,
+    share: Tensor | None = None,
 ) -> None:
     """Accumulates the gradient of (sum of losses over the whole global batch) / (sum of its weights).
 
@@ -76,8 +90,18 @@ def backward(
         global_weight: Sum of the counted positions' weights over all micro-batches of all ranks in this step,
             float32 scalar.
         world_size: Number of ranks.
+        share: What this micro-batch adds to the mean besides, float32 scalar.
     """
-    engine.backward(loss_sum / global_weight * world_size, scale_wrt_gas=False)
+    loss = loss_sum / global_weight
+    if share is not None:
+        loss = loss + share
+    engine.backward(loss * world_size, scale_wrt_gas=False)
+
+
+def parameter_count(student: nn.Module) -> int:
+    """Parameters of the whole student, tied ones counted once."""
+    # Under stage 3 a parameter is an empty vector between the passes.
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in student.parameters())
 
 
 def local_gradient_norm(engine: deepspeed.DeepSpeedEngine) -> Tensor | None:

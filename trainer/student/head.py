@@ -18,6 +18,7 @@ from sparsekd.kernels.loss import sparse_kd_loss
 from sparsekd.kernels.objective import HeadTransform, Objective
 from sparsekd.trainer.data.batches import MicroBatch
 from sparsekd.trainer.models.causal_lm import decoder_and_head, dense_logits, hidden_states
+from sparsekd.trainer.models.router import check_router, states_and_balance
 from sparsekd.trainer.run.errors import ModelError
 
 
@@ -30,6 +31,7 @@ class LossSettings:
     impl: str
     chunk_positions: int | None
     memory_budget: int | None  # bytes, instead of chunk_positions
+    router_coefficient: float = 0.0  # of the load-balancing loss of a mixture of experts; 0 for none
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class WeightedLoss(NamedTuple):
 
     loss: Tensor  # float32 scalar, differentiable
     parts: Tensor  # float64 (3,): kd by kd_weights, ce by ce_weights, agreement by kd_weights; detached
+    router: Tensor | None = None  # float32 scalar, differentiable: a mean over tokens, not part of `loss`
 
 
 class DistillationHead(nn.Linear):
@@ -108,6 +111,9 @@ class Student(nn.Module):
     def __init__(self, model: PreTrainedModel, settings: LossSettings) -> None:
         super().__init__()
         self.model = model
+        self.router_coefficient = settings.router_coefficient
+        if self.router_coefficient:
+            check_router(model)
         make_distillation_head(decoder_and_head(model)[1], settings)
 
     @property
@@ -118,6 +124,12 @@ class Student(nn.Module):
     def forward(self, request: MicroBatch | Probe) -> WeightedLoss | tuple[Tensor, Tensor]:
         """The loss of a micro-batch, or for a probe the model's own logits and ours."""
         decoder, head = decoder_and_head(self.model)
+        if self.training and self.router_coefficient and isinstance(request, MicroBatch):
+            hidden, router = states_and_balance(
+                self.model, decoder, request.token_ids, request.position_ids, request.routed
+            )
+            loss: WeightedLoss = head(hidden, request)
+            return loss._replace(router=router)
         hidden = hidden_states(decoder, request.token_ids, request.position_ids)  # (B, L, H)
         ours = head(hidden, request)
         if isinstance(request, MicroBatch):

@@ -1,323 +1,294 @@
-"""The training loop: a logit store teaches a student. Read `train_on`, then `_train`, then `_step`."""
+"""The training loop: a logit store teaches a student. Read `train_on`, then `_train`, then `take_step`."""
 
 import functools
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+import uuid
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import deepspeed
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
-from sparsekd.logit_store.row import Row
 from sparsekd.trainer.config.schedule import learning_rate
 from sparsekd.trainer.config.schema import Config, run_folder
-from sparsekd.trainer.data.batches import (
-    MicroBatch,
-    ReadAhead,
-    check_values,
-    micro_batch,
-    on_device,
-    pinned,
-)
-from sparsekd.trainer.data.order import heldout_rows, micro_batches, mixed_seed, step_rows
+from sparsekd.trainer.data.batches import ReadAhead
 from sparsekd.trainer.data.skipping import RowsOrNothing
-from sparsekd.trainer.run.errors import UserError
-from sparsekd.trainer.run.folder import CHECKPOINTS_NAME, adopt, failures_recorded, write_done
-from sparsekd.trainer.run.ranks import Ranks, leave_together, together
-from sparsekd.trainer.run.tracking import NoTracker, Tracker, tracker_of
+from sparsekd.trainer.run.failure import FailureWatch, failures_recorded, told_first
+from sparsekd.trainer.run.folder import (
+    CHECKPOINTS_NAME,
+    DONE_NAME,
+    LOGS_NAME,
+    adopt,
+    write_done,
+    write_stopped,
+)
+from sparsekd.trainer.run.owner import Claim, owned
+from sparsekd.trainer.run.pulse import Pulse
+from sparsekd.trainer.run.ranks import Ranks, gather, on_first, together
+from sparsekd.trainer.run.stop import StopRequest, StopWatch, watched
+from sparsekd.trainer.run.tracking import NoTracker, Tracker, seconds_of_run, tracker_of
+from sparsekd.trainer.run.vote import Vote, asked
 from sparsekd.trainer.state import checkpoint
 from sparsekd.trainer.state.record import Commit
-from sparsekd.trainer.student.engine import backward, local_gradient_norm, set_learning_rate
-from sparsekd.trainer.student.evaluation import heldout_sums
-from sparsekd.trainer.student.setup import Plan, announce, build, load_start, make_plan, resolve_start
-from sparsekd.trainer.student.sums import all_reduced, no_sums, sums_of
+from sparsekd.trainer.state.resume import Start, choose_start
+from sparsekd.trainer.state.save import Saver
+from sparsekd.trainer.student.announcement import announce, room_for_checkpoints, what_runs
+from sparsekd.trainer.student.evaluation import heldout_figures, heldout_losses, is_evaluated, owes_evaluation
+from sparsekd.trainer.student.feed import steps_ahead
+from sparsekd.trainer.student.lines import log_step, paused, tell_left_out
+from sparsekd.trainer.student.setup import Plan, build, flops_of, load_start, make_plan
+from sparsekd.trainer.student.speed import Speed
+from sparsekd.trainer.student.spikes import Spikes
+from sparsekd.trainer.student.step import NEVER, State, own_sums, take_step
 
-_NEVER = torch.iinfo(torch.int64).max
 
-
-def train_on(here: Ranks, config: Config, overrides: Sequence[str]) -> None:
+def train_on(
+    here: Ranks, config: Config, overrides: Sequence[str], watch: StopWatch | None = None
+) -> StopRequest | None:
     """Trains as one of a job's ranks, from the newest checkpoint of the run folder or from the start.
 
     Args:
         here: This rank.
         config: The composed configuration.
         overrides: What the user typed, kept in the run folder.
+        watch: What asks this process to stop; None for one of its own.
+
+    Returns:
+        None where the run is done; else why it stopped, after everything was saved.
 
     Raises:
         UserError: Something that the user can put right; where possible before the run folder is touched.
     """
     folder = Path(run_folder(config))
-    plan = make_plan(config, here)
-    start = resolve_start(folder, config, plan, here)
-    if start.step == config.train.steps:
-        # Also where a run was killed between its last checkpoint and this mark.
-        together(here, functools.partial(_mark_done, folder, start.step, plan, here))
-        _say(here, f"{folder} is done: it stands at step {start.step} of {config.train.steps}.")
-    else:
-        adopt(folder, config, overrides, here)
-        with failures_recorded(folder, here):
-            if here.is_first:
-                checkpoint.clear_leftovers(folder / CHECKPOINTS_NAME)
-            engine = build(config, plan, here)
-            for remark in announce(engine, config, plan, start, here):
-                _say(here, remark)
-            load_start(engine, start, here)
-            _train(engine, config, plan, folder, start.commit or plan.fresh_commit, here)
-            engine.destroy()
+    with ExitStack() as stack:
+        watch = watch or stack.enter_context(watched(os.environ))
+        plan = make_plan(config, here, watch)
+        token = on_first(here, lambda: uuid.uuid4().hex)
+        claim = together(here, lambda: stack.enter_context(owned(folder, os.environ, here, token)))
+        start = choose_start(folder, config, plan.fresh_commit, here, watch)
+        if start.step == config.train.steps and not owes_evaluation(folder, config, plan, start.step, here):
+            # Also where a run was killed between its last checkpoint and this mark.
+            on_first(here, functools.partial(_make_up_for_end, folder, start.step, config, plan, claim))
+            _say(here, f"{folder} is done: it stands at step {start.step} of {config.train.steps}.")
+        else:
+            adopt(folder, config, overrides, here, start.begun(), claim)
+            logs = folder / LOGS_NAME
+            pulse = together(here, lambda: stack.enter_context(Pulse(logs, here.rank, here.processes)))
+            failures = stack.enter_context(failures_recorded(folder, here, pulse, claim))
+            life = _Life(folder, watch, claim, pulse, failures)
+            if (stopped := _run(config, plan, start, life, here)) is not None:
+                return stopped
     _say(here, f"next: sparsekd export run.root={config.run.root} run.name={config.run.name}")
+    return None
 
 
-@dataclass
-class _State:
-    """What changes from step to step, besides the engine."""
+@dataclass(frozen=True)
+class _Life:
+    """What keeps a run alive and tells of its end."""
 
-    step: int
-    rows_consumed: int
-    tokens: int
-    sums: Tensor  # float64 (7,), since the last line of metrics, of this rank
-    first_bad_step: Tensor  # int64 scalar: the first step with a loss or gradient that is no number
-    saved: int  # the step of the last checkpoint, written or gone on from
-    rows: RowsOrNothing
-    steps: int = 0  # since the last line of metrics
-    began: float = 0.0  # clock at the last line of metrics, in seconds
-    paused: float = 0.0  # seconds of evaluations and checkpoints since then
-    not_removed: set[Path] = field(default_factory=set)  # old checkpoints that stayed, which was said
+    folder: Path
+    watch: StopWatch
+    claim: Claim
+    pulse: Pulse
+    failures: FailureWatch
+
+
+def _run(config: Config, plan: Plan, start: Start, life: _Life, here: Ranks) -> StopRequest | None:
+    """Builds the engine, trains, and leaves the mark of how it ended."""
+    stopped = asked(here, life.watch)
+    if stopped is not None:  # while it started: nothing is begun, and all that there is is saved
+        on_first(here, functools.partial(write_stopped, life.folder, start.step, stopped, life.claim))
+        return stopped
+    if here.is_first:
+        life.claim.require()
+        checkpoint.clear_leftovers(life.folder / CHECKPOINTS_NAME)
+    engine = build(config, plan, here)
+    for remark in announce(engine, config, plan, start, here):
+        _say(here, remark)
+    if start.step < config.train.steps:
+        _say(here, room_for_checkpoints(engine, config, life.folder / CHECKPOINTS_NAME, here))
+    step = start.step
+    life.pulse.at(step, "convert")
+    stopped = load_start(engine, start, here, life.watch, life.claim)
+    if stopped is None:
+        step = _train(engine, config, plan, start.commit or plan.fresh_commit, life, here)
+        stopped = asked(here, life.watch)
+    engine.destroy()
+    owed = owes_evaluation(life.folder, config, plan, step, here)
+    if stopped is None or (step == config.train.steps and not owed):
+        on_first(here, functools.partial(_mark_done, life.folder, step, plan, life.claim))
+        return None
+    on_first(here, functools.partial(write_stopped, life.folder, step, stopped, life.claim))
+    return stopped
 
 
 def _train(
-    engine: deepspeed.DeepSpeedEngine, config: Config, plan: Plan, folder: Path, begin: Commit, here: Ranks
-) -> None:
-    """The loop: read, step, and at their times log, evaluate and save."""
-    train = config.train
-    state = _State(
+    engine: deepspeed.DeepSpeedEngine, config: Config, plan: Plan, begin: Commit, life: _Life, here: Ranks
+) -> int:
+    """The loop: read, step, and at their times log, evaluate and save; until the last step, or asked to stop.
+
+    Returns:
+        The step at which it ended, of which there is a checkpoint.
+    """
+    train, pulse = config.train, life.pulse
+    state = State(
         step=begin.step,
         rows_consumed=begin.rows_consumed,
         tokens=begin.tokens,
-        # Sums in a checkpoint are over all ranks; the first one carries them on.
-        sums=torch.tensor(begin.sums, dtype=torch.float64, device=here.device) * here.is_first,
-        first_bad_step=torch.tensor(_NEVER, device=here.device),
+        sums=own_sums(begin.sums, here),
+        first_bad=torch.tensor(NEVER, device=here.device),
         saved=begin.step,
         rows=RowsOrNothing(
-            plan.store, planes=plan.planes, most=train.skip_damaged_rows, left_out=begin.skipped_rows
+            plan.sources,
+            most=train.skip_damaged_rows,
+            left_out=begin.skipped_rows,
+            keep=plan.reads_again,
+            readers=config.data.readers,
         ),
+        vote=Vote(life.watch, here.device),
+        speed=Speed(here, step_tokens=plan.step_tokens, token_flops=flops_of(engine, config, plan)),
+        spikes=Spikes(train.spike_factor, here.device),
+        heldout_losses=on_first(here, lambda: heldout_losses(life.folder, config, begin.step)),
     )
-    heldout_row = functools.partial(plan.store.read_part, "heldout", names=plan.planes)
-    read_heldout = functools.partial(_batch_of, heldout_row, plan, here, heldout=True)
-    heldout = heldout_rows(wanted=train.evaluate_rows, rows=plan.store.rows("heldout"))
+    owed = owes_evaluation(life.folder, config, plan, begin.step, here)
+    saver = Saver(
+        life.folder / CHECKPOINTS_NAME, here, behind=train.save_behind, require_owner=life.claim.require
+    )
     with (
-        together(here, lambda: tracker_of(folder, config, begin.step, here)) as tracker,
-        ReadAhead(_steps_ahead(plan, config, begin, state.rows, here), depth=train.prefetch_steps) as ahead,
+        state.rows,
+        together(
+            here,
+            lambda: tracker_of(
+                life.folder, config, begin.step, what_runs(config, plan, here), here, life.claim.require
+            ),
+        ) as tracker,
+        ReadAhead(steps_ahead(plan, config, begin, state.rows, here), depth=train.prefetch_steps) as ahead,
+        told_first(life.failures, saver.abandon),
     ):
-        state.began = time.perf_counter()
-        while state.step < train.steps:
+        state.speed.begin()
+        # Where this is cut short, no step is taken: the next start would not know that it is owed.
+        goes_on = not owed or _evaluate(engine, tracker, state, config, plan, life, here)
+        while goes_on and state.step < train.steps and not state.vote.has_passed():
             step = state.step + 1
+            pulse.at(step, "read")
+            batches = ahead.next()
+            pulse.at(step, "step")
+            began = time.perf_counter()
             rate = learning_rate(
                 step, peak=config.optimizer.learning_rate, steps=train.steps, schedule=config.schedule
             )
-            norm = _step(engine, ahead.next(), state, rate, plan, here)
+            norm = take_step(engine, batches, state, rate, plan, here)
+            life.failures.step_took(time.perf_counter() - began)
             is_last = step == train.steps
             if step == 1 or is_last or step % train.log_every == 0:
-                _log_step(tracker, ahead, state, rate, norm, plan, here)
-            if heldout and (is_last or (train.evaluate_every and step % train.evaluate_every == 0)):
-                with _paused(state, plan, here):
-                    sums = heldout_sums(
-                        engine, heldout, read_heldout, micro_rows=train.micro_batch_rows, here=here
-                    )
-                    means = plan.means(sums, heldout=True)
-                    record = {"kind": "heldout", "step": step, "tokens": state.tokens, **means}
-                    together(here, functools.partial(tracker.log, record))
+                pulse.at(step, "log")
+                log_step(tracker, ahead, state, rate, norm, plan, here)
+            if is_evaluated(config, plan, step) and not state.vote.has_passed():
+                pulse.at(step, "evaluate")
+                if not _evaluate(engine, tracker, state, config, plan, life, here):
+                    break
             if is_last or step % train.checkpoint_every == 0:
-                with _paused(state, plan, here):
-                    _save(engine, tracker, state, config, plan, folder, here)
-    together(here, functools.partial(_mark_done, folder, state.step, plan, here))
+                pulse.at(step, "save")
+                _save(engine, saver, tracker, state, config, plan, life, here)
+        if state.saved != state.step:
+            pulse.at(state.step, "save")
+            _save(engine, saver, tracker, state, config, plan, life, here)
+        saver.finish()
+    return state.step
 
 
-def _mark_done(folder: Path, step: int, plan: Plan, here: Ranks) -> None:
-    if here.is_first:
-        write_done(folder, {"step": step, "tokens": step * plan.step_tokens})
-
-
-@contextmanager
-def _paused(state: _State, plan: Plan, here: Ranks) -> Iterator[None]:
-    """Takes an evaluation or a checkpoint out of the time of steps, which are over when it begins."""
-    _stop_on_bad_numbers(state, plan, here)
-    began = time.perf_counter()
-    yield
-    state.paused += time.perf_counter() - began
-
-
-def _step(
+def _evaluate(
     engine: deepspeed.DeepSpeedEngine,
-    batches: list[MicroBatch],
-    state: _State,
-    rate: float,
-    plan: Plan,
-    here: Ranks,
-) -> Tensor:
-    """One optimizer step over the global batch; returns the gradient norm. Nothing waits for the device."""
-    # Dropout is a function of (seed, step, rank) too, so that no generator has to be saved.
-    torch.manual_seed(mixed_seed(plan.seed, state.step, here.rank))
-    set_learning_rate(engine, rate)
-    batches = [on_device(batch, here.device) for batch in batches]
-    if plan.checks_values:
-        for batch in batches:
-            check_values(
-                batch,
-                vocabulary_size=plan.loss.transform.vocabulary_size,
-                objective=plan.loss.objective,
-            )
-    weight = torch.stack([batch.weight_sum for batch in batches]).sum()
-    dist.all_reduce(weight)
-    weight = torch.where(weight == 0, 1.0, weight)
-    norm = None
-    step_sums = no_sums(here.device)
-    for batch in batches:
-        output = engine(batch)
-        backward(engine, output.loss, weight, here.world_size)
-        step_sums += sums_of(output, batch)
-        if engine.is_gradient_accumulation_boundary():
-            norm = local_gradient_norm(engine)
-        engine.step()
-    if norm is None:
-        norm = torch.as_tensor(engine.get_global_grad_norm(), device=here.device)
-    state.step += 1
-    state.steps += 1
-    state.rows_consumed += plan.shape.global_rows
-    state.tokens += plan.shape.global_rows * plan.store.manifest.sequence_length
-    state.sums += step_sums
-    is_bad = ~(torch.isfinite(step_sums).all() & torch.isfinite(norm))
-    state.first_bad_step = torch.minimum(state.first_bad_step, torch.where(is_bad, state.step, _NEVER))
-    return norm
-
-
-def _log_step(
     tracker: Tracker | NoTracker,
-    ahead: ReadAhead[list[MicroBatch]],
-    state: _State,
-    rate: float,
-    norm: Tensor,
+    state: State,
+    config: Config,
     plan: Plan,
+    life: _Life,
     here: Ranks,
-) -> None:
-    _stop_on_bad_numbers(state, plan, here)
-    _tell_left_out(tracker, state, here)
-    sums = all_reduced(state.sums)
-    means = plan.means(sums, heldout=False)
-    record = {"kind": "train", "step": state.step, "tokens": state.tokens, **means}
-    # A GPU works behind the program's back: only now, after its numbers came, are the steps over.
-    now = time.perf_counter()
-    seconds = now - state.began - state.paused
-    record |= {
-        "learning_rate": rate,
-        "gradient_norm": norm.item(),
-        "tokens_per_second": state.steps * plan.step_tokens / seconds,
-        "data_wait_share": ahead.seconds_waited / seconds,
-    }
-    if here.device.type == "cuda":
-        record["peak_memory_gib"] = torch.cuda.max_memory_reserved(here.device) / 2**30
-    together(here, functools.partial(tracker.log, record))
-    state.sums, state.steps, state.began, state.paused = no_sums(here.device), 0, now, 0.0
-    ahead.seconds_waited = 0.0
+) -> bool:
+    """Logs the losses on held-out rows; False where the run is asked to stop meanwhile."""
+    with paused(state, plan, here):
+        figures = heldout_figures(engine, config.train, plan, here, life.watch)
+        if figures is None:
+            return False
+        state.heldout_loss = figures["loss"]
+        if figures["loss"] is not None:
+            state.heldout_losses[state.step] = figures["loss"]
+        record = {"kind": "heldout", "step": state.step, "tokens": state.tokens, **figures}
+        on_first(here, functools.partial(tracker.log, record))
+    return True
 
 
-def _stop_on_bad_numbers(state: _State, plan: Plan, here: Ranks) -> None:
-    """Stops the run when a loss or gradient since the last look was no finite number. Waits for the device.
+def _make_up_for_end(folder: Path, step: int, config: Config, plan: Plan, claim: Claim) -> None:
+    """What a run owes that was killed after its last checkpoint: older ones go, and it has its mark."""
+    claim.require()
+    if not (folder / DONE_NAME).exists():
+        losses = heldout_losses(folder, config, step)
+        checkpoint.prune(folder / CHECKPOINTS_NAME, step=step, after=step, keep=_kept(config, losses))
+    _mark_done(folder, step, plan, claim)
 
-    Raises:
-        UserError: naming the first such step and its rows (on the first rank; the others exit).
-    """
-    first = state.first_bad_step.clone()
-    dist.all_reduce(first, op=dist.ReduceOp.MIN)
-    if first.item() == _NEVER:
-        return
-    step = int(first.item())
-    rows = step_rows((step - 1) * plan.shape.global_rows, plan.shape, rows=plan.train_rows, seed=plan.seed)
-    problem = UserError(
-        f"Step {step} gave a loss or gradient that is not a finite number, on rows {rows} of "
-        f"{plan.store.path}; nothing of it was saved. Lower optimizer.learning_rate, or check these "
-        "rows with `sparsekd store verify`."
-    )
-    leave_together(here, problem)
+
+def _kept(config: Config, losses: dict[int, float]) -> checkpoint.Kept:
+    train = config.train
+    return checkpoint.Kept(train.keep_checkpoints, train.keep_every, train.keep_best, losses)
+
+
+def _mark_done(folder: Path, step: int, plan: Plan, claim: Claim) -> None:
+    seconds = seconds_of_run(folder)
+    write_done(folder, {"step": step, "tokens": step * plan.step_tokens, "run_seconds": seconds}, claim)
 
 
 def _save(
     engine: deepspeed.DeepSpeedEngine,
+    saver: Saver,
     tracker: Tracker | NoTracker,
-    state: _State,
+    state: State,
     config: Config,
     plan: Plan,
-    folder: Path,
+    life: _Life,
     here: Ranks,
 ) -> None:
-    _tell_left_out(tracker, state, here)
-    together(here, tracker.sync)
-    # Sums become those of all ranks, in this process as in one that goes on from here: equal bits in both.
-    total = all_reduced(state.sums)
-    state.sums = total * here.is_first
-    commit = replace(
-        plan.fresh_commit,
-        step=state.step,
-        rows_consumed=state.rows_consumed,
-        tokens=state.tokens,
-        sums=tuple(total.tolist()),
-        skipped_rows=tuple(state.rows.left_out),
-    )
-    began = time.perf_counter()
-    place = folder / CHECKPOINTS_NAME
-    path = checkpoint.save(engine, place, commit, here)
-    keep = config.train.keep_checkpoints
-    if here.is_first:
-        left = checkpoint.prune(place, step=state.step, after=state.saved, keep=keep)
-        for kept in sorted(left.keys() - state.not_removed):
-            tracker.say(
-                f"warning: {kept} cannot be removed ({left[kept]}); remove it by hand, training goes on."
-            )
-        state.not_removed |= left.keys()
-    state.saved = state.step
-    tracker.say(f"checkpoint {path} ({time.perf_counter() - began:.1f} s)")
+    """Has a checkpoint written; the steps go on as soon as it is copied to the host."""
+    with paused(state, plan, here):
+        tell_left_out(tracker, state, here)
+        on_first(here, tracker.sync)
+        sums = gather(here, lambda: tuple(state.sums.tolist()))
+        commit = replace(
+            plan.fresh_commit,
+            step=state.step,
+            rows_consumed=state.rows_consumed,
+            tokens=state.tokens,
+            sums=tuple(sums),
+            skipped_rows=tuple(state.rows.left_out),
+            heldout_loss=state.heldout_loss,
+        )
+        published = functools.partial(_prune, tracker, state, config, life, state.step, state.saved)
+        saver.begin(engine, commit, published)
+        state.saved = state.step
+        if saver.seconds:
+            life.watch.save_takes(saver.seconds)
 
 
-def _tell_left_out(tracker: Tracker | NoTracker, state: _State, here: Ranks) -> None:
-    """Logs, once each, the damaged rows that were left out since the last look."""
-    for row, reason in state.rows.newly_left_out(state.step, here):
-        record: dict[str, str | int] = {"kind": "skipped", "step": state.step, "tokens": state.tokens}
-        together(here, functools.partial(tracker.log, record | {"row": row, "reason": reason}))
-
-
-def _steps_ahead(
-    plan: Plan, config: Config, begin: Commit, rows: RowsOrNothing, here: Ranks
-) -> Iterator[list[MicroBatch]]:
-    """This rank's micro-batches, step by step."""
-    for number in range(config.train.steps - begin.step):
-        consumed = begin.rows_consumed + number * plan.shape.global_rows
-        parts = micro_batches(consumed, plan.shape, rank=here.rank, rows=plan.train_rows, seed=plan.seed)
-        read = functools.partial(rows.read, step=begin.step + number + 1)
-        yield [_batch_of(read, plan, here, part) for part in parts]
-
-
-def _batch_of(
-    read: Callable[[int], Row],
-    plan: Plan,
-    here: Ranks,
-    rows: Sequence[int],
-    counting: int | None = None,
-    *,
-    heldout: bool = False,
-) -> MicroBatch:
-    manifest = plan.store.manifest
-    batch = micro_batch(
-        [read(row) for row in rows],
-        rest=plan.rest,
-        target=manifest.target,
-        share=1.0 if heldout else manifest.record.share,
-        weighted=not heldout,
-        counting=counting,
-    )
-    return pinned(batch) if here.device.type == "cuda" else batch
+def _prune(
+    tracker: Tracker | NoTracker,
+    state: State,
+    config: Config,
+    life: _Life,
+    step: int,
+    after: int,
+    path: Path,
+    seconds: float,
+) -> None:
+    """After a checkpoint was published, by the first rank's thread: older ones go."""
+    life.claim.require()
+    left = checkpoint.prune(path.parent, step=step, after=after, keep=_kept(config, state.heldout_losses))
+    for kept in sorted(left.keys() - state.not_removed):
+        tracker.say(f"warning: {kept} cannot be removed ({left[kept]}); remove it by hand, training goes on.")
+    state.not_removed |= left.keys()
+    tracker.say(f"checkpoint {path} ({seconds:.1f} s)")
 
 
 def _say(here: Ranks, text: str) -> None:

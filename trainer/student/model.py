@@ -9,7 +9,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.trainer.config.schema import StudentConfig
-from sparsekd.trainer.models.causal_lm import ModelSource, check_length, load_causal_lm
+from sparsekd.trainer.models.causal_lm import ModelSource, load_causal_lm
+from sparsekd.trainer.models.opened import check_fit
 from sparsekd.trainer.models.tokenizers import check_tokenizer
 from sparsekd.trainer.run.errors import ModelError
 
@@ -19,30 +20,26 @@ def check_student(
 ) -> None:
     """Checks that the student can predict every id of the store, means the same by it, and takes its rows.
 
-    A vocabulary padded beyond the tokenizer's is normal: the loss leaves the padding out.
-
     Raises:
         ModelError: The vocabulary is too small, the rows are too long, or the student's own tokenizer differs
             from the store's.
     """
-    tokenizer = manifest.tokenizer
-    size = config.get_text_config().vocab_size
-    if size < tokenizer.vocabulary_size:
-        where = f"The student {source.path}" if source.path is not None else "student.config"
-        raise ModelError(
-            f"{where} has a vocabulary of {size}, but the store's tokenizer ({tokenizer.name}) has "
-            f"{tokenizer.vocabulary_size} ids; choose a student of the same tokenizer"
-            + (", or leave student.config.vocab_size out." if source.path is None else ".")
-        )
-    key = "student.config" if source.path is None else f"student.path={source.path}"
-    check_length(config, manifest.sequence_length, key, tokenizer_path.parent)
-    if source.path is None:
+    made = source.path is None
+    check_fit(
+        config,
+        entries=config.get_text_config().vocab_size,
+        manifest=manifest,
+        store=tokenizer_path.parent,
+        name="student.config" if made else source.named,
+        remedy="choose a student of the same tokenizer"
+        + (", or leave student.config.vocab_size out" if made else ""),
+    )
+    if made:
         return
     check_tokenizer(
         source,
-        "student.path",
         store_tokenizer=tokenizer_path,
-        identity=tokenizer,
+        identity=manifest.tokenizer,
         remedy="choose a student of the same tokenizer, or prepare and capture a store with this one",
     )
 

@@ -2,12 +2,15 @@
 
 The unit of work is one shard, cut as the token store is cut. The first rank lists what is committed, and
 what is missing is dealt round robin. No state exists outside the store: a killed run is started again with
-the same command, on as many ranks as there are then.
+the same command, on as many ranks as there are then. Several jobs may work on one store; those of a Slurm
+array begin with a share of the units each, and then help with what the others have not done.
 """
 
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -15,36 +18,42 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers.utils.logging import disable_progress_bar
 
+from sparsekd.launch.env import array_share
 from sparsekd.logit_store.codecs.frequency import compact_parameters
 from sparsekd.logit_store.manifest import (
     MANIFEST_NAME,
     CodecSpec,
     FeatureSpec,
     Manifest,
-    RecordSpec,
+    TeacherIdentity,
     read_manifest,
 )
 from sparsekd.logit_store.places.files import exists
 from sparsekd.logit_store.places.paths import StorePath, store_path
 from sparsekd.logit_store.projections import Projection, projections_of
 from sparsekd.logit_store.protocol.background import BackgroundWriter
-from sparsekd.logit_store.protocol.layout import INDEX_NAME
+from sparsekd.logit_store.protocol.layout import INDEX_NAME, commit_file
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.recover import adopt_orphans
 from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal
 from sparsekd.logit_store.row import Row, TeacherRecord
-from sparsekd.logit_store.tools.inspect import RULE_NOTES, evenly
+from sparsekd.logit_store.spacing import evenly
+from sparsekd.logit_store.tools.inspect import RULE_NOTES
 from sparsekd.trainer.config.feature_requests import feature_requests, request_of
-from sparsekd.trainer.config.schema import Config, TeacherConfig, require
-from sparsekd.trainer.run.errors import ConfigError, DataError
-from sparsekd.trainer.run.ranks import Ranks, broadcast_object, ranks, together
+from sparsekd.trainer.config.record import record_spec
+from sparsekd.trainer.config.schema import Config, StoreConfig, TeacherConfig, require
+from sparsekd.trainer.models.opened import OpenModel
+from sparsekd.trainer.run.console import Interval, readable_seconds
+from sparsekd.trainer.run.errors import ConfigError, DataError, Stopped
+from sparsekd.trainer.run.lost import lost_ranks_named
+from sparsekd.trainer.run.ranks import Ranks, broadcast_object, gather, on_first, ranks, together
+from sparsekd.trainer.run.stop import StopRequest, StopWatch, watched
+from sparsekd.trainer.run.waiting import patiently
 from sparsekd.trainer.teacher.features import make_features, read_projections
-from sparsekd.trainer.teacher.model import Teacher, check_teacher_tokenizer, load_teacher
+from sparsekd.trainer.teacher.model import check_teacher_tokenizer, load_teacher
 from sparsekd.trainer.teacher.records import recorded_rows
 from sparsekd.trainer.teacher.settings import resolved_settings
 from sparsekd.trainer.teacher.weights import teacher_identity, teacher_name
-
-SECONDS_BETWEEN_LINES = 5.0
 
 # Rows that are read for the summary at the end, evenly spaced: a mean over more says nothing new.
 SUMMARY_ROWS = 256
@@ -63,7 +72,8 @@ def run(config: Config) -> None:
         ModelError: The teacher cannot be loaded or does not fit the tokens.
         DataError: The store is sealed and lacks files.
         StoreError: A store cannot be read or written, or is another than this run would write.
-        UserError: Another rank met such a problem.
+        UserError: Another rank met such a problem, or died.
+        Stopped: It was asked to stop; every unit that was begun is written.
     """
     path = store_path(require(config.store.path, "store.path", "as the folder of the logit store"))
     tokens_path = store_path(
@@ -72,7 +82,11 @@ def run(config: Config) -> None:
     teacher_path = require(config.teacher.path, "teacher.path", "as the model whose logits are kept")
     if path.resolve() == tokens_path.resolve():
         raise ConfigError(f"store.path and store.tokens are both {path}; name a new folder as store.path.")
-    with ranks(config.launch, timeout_minutes=config.engine.timeout_minutes) as place:
+    with (
+        watched(os.environ) as watch,
+        ranks(config.launch, timeout_minutes=config.engine.timeout_minutes, watch=watch) as place,
+        lost_ranks_named(place, "captures what is missing"),
+    ):
         tokens = together(place, lambda: open_store(tokens_path))
         vocabulary_size = tokens.manifest.tokenizer.vocabulary_size
         settings = together(place, lambda: resolved_settings(config.teacher, place.device, vocabulary_size))
@@ -81,13 +95,20 @@ def run(config: Config) -> None:
             disable_progress_bar()  # of transformers: one bar for each rank, and none of use in a log
         if place.is_first:
             _announce(config, teacher_path, tokens, place)
-        teacher = together(place, lambda: _checked_teacher(config, teacher_path, tokens, place))
+        teacher = together(place, lambda: _checked_teacher(config.teacher, teacher_path, tokens, place))
+        identity = on_first(
+            place,
+            patiently(place, lambda: _identity(config, teacher_path, teacher, place), watch),
+        )
         manifest = broadcast_object(
-            together(place, lambda: _create(config, path, teacher_path, tokens, teacher, place))
+            together(place, lambda: _create(config, path, teacher_path, tokens, teacher, identity, place))
         )
         projections = together(place, lambda: read_projections(path, manifest))
-        _work(config, path, manifest, tokens, teacher, projections, place)
-        together(place, lambda: _finish(path, tokens, place))
+        stopped = _work(config.teacher, path, manifest, tokens, teacher, projections, place, watch)
+        if stopped is None:
+            together(place, patiently(place, lambda: _finish(path, tokens, place), watch))
+    if stopped is not None:
+        raise Stopped(f"{path} was asked to stop ({stopped}); every unit that was begun is written")
 
 
 def _announce(config: Config, teacher_path: str, tokens: LogitStore, place: Ranks) -> None:
@@ -109,44 +130,48 @@ def _announce(config: Config, teacher_path: str, tokens: LogitStore, place: Rank
         )
 
 
-def _checked_teacher(config: Config, path: str, tokens: LogitStore, place: Ranks) -> Teacher:
-    if place.is_first and not check_teacher_tokenizer(config.teacher, path, tokens):
+def _checked_teacher(settings: TeacherConfig, path: str, tokens: LogitStore, place: Ranks) -> OpenModel:
+    if place.is_first and not check_teacher_tokenizer(settings, path, tokens):
         print(
             f"capture: {path} has no tokenizer files; that of {tokens.path} is taken for its own", flush=True
         )
-    return load_teacher(config.teacher, path, tokens, place.device)
+    return load_teacher(settings, path, tokens, place.device)
 
 
-def _create(
-    config: Config, path: StorePath, teacher_path: str, tokens: LogitStore, teacher: Teacher, place: Ranks
-) -> Manifest | None:
-    """Makes the store on the first rank; the others get the manifest from it."""
+def _identity(config: Config, teacher_path: str, teacher: OpenModel, place: Ranks) -> TeacherIdentity | None:
+    """Who the teacher is, on the first rank, which reads all of its weights; None on the others."""
     if not place.is_first:
         return None
-    record = RecordSpec(
-        k=config.store.k,
-        n=config.store.n,
-        temperatures=tuple(config.store.temperatures),
-        draw_temperature=config.store.draw_temperature,
-        seed=config.store.seed,
-        tail_logprobs=config.store.tail_logprobs,
-        positions=config.store.positions,
-        share=config.store.share,
-    )
-    identity = teacher_identity(
+    return teacher_identity(
         config.teacher,
         teacher_path,
         device_type=place.device.type,
         threads=config.launch.threads_per_rank,
-        revision=teacher.revision,
+        revision=teacher.commit or config.teacher.revision,
     )
-    features, files = _features(config, path, teacher, tokens)
+
+
+def _create(
+    config: Config,
+    path: StorePath,
+    teacher_path: str,
+    tokens: LogitStore,
+    teacher: OpenModel,
+    identity: TeacherIdentity | None,
+    place: Ranks,
+) -> Manifest | None:
+    """Makes the store on the first rank; the others get the manifest from it."""
+    if not place.is_first:
+        return None
+    features, files = _features(
+        config.store, path, teacher, tokens, rows_at_once=config.teacher.micro_batch_rows
+    )
     manifest = replace(
         tokens.manifest,
         dataset={**tokens.manifest.dataset, "token_store": tokens.digest},
-        record=record,
+        record=record_spec(config.store),
         teacher=identity,
-        codec=_codec(config, tokens),
+        codec=_codec(config.store, tokens),
         features=features,
     )
     create_store(path, manifest, tokens.tokenizer_path, files)
@@ -170,22 +195,20 @@ def _create(
 
 
 def _features(
-    config: Config, path: StorePath, teacher: Teacher, tokens: LogitStore
+    settings: StoreConfig, path: StorePath, teacher: OpenModel, tokens: LogitStore, *, rows_at_once: int
 ) -> tuple[tuple[FeatureSpec, ...], dict[str, bytes]]:
     """The features with the files of their projections: those of the store where one was begun.
 
     A projection is computed once: another machine's linear algebra gives other bits.
     """
-    requests = feature_requests(config.store.features)
+    requests = feature_requests(settings.features)
     if not requests:
         return (), {}
     if exists(path / MANIFEST_NAME):
         manifest = read_manifest(path)
         if requests == [request_of(spec) for spec in manifest.features]:
             return manifest.features, projections_of(path, manifest)
-    return make_features(
-        requests, teacher, tokens, seed=config.store.seed, rows_at_once=config.teacher.micro_batch_rows
-    )
+    return make_features(requests, teacher, tokens, seed=settings.seed, rows_at_once=rows_at_once)
 
 
 def _text(tokens: LogitStore, split: str, shard: int) -> list[Row]:
@@ -199,57 +222,102 @@ def _units(tokens: LogitStore) -> list[Unit]:
     return [(split, shard) for split in tokens.manifest.splits for shard in range(tokens.shards(split))]
 
 
-def _codec(config: Config, tokens: LogitStore) -> CodecSpec:
+def _codec(settings: StoreConfig, tokens: LogitStore) -> CodecSpec:
     """The codec with its parameters: `compact` numbers ids by how often they occur in the tokens."""
-    if config.store.codec != "compact":
-        return CodecSpec(config.store.codec, {})
+    if settings.codec != "compact":
+        return CodecSpec(settings.codec, {})
     counts = np.zeros(tokens.manifest.tokenizer.vocabulary_size, np.int64)
     for split in tokens.manifest.splits:
         for index in evenly(tokens.rows(split), FREQUENCY_ROWS):
             counts += np.bincount(tokens.read_text(split, index).token_ids, minlength=len(counts))
-    return CodecSpec("compact", compact_parameters(counts, mass=config.store.mass))
+    return CodecSpec("compact", compact_parameters(counts, mass=settings.mass))
 
 
 def _work(
-    config: Config,
+    settings: TeacherConfig,
     path: StorePath,
     manifest: Manifest,
     tokens: LogitStore,
-    teacher: Teacher,
+    teacher: OpenModel,
     projections: Mapping[str, Projection],
     place: Ranks,
-) -> None:
+    watch: StopWatch,
+) -> StopRequest | None:
     """Writes all units that are missing, each while the next is computed.
 
-    Ranks meet after each round, so that a failure ends all of them; one of the writing thread is raised by
-    the next unit that is handed to it.
+    Ranks meet after each round, so that a failure ends all of them, or a request to stop; a failure of the
+    writing thread is raised by the next unit that is handed to it.
+
+    Returns:
+        Why it was stopped, or None.
     """
+    stopped: StopRequest | None = None
     units = _units(tokens)
-    missing: list[Unit] = broadcast_object(missing_units(path, units) if place.is_first else None)
-    done_before = len(units) - len(missing)
+    waiting = on_first(place, partial(_waiting, path, units))
+    done_before = len(units) - len(waiting)
     if place.is_first and done_before:
         print(f"capture: {done_before} of {len(units)} units are finished already", flush=True)
-    started = last_line = time.monotonic()
-    positions = 0
+    started, interval = time.monotonic(), Interval()
+    positions = rounds = 0
     with BackgroundWriter(path, manifest) as writer:
-        for first in range(0, len(missing), place.world_size):
-            turn = missing[first : first + place.world_size]
+        while turn := on_first(place, partial(_next, path, waiting, place.world_size)):
+            if stopped is not None:
+                break
             unit = turn[place.rank] if place.rank < len(turn) else None
-            work = partial(_capture_unit, config.teacher, manifest, tokens, teacher, projections, writer)
-            together(place, partial(work, unit))
+            work = partial(_capture_unit, settings, manifest, tokens, teacher, projections, writer)
+            asked = gather(place, partial(_after, partial(work, unit), watch))
             positions += sum(len(tokens.shard_rows(*unit)) for unit in turn) * manifest.sequence_length
-            now = time.monotonic()
-            finished = first + len(turn)
-            if place.is_first and (now - last_line >= SECONDS_BETWEEN_LINES or finished == len(missing)):
-                last_line = now
-                speed = positions / (now - started)
-                left = (now - started) / finished * (len(missing) - finished)
+            rounds += 1
+            if place.is_first and (interval.is_over() or not waiting):
+                seconds = time.monotonic() - started
+                speed = positions / seconds
+                left = seconds / rounds * -(-len(waiting) // place.world_size)
                 print(
-                    f"capture: {done_before + finished}/{len(units)} units, {speed:,.0f} tokens/s, "
+                    f"capture: {len(units) - len(waiting)}/{len(units)} units, {speed:,.0f} tokens/s, "
                     f"{readable_seconds(left)} left",
                     flush=True,
                 )
+            stopped = next((request for request in asked if request is not None), None)
+        else:  # nothing is left to stop
+            stopped = None
         together(place, writer.close)
+    return stopped
+
+
+def _after(work: Callable[[], None], watch: StopWatch) -> StopRequest | None:
+    """What this rank was asked while it worked."""
+    work()
+    return watch.request
+
+
+def _waiting(path: StorePath, units: list[Unit]) -> deque[Unit]:
+    """The units that are missing, in the order in which this job takes them."""
+    try:
+        share = array_share(os.environ)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    missing = set(missing_units(path, units))
+    return deque(unit for unit in shared_order(units, *share) if unit in missing)
+
+
+def shared_order(units: list[Unit], job: int, jobs: int) -> list[Unit]:
+    """The order in which one of several jobs takes the units: its own share, then the others', backwards.
+
+    So jobs that run at one time meet at the last units only, also where one of them has died.
+    """
+    shares = [units[start::jobs] for start in range(jobs)]
+    others = [unit for later in range(1, jobs) for unit in reversed(shares[(job + later) % jobs])]
+    return [*shares[job], *others]
+
+
+def _next(path: StorePath, waiting: deque[Unit], count: int) -> list[Unit]:
+    """Takes the next units that nobody has committed meanwhile."""
+    turn: list[Unit] = []
+    while waiting and len(turn) < count:
+        unit = waiting.popleft()
+        if not exists(commit_file(path, *unit)):
+            turn.append(unit)
+    return turn
 
 
 def missing_units(path: StorePath, units: list[Unit]) -> list[Unit]:
@@ -262,7 +330,7 @@ def _capture_unit(
     config: TeacherConfig,
     manifest: Manifest,
     tokens: LogitStore,
-    teacher: Teacher,
+    teacher: OpenModel,
     projections: Mapping[str, Projection],
     writer: BackgroundWriter,
     unit: Unit | None,
@@ -276,7 +344,7 @@ def captured_rows(
     config: TeacherConfig,
     manifest: Manifest,
     tokens: LogitStore,
-    teacher: Teacher,
+    teacher: OpenModel,
     projections: Mapping[str, Projection],
     unit: Unit,
 ) -> list[Row]:
@@ -293,14 +361,6 @@ def captured_rows(
         impl=config.impl,
     )
     return list(rows)
-
-
-def readable_seconds(seconds: float) -> str:
-    """A duration for people: `45 s`, `12 min`, `3 h 05 min`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _finish(path: StorePath, tokens: LogitStore, place: Ranks) -> None:
@@ -327,9 +387,9 @@ def _finish(path: StorePath, tokens: LogitStore, place: Ranks) -> None:
 
 def _summary(store: LogitStore, split: str) -> str:
     """Mean tail mass and teacher NLL of a split, over evenly spaced rows."""
-    chosen = np.unique(np.linspace(0, store.rows(split) - 1, SUMMARY_ROWS).round().astype(int))
     losses, tails = [], []
-    for index in chosen.tolist():
+    chosen = evenly(store.rows(split), SUMMARY_ROWS)
+    for index in chosen:
         row = store.read_row(split, index)
         record = row.teacher
         assert record is not None and row.recorded is not None  # capture wrote it

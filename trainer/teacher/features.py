@@ -14,12 +14,13 @@ from sparsekd.logit_store.manifest import FeatureSpec, Manifest
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.projections import Projection, digest_of, projected, projection_of
 from sparsekd.logit_store.protocol.reader import LogitStore
-from sparsekd.logit_store.row import Row, is_real, position_ids
-from sparsekd.logit_store.tools.inspect import evenly
+from sparsekd.logit_store.row import Row, is_real
+from sparsekd.logit_store.spacing import evenly
 from sparsekd.trainer.config.feature_requests import FeatureRequest
+from sparsekd.trainer.data.inputs import model_inputs
 from sparsekd.trainer.models.causal_lm import layers_of, states_of_layers
+from sparsekd.trainer.models.opened import OpenModel
 from sparsekd.trainer.run.errors import ModelError
-from sparsekd.trainer.teacher.model import Teacher
 
 # Rows of the training split on which principal directions and the kept variance are computed: at the usual
 # length a hundred times as many positions as a hidden state has numbers.
@@ -27,7 +28,12 @@ PROBE_ROWS = 64
 
 
 def make_features(
-    requests: Sequence[FeatureRequest], teacher: Teacher, tokens: LogitStore, *, seed: int, rows_at_once: int
+    requests: Sequence[FeatureRequest],
+    teacher: OpenModel,
+    tokens: LogitStore,
+    *,
+    seed: int,
+    rows_at_once: int,
 ) -> tuple[tuple[FeatureSpec, ...], dict[str, bytes]]:
     """What the manifest says of the features, and the files of their projections by plane.
 
@@ -105,7 +111,7 @@ def _kept(projection: Projection, mean: NDArray[np.float64], covariance: NDArray
 
 @torch.inference_mode()
 def _probe(
-    requests: Sequence[FeatureRequest], teacher: Teacher, tokens: LogitStore, rows_at_once: int
+    requests: Sequence[FeatureRequest], teacher: OpenModel, tokens: LogitStore, rows_at_once: int
 ) -> dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """Mean [H] and covariance [H, H] of each layer's hidden states over the probe, in float64."""
     layers = [request.layer for request in requests]
@@ -117,7 +123,7 @@ def _probe(
     for start in range(0, len(chosen), rows_at_once):
         rows = [tokens.read_text("train", index) for index in chosen[start : start + rows_at_once]]
         real = torch.from_numpy(np.concatenate([is_real(row) for row in rows])).to(teacher.device)
-        _, found = states_of_layers(teacher.decoder, *inputs_of(rows, teacher.device), layers)
+        _, found = states_of_layers(teacher.decoder, *model_inputs(rows, teacher.device), layers)
         count += int(real.sum())
         for layer in layers:
             states = found[layer].flatten(0, 1)[real].double()
@@ -129,13 +135,6 @@ def _probe(
         covariance = squares[layer] / count - torch.outer(mean, mean)
         result[layer] = (mean.cpu().numpy(), covariance.cpu().numpy())
     return result
-
-
-def inputs_of(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and position ids, int64 (B, L) each."""
-    token_ids = np.stack([row.token_ids for row in rows]).astype(np.int64)
-    positions = np.stack([position_ids(row) for row in rows]).astype(np.int64)
-    return torch.from_numpy(token_ids).to(device), torch.from_numpy(positions).to(device)
 
 
 def read_projections(path: StorePath, manifest: Manifest) -> dict[str, Projection]:

@@ -18,13 +18,14 @@ from sparsekd.logit_store.planes import empty_record
 from sparsekd.logit_store.positions import content_uniforms, recorded_positions
 from sparsekd.logit_store.projections import Projection
 from sparsekd.logit_store.row import Row, TeacherRecord, labels_of_records
+from sparsekd.trainer.data.inputs import model_inputs
 from sparsekd.trainer.models.causal_lm import states_of_layers
-from sparsekd.trainer.teacher.features import inputs_of, stored_features
-from sparsekd.trainer.teacher.model import Teacher
+from sparsekd.trainer.models.opened import OpenModel
+from sparsekd.trainer.teacher.features import stored_features
 
 
 def recorded_rows(
-    teacher: Teacher,
+    teacher: OpenModel,
     rows: Sequence[Row],
     manifest: Manifest,
     split: str,
@@ -60,7 +61,7 @@ def recorded_rows(
         with torch.inference_mode():
             hidden, states = states_of_layers(
                 teacher.decoder,
-                *inputs_of(batch, teacher.device),
+                *model_inputs(batch, teacher.device),
                 [spec.layer for spec in manifest.features],
             )
             records = _records_of_batch(teacher, hidden, batch, recorded, manifest, chunk_positions, impl)
@@ -70,7 +71,7 @@ def recorded_rows(
 
 
 def _records_of_batch(
-    teacher: Teacher,
+    teacher: OpenModel,
     hidden: torch.Tensor,
     rows: Sequence[Row],
     recorded: Sequence[NDArray[np.bool_]],
@@ -105,7 +106,7 @@ def _records_of_batch(
 
 
 def head_statistics(
-    teacher: Teacher,
+    teacher: OpenModel,
     hidden: torch.Tensor,  # (R, H)
     manifest: Manifest,
     *,

@@ -11,14 +11,17 @@ from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.repair import repair_store
 from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.tools.verify import VerifyResult
+from sparsekd.logit_store.trees import differing
 from sparsekd.trainer.config.schema import Config, TeacherConfig, require
-from sparsekd.trainer.run.errors import ConfigError, DataError
-from sparsekd.trainer.run.ranks import Ranks, ranks
+from sparsekd.trainer.models.opened import OpenModel
+from sparsekd.trainer.models.weights import model_folder, weights_digest
+from sparsekd.trainer.run.errors import DataError
+from sparsekd.trainer.run.ranks import Ranks, one_process
 from sparsekd.trainer.teacher.capture import captured_rows
 from sparsekd.trainer.teacher.features import read_projections
-from sparsekd.trainer.teacher.model import Teacher, check_teacher_tokenizer, load_teacher
+from sparsekd.trainer.teacher.model import check_teacher_tokenizer, load_teacher
 from sparsekd.trainer.teacher.verify import as_captured, runnable
-from sparsekd.trainer.teacher.weights import model_folder, teacher_identity, weights_digest
+from sparsekd.trainer.teacher.weights import teacher_identity
 
 
 def run(config: Config, found: VerifyResult, *, reseal: bool) -> None:
@@ -53,17 +56,17 @@ def run(config: Config, found: VerifyResult, *, reseal: bool) -> None:
             "shards and INDEX.json away and run the `prepare` command that wrote it."
         )
     path = require(config.teacher.path, "teacher.path", "by store verify --repair, to run the teacher again")
-    tokens = _tokens(config, store)
-    settings, launch = as_captured(config, identity)
-    if weights_digest(model_folder(path, settings.revision)) != identity.weights_digest:
+    tokens = _tokens(config.store.tokens, store)
+    settings, launch = as_captured(config.teacher, config.launch, identity)
+    if weights_digest(model_folder(path, settings.revision, key="teacher")) != identity.weights_digest:
         raise DataError(
             f"The files of teacher.path={path} are not those that made {found.path} ({identity.name}, "
             f"weights {identity.weights_digest[:12]}): give that teacher, or capture the whole store with "
             "this one."
         )
-    with ranks(launch, timeout_minutes=config.engine.timeout_minutes) as place:
-        if place.world_size > 1:
-            raise ConfigError("store verify --repair runs as one process; start it without torchrun or srun.")
+    with one_process(
+        launch, timeout_minutes=config.engine.timeout_minutes, what="store verify --repair"
+    ) as place:
         settings = runnable(settings, place.device, store.manifest.tokenizer.vocabulary_size)
         check_teacher_tokenizer(settings, path, store)
         differing = _differences(settings, path, identity, place, launch.threads_per_rank)
@@ -92,7 +95,7 @@ def _again(
     settings: TeacherConfig,
     manifest: Manifest,
     tokens: LogitStore,
-    teacher: Teacher,
+    teacher: OpenModel,
     projections: Mapping[str, Projection],
     split: str,
     shard: int,
@@ -101,8 +104,8 @@ def _again(
     return captured_rows(settings, manifest, tokens, teacher, projections, (split, shard))
 
 
-def _tokens(config: Config, store: LogitStore) -> LogitStore:
-    path = require(config.store.tokens, "store.tokens", "by store verify --repair, as the teacher's text")
+def _tokens(given: str | None, store: LogitStore) -> LogitStore:
+    path = require(given, "store.tokens", "by store verify --repair, as the teacher's text")
     tokens = open_store(store_path(path))
     wanted = store.manifest.dataset.get("token_store")
     if tokens.digest != wanted:
@@ -122,7 +125,5 @@ def _differences(
             settings, path, device_type=place.device.type, threads=threads, revision=identity.revision
         )
     )
-    then = asdict(identity)
-    return [
-        f"{name} {then[name]} -> {now[name]}" for name in then if name != "name" and then[name] != now[name]
-    ]
+    changes = differing(asdict(identity), now, absent=None)
+    return [f"{key} {before} -> {after}" for key, before, after in changes if key != "name"]

@@ -15,6 +15,7 @@ from sparsekd.logit_store.manifest import TeacherIdentity
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.row import Row, TeacherRecord, records_at
 from sparsekd.trainer.config.schema import Config, LaunchConfig, TeacherConfig, require
+from sparsekd.trainer.models.weights import model_folder, weights_digest
 from sparsekd.trainer.run.errors import ConfigError, DataError
 from sparsekd.trainer.run.ranks import ranks
 from sparsekd.trainer.teacher.deviation import deviation_of
@@ -23,7 +24,7 @@ from sparsekd.trainer.teacher.model import check_teacher_tokenizer, load_teacher
 from sparsekd.trainer.teacher.records import recorded_rows
 from sparsekd.trainer.teacher.settings import resolved_settings
 from sparsekd.trainer.teacher.verify_features import add_features, check_features, record_of_features
-from sparsekd.trainer.teacher.weights import engine_settings, model_folder, weights_digest
+from sparsekd.trainer.teacher.weights import engine_settings
 
 # Rows that are run again in each split.
 ROWS = 8
@@ -63,11 +64,13 @@ def run(config: Config, store_path: str | Path, *, seed: int | None = None) -> N
         )
     if seed is None:
         seed = secrets.randbits(32)
-    settings, launch = as_captured(config, identity)
+    settings, launch = as_captured(config.teacher, config.launch, identity)
     with ranks(launch, timeout_minutes=config.engine.timeout_minutes) as place:
         settings = runnable(settings, place.device, store.manifest.tokenizer.vocabulary_size)
         check_teacher_tokenizer(settings, path, store)
-        same_files = weights_digest(model_folder(path, settings.revision)) == identity.weights_digest
+        same_files = (
+            weights_digest(model_folder(path, settings.revision, key="teacher")) == identity.weights_digest
+        )
         if not same_files:
             print(f"verify: the files of {path} are not those of the manifest ({identity.name})", flush=True)
         teacher = load_teacher(settings, path, store, place.device)
@@ -130,10 +133,12 @@ def run(config: Config, store_path: str | Path, *, seed: int | None = None) -> N
     print(f"next: sparsekd train store.path={store_path} student.path=STUDENT", flush=True)
 
 
-def as_captured(config: Config, identity: TeacherIdentity) -> tuple[TeacherConfig, LaunchConfig]:
+def as_captured(
+    settings: TeacherConfig, launch: LaunchConfig, identity: TeacherIdentity
+) -> tuple[TeacherConfig, LaunchConfig]:
     """The teacher's and the launch's settings, those of the manifest where it names them."""
     found = engine_settings(identity.engine)
-    settings = replace(config.teacher, dtype=identity.dtype)
+    settings = replace(settings, dtype=identity.dtype)
     if "attention" in found:
         settings = replace(settings, attention=found["attention"])
     if "micro_batch_rows" in found:
@@ -142,7 +147,6 @@ def as_captured(config: Config, identity: TeacherIdentity) -> tuple[TeacherConfi
         settings = replace(settings, chunk_positions=int(found["chunk_positions"]))
     # Stores of versions that had no other implementation do not name it.
     settings = replace(settings, impl=found.get("impl", "torch"))
-    launch = config.launch
     if "threads" in found:
         launch = replace(launch, threads_per_rank=int(found["threads"]))
     return settings, launch

@@ -9,9 +9,9 @@ from sparsekd.logit_store.protocol.reader import LogitStore
 from sparsekd.logit_store.row import Row, TeacherRecord, is_real, labels_at_records
 from sparsekd.trainer.config.schema import TeacherConfig
 from sparsekd.trainer.models.causal_lm import layers_of
+from sparsekd.trainer.models.opened import OpenModel
 from sparsekd.trainer.run.errors import DataError
 from sparsekd.trainer.teacher.deviation import deviation_of
-from sparsekd.trainer.teacher.model import Teacher
 from sparsekd.trainer.teacher.records import head_statistics
 
 # Of hidden states' size, by which they may deviate: bfloat16 on another machine moves them by a few per cent.
@@ -64,7 +64,7 @@ def check_features(
 
 
 def record_of_features(
-    teacher: Teacher, row: Row, manifest: Manifest, settings: TeacherConfig
+    teacher: OpenModel, row: Row, manifest: Manifest, settings: TeacherConfig
 ) -> TeacherRecord | None:
     """The record that the teacher's head makes of a row's stored hidden states, without its decoder.
 

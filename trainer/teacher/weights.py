@@ -1,57 +1,11 @@
-"""Which teacher it is: a fingerprint of its files, and everything else on which its records depend."""
+"""Which teacher it is: its weights, and everything else on which its records depend."""
 
-import hashlib
-from importlib import metadata
 from pathlib import Path
-
-from transformers.utils import cached_file
 
 from sparsekd.logit_store.manifest import TeacherIdentity
 from sparsekd.trainer.config.schema import TeacherConfig
-from sparsekd.trainer.run.errors import ModelError
-
-READ_BYTES = 1 << 24
-
-# Packages whose version can change a record's bits.
-PACKAGES = ("sparsekd", "torch", "transformers")
-
-
-def model_folder(path: str, revision: str | None) -> Path:
-    """The folder that holds a model's files: `path` itself, or a hub model's snapshot in the local cache.
-
-    Raises:
-        ModelError: There is no config.json.
-    """
-    if Path(path).is_dir():
-        config = Path(path, "config.json")
-        if not config.is_file():
-            raise ModelError(f"teacher.path={path} has no config.json; give the folder of a saved model.")
-        return config.parent
-    try:
-        return Path(str(cached_file(path, "config.json", revision=revision))).parent
-    except (OSError, ValueError) as error:
-        raise ModelError(f"teacher.path={path} has no config.json that can be read ({error}).") from error
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 (hex) over the names and bytes of config.json, the weights, and code that comes with the model.
-
-    Reads every byte of the weights once: about a second per gigabyte.
-
-    Raises:
-        ModelError: The folder holds no weights.
-    """
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if not weights:
-        raise ModelError(f"{folder} holds no *.safetensors and no *.bin; give the folder of a saved model.")
-    files = sorted([*weights, *folder.glob("*.py"), folder / "config.json"], key=lambda path: path.name)
-    total = hashlib.sha256()
-    for path in files:
-        total.update(path.name.encode("utf-8") + b"\0" + path.stat().st_size.to_bytes(8, "little"))
-        with path.open("rb") as stream:
-            while block := stream.read(READ_BYTES):
-                total.update(block)
-    return total.hexdigest()
+from sparsekd.trainer.models.weights import model_folder, weights_digest
+from sparsekd.trainer.run.versions import MODEL_PACKAGES, versions_of
 
 
 def teacher_name(path: str) -> str:
@@ -82,15 +36,15 @@ def teacher_identity(
         "chunk_positions": config.chunk_positions,
         "impl": config.impl,
     }
-    packages = (*PACKAGES, "triton") if config.impl == "triton" else PACKAGES
+    packages = (*MODEL_PACKAGES, "triton") if config.impl == "triton" else MODEL_PACKAGES
     return TeacherIdentity(
         name=teacher_name(path),
         revision=revision,
-        weights_digest=weights_digest(model_folder(path, config.revision)),
+        weights_digest=weights_digest(model_folder(path, config.revision, key="teacher")),
         dtype=config.dtype,
         logits_dtype="float32",
         engine="transformers " + " ".join(f"{name}={value}" for name, value in settings.items()),
-        versions={name: metadata.version(name) for name in packages},
+        versions=versions_of(packages),
     )
 
 

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from sparsekd.trainer.config.schema import CorpusConfig
-from sparsekd.trainer.corpus.documents import CorpusDigest, list_files, read_documents, source_name
+from sparsekd.trainer.config.corpus import CorpusConfig
+from sparsekd.trainer.corpus.documents import CorpusDigest, read_documents
+from sparsekd.trainer.corpus.files import list_files, source_name
 from sparsekd.trainer.run.errors import ConfigError, DataError
 
 

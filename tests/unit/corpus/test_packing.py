@@ -3,7 +3,7 @@
 import itertools
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsekd.logit_store.row import Row, document_of_position, position_ids, weights_of_positions
@@ -30,6 +30,7 @@ def numbered(lengths: list[int]) -> list[list[int]]:
     return [list(range(1 + start, 1 + end)) for start, end in itertools.pairwise(ends)]
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 16), st.integers(1, 7))
 def test_every_token_stands_in_order_with_its_document(lengths: list[int], length: int, batch: int) -> None:
     documents = numbered(lengths)
@@ -45,6 +46,7 @@ def test_every_token_stands_in_order_with_its_document(lengths: list[int], lengt
     assert all(row.teacher is None and len(row.token_ids) == length for row in rows)
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 16))
 def test_masks_and_positions_against_a_plain_loop(lengths: list[int], length: int) -> None:
     for row in pack(numbered(lengths), length, batch=4):
@@ -60,6 +62,7 @@ def test_masks_and_positions_against_a_plain_loop(lengths: list[int], length: in
         assert (np.diff(row.segment_starts) > 0).all()
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 16), st.integers(1, 7), st.integers(1, 7))
 def test_rows_do_not_depend_on_batches(lengths: list[int], length: int, first: int, second: int) -> None:
     left, right = (pack(numbered(lengths), length, batch) for batch in (first, second))
@@ -80,6 +83,7 @@ def test_a_document_across_a_border_restarts_and_single_tokens_carry_no_loss() -
     assert third.token_ids.dtype == np.int32 and third.segment_documents.dtype == np.int64
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 16), st.data())
 def test_weights_stand_in_runs_and_0_clears_the_mask(lengths: list[int], length: int, data) -> None:
     weights = data.draw(

@@ -61,7 +61,7 @@ def test_without_numbers_it_says_which(capsys: pytest.CaptureFixture[str]) -> No
     config = _config(teacher_tokens_per_second=100.0)
     plan.run(config)
     printed = capsys.readouterr().out
-    assert "2.78 hours" in printed and "not counted" in printed and "text-like rows" in printed
+    assert "2 h 47 min at" in printed and "not counted" in printed and "text-like rows" in printed
     assert "as if every token counted: prompts and padding take no record" in printed
     assert "at every position that the loss counts" in printed
 

@@ -100,7 +100,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr("sparsekd.trainer.run.progress.SECONDS_BETWEEN_LINES", float("inf"))
+    monkeypatch.setattr("sparsekd.trainer.run.console.SECONDS_BETWEEN_LINES", float("inf"))
     captures.write_tokenizer(Path("hub"))
     return tmp_path
 

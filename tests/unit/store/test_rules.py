@@ -242,7 +242,7 @@ def test_stores_of_another_rule_are_not_merged(tmp_path: Path) -> None:
         (
             "weighted",
             {"positions": "sampled", "share": 0.5, "planes": ("weights",)},
-            "planes[0]: found 'weights', wanted 'nothing'",
+            "planes[0]: found 'weights', wanted nothing",
         ),
     ):
         with pytest.raises(StoreError) as caught:

@@ -110,7 +110,7 @@ def test_bad_words_are_one_sentence(stores: Path, capsys: pytest.CaptureFixture[
 def test_progress_goes_to_stderr_now_and_then(
     stores: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparsekd.trainer.run.progress.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("sparsekd.trainer.run.console.SECONDS_BETWEEN_LINES", 0.0)
     assert main(["store", "stats", "a"]) == 0
     assert "store stats: 8/8 (100%) rows" in capsys.readouterr().err
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from source_rows import with_records
 
 from sparsekd.kernels.loss import sparse_kd_loss
 from sparsekd.kernels.objective import HeadTransform, Objective, needed_planes
@@ -62,7 +63,7 @@ def objective(**changes: Any) -> Objective:
 
 def test_labels_are_the_next_tokens_of_the_same_document() -> None:
     for row in rows(30):
-        batch = micro_batch([row], rest=None)
+        batch = micro_batch(with_records([row], None))
         starts = set(row.segment_starts.tolist())
         assert batch.positions.tolist() == np.flatnonzero(row.loss_mask).tolist()
         for position, label in zip(batch.positions.tolist(), batch.labels.tolist(), strict=True):
@@ -76,7 +77,7 @@ def test_labels_are_the_next_tokens_of_the_same_document() -> None:
 
 def test_targets_are_head_then_draws_at_the_chosen_temperature() -> None:
     some = rows(2)
-    batch = micro_batch(some, rest=rest_formula_of(objective(temperature=2.0), MANIFEST))
+    batch = micro_batch(with_records(some, rest_formula_of(objective(temperature=2.0), MANIFEST)))
     assert batch.token_ids.shape == (2, 12) and batch.targets is not None
     ids, head_logprobs, counts, log_rest, entropy = batch.targets
     mask = np.concatenate([row.loss_mask for row in some])
@@ -99,7 +100,7 @@ def test_targets_between_the_grid_s_temperatures() -> None:
     """log R of each position is what the formula makes of its stored values and the rest's entropy."""
     some, rest = rows(2), rest_formula_of(objective(temperature=3.0), MANIFEST)
     assert rest is not None and rest.column is None
-    targets = micro_batch(some, rest=rest).targets
+    targets = micro_batch(with_records(some, rest)).targets
     assert targets is not None
     before = int(some[0].loss_mask.sum())
     for number, _ in records_of(some[1]):
@@ -117,7 +118,7 @@ def test_no_record_is_read_without_distillation() -> None:
 
 
 def test_values_are_checked_where_asked() -> None:
-    batch = micro_batch(rows(2), rest=rest_formula_of(objective(), MANIFEST))
+    batch = micro_batch(with_records(rows(2), rest_formula_of(objective(), MANIFEST)))
     check_values(batch, vocabulary_size=50, objective=objective())
     with pytest.raises(DataError, match=r"token_ids at row \d, position \d+ is \d+, expected .*store verify"):
         check_values(batch, vocabulary_size=int(batch.token_ids.max()), objective=objective())
@@ -156,7 +157,7 @@ def compact_rows(path: Path, mass: float | None) -> tuple[Manifest, list[Row]]:
 @pytest.mark.parametrize("mass", [None, 0.5, 0.9])
 def test_short_heads_and_impossible_entries_pass_the_check(tmp_path: Path, mass: float | None) -> None:
     manifest, some = compact_rows(tmp_path, mass)
-    batch = micro_batch(some, rest=rest_formula_of(objective(), manifest))
+    batch = micro_batch(with_records(some, rest_formula_of(objective(), manifest)))
     assert batch.targets is not None
     assert bool(torch.isneginf(batch.targets.head_logprobs).any())
     assert bool((batch.targets.ids < 0).any()) == (mass is not None)
@@ -184,7 +185,7 @@ def test_losses_of_short_heads_are_those_of_the_dense_reference(
     """What a ragged store gives back trains: finite loss and gradients, equal by relative norm."""
     manifest, some = compact_rows(tmp_path, mass)
     chosen = objective(target_mode=target_mode, divergence=divergence, ce_weight=0.5, temperature=2.0)
-    batch = micro_batch(some, rest=rest_formula_of(chosen, manifest))
+    batch = micro_batch(with_records(some, rest_formula_of(chosen, manifest)))
     generator = torch.Generator().manual_seed(3)
     values = torch.randn(72, 8, generator=generator, dtype=torch.float64)[batch.positions]
     matrix = torch.randn(50, 8, generator=generator, dtype=torch.float64)
@@ -230,16 +231,16 @@ def test_rows_that_fill_a_pass_do_not_count(target: str) -> None:
     """The others give what they give alone, positions without a label included, but for the forward pass."""
     manifest, some = rows_of_target(target, 3)
     rest = rest_formula_of(objective(), manifest)
-    whole = micro_batch(some, rest=rest, target=target)
+    whole = micro_batch(with_records(some, rest), target=target)
     for count in (0, 1, 2, 3):
-        only = micro_batch(some, rest=rest, target=target, counting=count)
+        only = micro_batch(with_records(some, rest), target=target, counting=count)
         assert torch.equal(only.token_ids, whole.token_ids)
         assert only.weight_sum == sum(int(row.loss_mask.sum()) for row in some[:count])
         assert only.weight_sum.dtype == torch.float32
         if count == 0:
             assert len(only.positions) == 0 < len(whole.positions)
             continue
-        expected = micro_batch(some[:count], rest=rest, target=target)
+        expected = micro_batch(with_records(some[:count], rest), target=target)
         assert only.targets is not None and expected.targets is not None
         for one, other in zip(only.targets, expected.targets, strict=True):
             assert torch.equal(one, other)
@@ -338,7 +339,7 @@ def test_weights_shares_and_labels_of_a_batch() -> None:
     )
     rest = rest_formula_of(objective(), manifest)
     some = synthetic_rows(manifest, 5, seed=2)
-    batch = micro_batch(some, rest=rest, share=0.4)
+    batch = micro_batch(with_records(some, rest, share=0.4))
     mask = np.concatenate([row.loss_mask for row in some])
     recorded = np.concatenate([row.recorded for row in some])
     weights = np.concatenate([weights_of_positions(row) for row in some])
@@ -347,7 +348,7 @@ def test_weights_shares_and_labels_of_a_batch() -> None:
     np.testing.assert_array_equal(batch.ce_weights, weights[mask])
     np.testing.assert_allclose(batch.kd_weights, (weights * recorded / 0.4)[mask], rtol=1e-6)
     assert batch.weight_sum.item() == pytest.approx(weights[mask].sum())
-    plain = micro_batch(some, rest=rest, weighted=False)
+    plain = micro_batch(with_records(some, rest), weighted=False)
     assert torch.equal(plain.ce_weights, torch.ones(int(mask.sum())))
     assert plain.weight_sum.item() == mask.sum()
 
@@ -355,7 +356,7 @@ def test_weights_shares_and_labels_of_a_batch() -> None:
 @pytest.mark.parametrize("target", ["masked_token", "class"])
 def test_labels_of_other_targets(target: str) -> None:
     manifest, some = rows_of_target(target, 4)
-    batch = micro_batch(some, rest=rest_formula_of(objective(), manifest), target=target)
+    batch = micro_batch(with_records(some, rest_formula_of(objective(), manifest)), target=target)
     stored = np.concatenate([row.optional["labels"] for row in some]).tolist()
     assert batch.labels.tolist() == [IGNORED_LABEL, *stored[1:]]
     assert batch.ce_weights.tolist() == [0, *[1] * (len(stored) - 1)]
@@ -373,8 +374,8 @@ def test_planes_that_the_loss_does_not_read_are_not_decoded(tmp_path: Path) -> N
         rest = rest_formula_of(chosen, MANIFEST)
         on_grid = rest is None or rest.column is not None
         names = needed_planes(chosen, k=3, n=5, on_grid=on_grid)
-        part = micro_batch([store.read_part("train", index, names) for index in range(3)], rest=rest)
-        whole = micro_batch([store.read_row("train", index) for index in range(3)], rest=rest)
+        part = micro_batch(with_records([store.read_part("train", index, names) for index in range(3)], rest))
+        whole = micro_batch(with_records([store.read_row("train", index) for index in range(3)], rest))
         assert torch.equal(part.labels, whole.labels) and torch.equal(part.kd_weights, whole.kd_weights)
         if part.targets is None or whole.targets is None:
             assert part.targets is whole.targets is None and not names

@@ -11,22 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from saving import save
 
 from sparsekd.trainer.config.checks import objective_of
 from sparsekd.trainer.config.schema import Config, LaunchConfig, ScheduleConfig
 from sparsekd.trainer.run.errors import CheckpointError, UserError
 from sparsekd.trainer.run.ranks import Ranks, ranks
-from sparsekd.trainer.state import checkpoint
-from sparsekd.trainer.state.checkpoint import (
-    clear_leftovers,
-    newest_verified,
-    prune,
-    published,
-    save,
-    torch_save,
-)
+from sparsekd.trainer.state import save as saving_module
+from sparsekd.trainer.state.checkpoint import Kept, clear_leftovers, newest_verified, prune, published
 from sparsekd.trainer.state.record import Commit, read_commit
 from sparsekd.trainer.state.resume import check_fits, choose_start, first_other_rate, settings_of
+from sparsekd.trainer.state.save import torch_save
 from sparsekd.trainer.student.sums import no_sums
 
 WEIGHTS, OPTIMIZER = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -91,7 +86,7 @@ def commit(step: int, **changes: Any) -> Commit:
         step=step,
         rows_consumed=8 * step,
         tokens=80 * step,
-        sums=(0.1, 1 / 3, 0.0, 0.0, 5.0, 5.0, 4.0),
+        sums=((0.1, 1 / 3, 0.0, 0.0, 5.0, 5.0, 4.0, 0.0, 0.0),),
         world_size=1,
         threads_per_rank=1,
         store_digest="a" * 64,
@@ -136,7 +131,7 @@ def test_old_ones_go_only_after_a_new_one(tmp_path: Path, here: Ranks) -> None:
     for step in (2, 4, 6):
         save(FilesOnly(), tmp_path, commit(step), here)
     (tmp_path / ".step-00000008.tmp-abc" / "engine").mkdir(parents=True)
-    prune(tmp_path, step=6, after=4, keep=2)
+    prune(tmp_path, step=6, after=4, keep=Kept(2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]
 
 
@@ -144,7 +139,7 @@ def test_damaged_newer_ones_do_not_crowd_out_sound_ones(tmp_path: Path, here: Ra
     """Gone on from 4 past a damaged 5 and 9; then 6 is written."""
     for step in (2, 4, 5, 9, 6):
         save(FilesOnly(), tmp_path, commit(step), here)
-    prune(tmp_path, step=6, after=4, keep=2)
+    prune(tmp_path, step=6, after=4, keep=Kept(2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]
 
 
@@ -160,18 +155,18 @@ def test_what_cannot_be_removed_is_returned_and_tried_again(
     with monkeypatch.context() as stuck:
         stuck.setattr("os.rename", busy)
         kept = {tmp_path / f"step-0000000{step}": "Device or resource busy" for step in (2, 4)}
-        assert prune(tmp_path, step=6, after=4, keep=1) == kept
+        assert prune(tmp_path, step=6, after=4, keep=Kept(1)) == kept
         with pytest.raises(
             UserError, match=r"step-00000006 is in the way .*Device or resource busy.*by hand"
         ):
             save(FilesOnly(), tmp_path, commit(6), here)
     with monkeypatch.context() as stuck:
         stuck.setattr("shutil.rmtree", busy)
-        left = prune(tmp_path, step=6, after=4, keep=1)
+        left = prune(tmp_path, step=6, after=4, keep=Kept(1))
         assert [path.name[:14] for path in sorted(left)] == [".step-00000002", ".step-00000004"]
-        assert prune(tmp_path, step=6, after=4, keep=1) == left
+        assert prune(tmp_path, step=6, after=4, keep=Kept(1)) == left
     assert published(tmp_path) == [tmp_path / "step-00000006"]
-    assert prune(tmp_path, step=6, after=4, keep=1) == {}
+    assert prune(tmp_path, step=6, after=4, keep=Kept(1)) == {}
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000006"]
 
 
@@ -180,7 +175,7 @@ def test_a_checkpoint_of_the_same_step_gives_way(tmp_path: Path, here: Ranks) ->
     (place / "engine" / WEIGHTS).write_bytes(b"")
     save(FilesOnly(), tmp_path, commit(2), here)
     assert newest_verified(tmp_path, here) == (place, [])
-    assert prune(tmp_path, step=2, after=0, keep=1) == {}
+    assert prune(tmp_path, step=2, after=0, keep=Kept(1)) == {}
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
@@ -251,17 +246,17 @@ def test_a_kill_while_saving_leaves_the_older_one(
 ) -> None:
     """Broken off at each of the labelled points, the folder still offers the step before."""
     older = save(FilesOnly(), tmp_path, commit(2), here)
-    for point in ("_checked_in", "_write_durably", "_sync_folder"):
+    for point in ("torch_save", "_leave_list", "_write_durably", "_sync_folder"):
         with monkeypatch.context() as broken:
 
             def die(*_: object) -> None:
                 raise KeyboardInterrupt
 
-            broken.setattr(checkpoint, point, die)
+            broken.setattr(saving_module, point, die)
             with pytest.raises(KeyboardInterrupt):
                 save(FilesOnly(), tmp_path, commit(4), here)
         assert newest_verified(tmp_path, here) == (older, [])
-    prune(tmp_path, step=2, after=2, keep=1)
+    prune(tmp_path, step=2, after=2, keep=Kept(1))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
@@ -304,14 +299,14 @@ def test_what_would_change_the_numbers_is_refused() -> None:
 
 
 def test_a_checkpoint_of_another_version_is_refused_in_words(tmp_path: Path, here: Ranks) -> None:
-    """From before the sums of weights were two more: 5 in place of 7."""
-    older = commit(2, sums=(0.1, 1 / 3, 0.0, 0.0, 5.0))
+    """From before the sums of weights were two more, and those of the balance were there: 5 in place of 9."""
+    older = commit(2, sums=((0.1, 1 / 3, 0.0, 0.0, 5.0),))
     place = save(FilesOnly(), checkpoints_in(tmp_path), older, here)
-    now = commit(0, sums=tuple(no_sums(here.device).tolist()))
+    now = commit(0, sums=(tuple(no_sums(here.device).tolist()),))
     named = Config()
     named.train.resume = str(place)
     for config in (Config(), named):
-        with pytest.raises(CheckpointError, match=r"step-00000002 was .* carries 5 .* version has 7; go on"):
+        with pytest.raises(CheckpointError, match=r"step-00000002 was .* carries 5 .* version has 9; go on"):
             choose_start(tmp_path, config, now, here)
 
 
@@ -328,10 +323,70 @@ def test_the_schedule_may_change_ahead_only() -> None:
     assert first_other_rate(course(), course(learning_rate=0.2), 10) == 1
 
 
+def test_a_store_that_grew_changes_the_turns_of_its_mixture() -> None:
+    """Which follow from how many rows the stores have; with equal rows they are a setting like any other."""
+    place = Path("step-00000005")
+
+    def mixed(turns: int, digest: str, **changes: Any) -> Commit:
+        data = {"mixture": {"a": {"turns": turns, "streams": 4, **changes}, "b": {"turns": 9}}}
+        numbers = {**NUMBERS, "data": data}
+        settings = {"numbers": numbers, "bits": {}, "course": course()}
+        return commit(5, settings=settings, store_digest=digest * 64)
+
+    then = mixed(7, "a")
+    allowed = check_fits(then, mixed(8, "c", streams=5), place, allow=["store"])
+    assert "data.mixture.a.streams 4 -> 5; data.mixture.a.turns 7 -> 8" in allowed["store"]
+    with pytest.raises(CheckpointError, match=r"data\.mixture\.a\.turns 7 -> 8"):
+        check_fits(then, mixed(8, "a"), place, allow=["store"])
+    with pytest.raises(CheckpointError, match=r"data\.mixture\.a\.window None -> 3"):
+        check_fits(then, mixed(8, "c", window=3), place, allow=["store"])
+
+
+def test_what_may_change_is_what_is_allowed(tmp_path: Path, here: Ranks) -> None:
+    """Each kind by itself; the refusal names the key that would let it pass."""
+    place = Path("step-00000005")
+    with_objective = {**NUMBERS, "objective": {"kd_weight": 1.0}}
+    of_objective = {**NUMBERS, "objective": {"kd_weight": 0.5}}
+    begun = commit(5, settings={"numbers": with_objective, "bits": {}, "course": course()})
+    changes = {
+        "schedule": {"settings": {**begun.settings, "course": course(learning_rate=0.2)}},
+        "objective": {"settings": {**begun.settings, "numbers": of_objective}},
+        "store": {"settings": begun.settings, "store_digest": "c" * 64},
+    }
+    told = {"schedule": "learning_rate 0.1 -> 0.2", "objective": "objective.kd_weight 1.0 -> 0.5"}
+    told["store"] = f"store digest {begun.store_digest[:12]} -> {'c' * 12}"
+    for kind, change in changes.items():
+        now = commit(0, **change)
+        others = [other for other in changes if other != kind]
+        with pytest.raises(CheckpointError, match=rf"train\.allow=\[{kind}\]"):
+            check_fits(begun, now, place, allow=others)
+        assert check_fits(begun, now, place, allow=list(changes)) == {kind: told[kind]}
+        assert check_fits(begun, commit(0, settings=begun.settings), place, allow=list(changes)) == {}
+    other_kind = commit(0, **changes["store"], store_kind="longer rows")
+    with pytest.raises(CheckpointError, match=r"of another kind .* must be the same"):
+        check_fits(begun, other_kind, place, allow=["store"])
+    seed = {**begun.settings, "numbers": {**of_objective, "train": {**NUMBERS["train"], "seed": 1}}}
+    with pytest.raises(CheckpointError, match=r"train\.seed 0 -> 1"):
+        check_fits(begun, commit(0, settings=seed), place, allow=list(changes))
+
+    # Sums of two objectives have no mean, and rows of another store other numbers.
+    save(FilesOnly(), checkpoints_in(tmp_path), replace(begun, skipped_rows=(3,)), here)
+    config = Config()
+    config.train.allow = list(changes)
+    config.train.skip_damaged_rows = 1
+    for kind in changes:
+        now = commit(0, **changes[kind], sums=((0.0,) * len(begun.sums[0]),))
+        start = choose_start(tmp_path, config, now, here)
+        assert start.commit is not None and start.allowed == (told[kind],)
+        assert (start.commit.sums == now.sums) == (kind == "objective")
+        assert start.commit.skipped_rows == (() if kind == "store" else (3,))
+        assert told[kind] in start.remarks[0]
+
+
 def test_a_mixture_that_is_not_read_may_change() -> None:
     def settings(**changes: Any) -> dict[str, Any]:
         objective = replace(objective_of(Config().objective), **changes)
-        return settings_of(Config(), objective, impl="torch")
+        return settings_of(Config(), objective, impl="torch", student_content=None, order={})
 
     place = Path("step-00000005")
     check_fits(commit(5, settings=settings()), commit(0, settings=settings(mixture=0.5)), place)
@@ -348,7 +403,9 @@ def test_further_keys_of_deepspeed_change_the_numbers_and_buckets_only_bits() ->
         config = Config()
         for key, value in engine.items():
             setattr(config.engine, key, value)
-        return settings_of(config, objective_of(config.objective), impl="torch")
+        return settings_of(
+            config, objective_of(config.objective), impl="torch", student_content=None, order={}
+        )
 
     plain = settings()
     place = Path("step-00000005")
@@ -363,9 +420,36 @@ def test_settings_that_json_has_no_words_for_come_back_as_they_are(tmp_path: Pat
     """Some models' configurations hold infinity, and numbers for keys."""
     config = Config()
     config.student.config = {"time_step_limit": [0.0, float("inf")], "id2label": {0: "no"}, "large": 2**70}
-    settings = settings_of(config, objective_of(config.objective), impl="torch")
+    settings = settings_of(
+        config, objective_of(config.objective), impl="torch", student_content=None, order={}
+    )
     settings["numbers"]["engine"] |= NUMBERS["engine"]
     rows = settings["numbers"]["train"]["global_batch_rows"]
     place = save(FilesOnly(), tmp_path, commit(2, settings=settings, rows_consumed=2 * rows), here)
     assert read_commit(place).settings == settings
     check_fits(read_commit(place), commit(0, settings=settings), place)
+
+
+def test_a_student_is_known_by_its_content() -> None:
+    def settings(path: str | None, content: str | None, **student: Any) -> dict[str, Any]:
+        config = Config()
+        config.student.path, config.student.config = path, student
+        return settings_of(
+            config, objective_of(config.objective), impl="torch", student_content=content, order={}
+        )
+
+    place = Path("step-00000005")
+    was = commit(5, settings=settings("models/a", "a" * 64))
+    check_fits(was, commit(0, settings=settings("/elsewhere/b", "a" * 64)), place)
+    with pytest.raises(CheckpointError, match=r"than student\.path=models/a holds now \(content aaaa.*bbbb"):
+        check_fits(was, commit(0, settings=settings("models/a", "b" * 64)), place)
+    with pytest.raises(CheckpointError, match=r"student\.config\.model_type None -> llama; student\.cont"):
+        check_fits(was, commit(0, settings=settings(None, None, model_type="llama")), place)
+    # Of a version that recorded the path alone: nobody knows what it held.
+    older = settings("models/a", None)
+    older["numbers"]["student"] = {"path": "models/a", "revision": None, "config": {}}
+    with pytest.raises(CheckpointError, match=r"older version .* what student\.path=models/a held"):
+        check_fits(commit(5, settings=older), commit(0, settings=settings("models/a", "a" * 64)), place)
+    of_config = settings(None, None)
+    of_config["numbers"]["student"] = {"path": None, "revision": None, "config": {}}
+    check_fits(commit(5, settings=of_config), commit(0, settings=settings(None, None)), place)

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from saving import save
 
 from sparsekd.logit_store.json_text import signed_json
 from sparsekd.trainer.config.schema import Config, LaunchConfig
 from sparsekd.trainer.run.errors import CheckpointError
 from sparsekd.trainer.run.ranks import Ranks, ranks
-from sparsekd.trainer.state.checkpoint import newest_verified, published, save, verify
+from sparsekd.trainer.state.checkpoint import newest_verified, published, verify
 from sparsekd.trainer.state.record import (
     COMMIT_NAME,
     RECORD_BYTES,
@@ -49,7 +50,7 @@ def commit_of(step: int) -> Commit:
         step=step,
         rows_consumed=8 * step,
         tokens=80 * step,
-        sums=(0.5, 1.0),
+        sums=((0.5, 1.0),),
         world_size=1,
         threads_per_rank=1,
         store_digest="a" * 64,
@@ -70,7 +71,7 @@ class Engine:
     def save_checkpoint(self, folder: str, *, tag: str, save_latest: bool) -> None:
         for name in engine_files(1, zero_stage=1, dtype="float32"):
             if name != self.left_out:
-                (Path(folder) / name).write_bytes(name.encode() * 9)
+                self.checkpoint_engine.save({"name": name}, f"{folder}/{name}")
 
 
 @pytest.fixture
@@ -170,7 +171,9 @@ def test_the_files_of_thousands_of_ranks_fit_into_a_record(tmp_path: Path) -> No
         name: FileRecord(2**40, 2**32 - 1) for name in engine_files(4_000, zero_stage=3, dtype="float32")
     }
     settings = {**SETTINGS, "numbers": numbers}
-    commit = replace(commit_of(8), world_size=4_000, settings=settings, files=files)
+    commit = replace(
+        commit_of(8), world_size=4_000, sums=((0.5, 1.0),) * 4_000, settings=settings, files=files
+    )
     place = tmp_path / step_name(8)
     place.mkdir()
     data = commit_bytes(commit, place)

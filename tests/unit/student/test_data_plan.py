@@ -3,25 +3,44 @@
 import random
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from sparsekd.trainer.data.order import (
+    GlobalOrder,
     batch_shape,
     heldout_rows,
     micro_batches,
     mix64,
     mixed_seed,
     permuted,
-    row_at,
     step_rows,
 )
 from sparsekd.trainer.run.errors import ConfigError
 
 
+def permutation(size: int, key: int) -> list[int]:
+    return [int(place) for place in permuted(np.arange(size, dtype=np.uint64), size=size, key=key)]
+
+
+def row_at(position: int, *, rows: int, seed: int) -> int:
+    return GlobalOrder(rows, seed).places(position, 1)[0].row
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 16, 17, 97, 256, 1000, 1009])
 def test_permutation_is_bijective(size: int) -> None:
     for key in (0, 1, mixed_seed(3, 4)):
-        assert sorted(permuted(index, size=size, key=key) for index in range(size)) == list(range(size))
+        assert sorted(permutation(size, key)) == list(range(size))
+
+
+def test_many_permutations_at_once_are_each_its_own() -> None:
+    """Sizes and keys of their own, as windows have."""
+    sizes = np.array([1, 2, 3, 5, 16, 17, 64, 1000, 2**40, 7], np.uint64)
+    keys = np.array([mixed_seed(number, 1) for number in range(10)], np.uint64)
+    together = permuted(sizes - np.uint64(1), size=sizes, key=keys)
+    for number, (size, key) in enumerate(zip(sizes, keys, strict=True)):
+        alone = permuted(np.array([size - np.uint64(1)]), size=int(size), key=int(key))
+        assert together[number] == alone[0] < size
 
 
 def test_order_is_pinned() -> None:
@@ -48,14 +67,14 @@ def test_order_looks_uniform() -> None:
     """Chi-square of where the first position lands, over keys; two rounds instead of six fail this."""
     size, keys = 64, 6400
     for index in (0, 1, 37):
-        counts = [0] * size
-        for seed in range(keys):
-            counts[permuted(index, size=size, key=mixed_seed(seed, 0))] += 1
+        seeds = np.array([mixed_seed(seed, 0) for seed in range(keys)], np.uint64)
+        places = permuted(np.full(keys, index, np.uint64), size=size, key=seeds)
+        counts = np.bincount(places.astype(int), minlength=size).tolist()
         chi_square = sum((count - keys / size) ** 2 / (keys / size) for count in counts)
         # 63 degrees of freedom: mean 63, standard deviation 11.2; six deviations away is no chance.
         assert chi_square < 63 + 6 * 11.2
     # Neighbours stay neighbours as rarely as chance has it.
-    order = [permuted(index, size=4096, key=9) for index in range(4096)]
+    order = permutation(4096, 9)
     assert sum(abs(a - b) == 1 for a, b in pairwise(order)) < 12
 
 
@@ -67,12 +86,13 @@ def test_ranks_and_micro_batches_share_out_the_same_rows() -> None:
         seen: list[int] = []
         for step in range(10):
             parts = [
-                micro_batches(step * 24, shape, rank=rank, rows=rows, seed=seed) for rank in range(world_size)
+                micro_batches(step * 24, shape, GlobalOrder(rows, seed), rank=rank)
+                for rank in range(world_size)
             ]
             assert all(len(part) == shape.accumulation for part in parts)
             assert all(len(batch) == micro_rows for part in parts for batch in part)
-            joined = [row for part in parts for batch in part for row in batch]
-            assert joined == step_rows(step * 24, shape, rows=rows, seed=seed)
+            joined = [place.row for part in parts for batch in part for place in batch]
+            assert joined == step_rows(step * 24, shape, GlobalOrder(rows, seed))
             seen += joined
         assert seen == whole
 
@@ -89,8 +109,8 @@ def test_random_stops_do_not_change_the_stream() -> None:
             )
             for _ in range(chance.randint(0, 7)):
                 for rank in range(world_size):
-                    for batch in micro_batches(consumed, shape, rank=rank, rows=rows, seed=3):
-                        seen += batch
+                    for batch in micro_batches(consumed, shape, GlobalOrder(rows, 3), rank=rank):
+                        seen += [place.row for place in batch]
                 consumed += 12
         assert seen == [row_at(position, rows=rows, seed=3) for position in range(consumed)]
         for epoch in range(consumed // rows):
@@ -110,6 +130,6 @@ def test_uneven_batch_is_refused(global_rows: int, micro_rows: int, world_size: 
 
 
 def test_heldout_rows_are_spread_and_within() -> None:
-    assert heldout_rows(wanted=4, rows=100) == [0, 25, 50, 75]
+    assert heldout_rows(wanted=4, rows=100) == [0, 33, 66, 99]
     assert heldout_rows(wanted=64, rows=3) == [0, 1, 2]
     assert heldout_rows(wanted=0, rows=3) == []

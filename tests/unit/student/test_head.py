@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from source_rows import with_records
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -69,7 +70,7 @@ def settings(kd_weight: float = 0.5, softcap: float | None = None) -> LossSettin
 
 def batch(count: int = 2, counting: int | None = None) -> MicroBatch:
     rest = rest_formula_of(settings().objective, MANIFEST)
-    return micro_batch(synthetic_rows(MANIFEST, count, seed=5), rest=rest, counting=counting)
+    return micro_batch(with_records(synthetic_rows(MANIFEST, count, seed=5), rest), counting=counting)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -86,7 +87,7 @@ def test_the_swap_keeps_the_parameter(tied: bool) -> None:
 
 def test_the_loss_is_that_of_the_model_s_own_logits() -> None:
     student, some = Student(llama(), settings(kd_weight=0.0)), batch()
-    loss, parts = student(some)
+    loss, parts, _ = student(some)
     logits = student.model(some.token_ids, position_ids=some.position_ids, use_cache=False).logits
     own = logits.reshape(-1, 104)[some.positions, :VOCABULARY].double()
     ce = nn.functional.cross_entropy(own, some.labels, reduction="none", ignore_index=-100) * some.ce_weights
@@ -119,7 +120,7 @@ def test_the_head_sees_the_positions_that_count(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(
         head_module, "sparse_kd_loss", lambda *a, **k: seen.append(a[0].shape) or original(*a, **k)
     )
-    loss, parts = student(some)
+    loss, parts, _ = student(some)
     loss.backward()
     assert seen == [(len(some.positions), 32)]
     found = {name: value.grad.clone() for name, value in student.named_parameters()}
@@ -191,7 +192,7 @@ def test_few_recorded_positions_are_together_all_of_them(ce_weight: float) -> No
 
     def gradients(some: MicroBatch) -> list[Tensor]:
         student.zero_grad()
-        loss, _ = student(some)
+        loss = student(some).loss
         (loss / some.weight_sum).backward()
         return [loss.detach() / some.weight_sum, *(value.grad.clone() for value in student.parameters())]
 
@@ -209,7 +210,7 @@ def test_a_micro_batch_of_padding_has_a_loss_of_0_and_gradients_of_0(impl: str, 
     none = batch(counting=0)
     assert len(none.positions) == 0
     student = Student(llama(), replace(settings(kd_weight), impl=impl))
-    loss, parts = student(none)
+    loss, parts, _ = student(none)
     assert loss.item() == 0 and parts.tolist() == [0, 0, 0]
     loss.backward()
     for name, value in student.named_parameters():
@@ -260,7 +261,7 @@ def test_documents_in_a_row_do_not_see_one_another() -> None:
     """And either of the two mistakes that would let them is seen: a mask of ones, or the default cache."""
     model = llama(initializer_range=0.5).eval()
     row = packed_row()
-    one = micro_batch([row], rest=None)
+    one = micro_batch(with_records([row], None))
     decoder, _ = decoder_and_head(model)
     packed = segment_logits(model, row, hidden_states(decoder, one.token_ids, one.position_ids))
     assert largest_difference(packed, alone(model, row)) < 1e-4

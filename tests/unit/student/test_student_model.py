@@ -56,7 +56,7 @@ def test_a_configuration_takes_the_store_s_vocabulary(stored: Path) -> None:
 
 def test_a_smaller_vocabulary_is_refused(stored: Path) -> None:
     with pytest.raises(
-        ModelError, match=r"vocabulary of 96, but .* 97 ids.*leave student\.config\.vocab_size out"
+        ModelError, match=r"has 96 vocabulary entries, but .* 97 ids.*leave student\.config\.vocab_size out"
     ):
         check(StudentConfig(config={**SIZES, "vocab_size": 96}), stored)
 
@@ -105,3 +105,29 @@ def test_a_field_that_the_model_type_does_not_know_is_refused(stored: Path) -> N
         check(StudentConfig(config={**SIZES, "num_layers": 1}), stored)
     # Consumed by transformers under another name, so it has an effect.
     check(StudentConfig(config={**SIZES, "rope_theta": 5e5}), stored)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("qwen3_moe", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}),
+        ("mixtral", {"head_dim": 16}),
+        ("phi3", {"partial_rotary_factor": 0.5}),
+    ],
+)
+def test_a_field_that_the_model_reads_is_taken_though_its_class_has_none(
+    model_type: str, fields: dict[str, Any], stored: Path
+) -> None:
+    """What the model is made of decides, and the misspelt neighbour is refused as before."""
+    student = {**SIZES, "model_type": model_type, **fields}
+    check(StudentConfig(config=student), stored)
+    with pytest.raises(ModelError, match=r"student\.config\.num_layers .* did you mean num_hidden_layers"):
+        check(StudentConfig(config={**student, "num_layers": 1}), stored)
+
+
+def test_the_field_reaches_the_model() -> None:
+    fields = {**SIZES, "model_type": "qwen3_moe", "num_experts": 4, "head_dim": 16}
+    source = student_source(StudentConfig(config=fields), TOKENIZER)
+    model = load_causal_lm(source, "student", dtype=torch.float32)
+    assert model.get_parameter("model.layers.0.self_attn.q_norm.weight").shape == (16,)
+    assert type(model.config).__module__.startswith("transformers.")

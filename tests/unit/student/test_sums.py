@@ -24,6 +24,7 @@ def batch(ce_weights: list[float], kd_weights: list[float]) -> MicroBatch:
         kd_weights=torch.tensor(kd_weights),
         targets=None,
         weight_sum=torch.tensor(ce_weights).sum(),
+        routed=ids == 0,
     )
 
 

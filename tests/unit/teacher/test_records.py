@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sparsekd.logit_store.row import Row, TeacherRecord, next_tokens
-from sparsekd.trainer.teacher.capture import missing_units, readable_seconds, tail_mass
+from sparsekd.trainer.teacher.capture import missing_units, shared_order, tail_mass
 from sparsekd.trainer.teacher.deviation import deviation_of
 from sparsekd.trainer.teacher.weights import engine_settings
 
@@ -82,16 +82,6 @@ def test_deviation_finds_the_worst_place_and_knows_infinities() -> None:
     assert deviation_of("log_rest", stored).row == 11
 
 
-def test_durations_are_readable() -> None:
-    assert [readable_seconds(value) for value in (4.4, 89, 90, 1500, 11_100)] == [
-        "4 s",
-        "89 s",
-        "2 min",
-        "25 min",
-        "3 h 05 min",
-    ]
-
-
 def test_missing_units_keep_their_order(tmp_path: object) -> None:
     from pathlib import Path
 
@@ -117,3 +107,14 @@ def test_tail_mass_is_not_what_rounding_leaves() -> None:
 def test_the_settings_of_an_engine_are_read_back() -> None:
     assert engine_settings("transformers attention=sdpa threads=2") == {"attention": "sdpa", "threads": "2"}
     assert engine_settings("transformers") == {}
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 3, 8])
+def test_jobs_of_an_array_begin_with_units_of_their_own_and_leave_none_out(jobs: int) -> None:
+    units = [("train", shard) for shard in range(17)]
+    orders = [shared_order(units, job, jobs) for job in range(jobs)]
+    assert all(sorted(order) == units for order in orders)
+    # Side by side until all are done: each unit once.
+    done = [unit for turn in zip(*orders, strict=True) for unit in turn][: len(units) // jobs * jobs]
+    assert len(set(done)) == len(done)
+    assert jobs > 1 or orders == [units]

@@ -1,11 +1,15 @@
 """What is taken where a setting is left open, and what cannot run is refused before the teacher is loaded."""
 
+import sys
+
 import pytest
 import torch
 
 from sparsekd.kernels import teacher
 from sparsekd.kernels.teacher_memory import positions_rule
-from sparsekd.trainer.config.schema import TeacherConfig, options
+from sparsekd.trainer.config.implementation import implementation_that_runs
+from sparsekd.trainer.config.options import options
+from sparsekd.trainer.config.schema import TeacherConfig
 from sparsekd.trainer.run.errors import ConfigError
 from sparsekd.trainer.teacher.settings import resolved_settings
 from sparsekd.trainer.teacher.verify import runnable
@@ -28,6 +32,19 @@ def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ConfigError, match=r"teacher\.impl=triton needs a GPU and the package triton, but"):
         resolved_settings(TeacherConfig(impl="triton"), CPU, 50257)
+
+
+def test_a_gpu_without_the_package_triton_is_told_before_the_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    gpu = torch.device("cuda")
+    assert implementation_that_runs("auto", gpu, key="objective.impl") == "torch"
+    with pytest.raises(
+        ConfigError, match=r"objective\.impl=triton needs .* the package is not installed; use"
+    ):
+        implementation_that_runs("triton", gpu, key="objective.impl")
 
 
 def test_a_store_of_a_gpu_is_verified_without_one(

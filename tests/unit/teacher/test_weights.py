@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from sparsekd.trainer.config.schema import TeacherConfig
+from sparsekd.trainer.models.weights import model_folder, weights_digest
 from sparsekd.trainer.run.errors import ModelError
-from sparsekd.trainer.teacher.weights import model_folder, teacher_identity, teacher_name, weights_digest
+from sparsekd.trainer.teacher.weights import teacher_identity, teacher_name
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
@@ -45,7 +46,7 @@ def test_problems_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"holds no \*\.safetensors and no \*\.bin"):
         weights_digest(write(tmp_path / "a", {"config.json": b"{}"}))
     with pytest.raises(ModelError, match=r"has no config\.json"):
-        model_folder(str(write(tmp_path / "b", {"x": b""})), None)
+        model_folder(str(write(tmp_path / "b", {"x": b""})), None, key="teacher")
 
 
 def test_identity_holds_what_decides_bits_and_no_place(tmp_path: Path) -> None:

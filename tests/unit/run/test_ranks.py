@@ -6,7 +6,7 @@ import pytest
 
 from sparsekd.trainer.config.schema import LaunchConfig
 from sparsekd.trainer.run.errors import UserError
-from sparsekd.trainer.run.ranks import gpu_index, ranks
+from sparsekd.trainer.run.ranks import agree, broadcast_object, gather, gpu_index, on_first, ranks, together
 
 
 def test_a_rank_takes_its_own_gpu_or_the_only_one_that_slurm_shows_it() -> None:
@@ -35,3 +35,26 @@ def test_a_job_that_is_started_after_one_of_this_process_does_not_meet_at_its_po
     with pytest.raises(ZeroDivisionError), ranks(LaunchConfig(device="cpu"), timeout_minutes=1):
         raise ZeroDivisionError
     assert dict(os.environ) == before
+
+
+def test_no_action_of_one_rank_holds_a_collective() -> None:
+    """Where it failed before it on one rank, the others would wait in it for the whole time-out."""
+    with ranks(LaunchConfig(device="cpu"), timeout_minutes=1) as here:
+        for inner in (
+            lambda: broadcast_object(1),
+            lambda: agree(None),
+            lambda: gather(here, int),
+            lambda: on_first(here, int),
+            lambda: together(here, int),
+        ):
+            for outer in (together, gather, on_first):
+                with pytest.raises(RuntimeError, match="A collective inside of an action"):
+                    outer(here, inner)
+        assert gather(here, lambda: 7) == [7] and on_first(here, lambda: None) is None
+        with pytest.raises(UserError, match="mine"):
+            on_first(here, lambda: refuse("mine"))
+        assert together(here, lambda: 3) == 3
+
+
+def refuse(text: str) -> None:
+    raise UserError(text)

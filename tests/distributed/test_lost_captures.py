@@ -1,0 +1,60 @@
+"""A capture one of whose ranks is killed: a survivor names it, and the same command makes the same store."""
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from soak_capture import Captures, Pass, files_of
+from soak_jobs import Server
+
+pytestmark = pytest.mark.distributed
+
+SHAPE = Pass(5, 7, "tkq8")
+
+
+@pytest.fixture(scope="module")
+def captures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Captures]:
+    server = Server()
+    yield Captures(tmp_path_factory.mktemp("captures") / "all", server)
+    server.end()
+
+
+@pytest.mark.parametrize("killed", [0, 1, 2])
+def test_a_killed_rank_is_named_once_and_the_same_command_goes_on(captures: Captures, killed: int) -> None:
+    run = captures.run(f"killed-{killed}", SHAPE, 1)
+    run.note()
+    job = run.start(3)
+    while not run.is_reached("steps", 3) and not job.is_over():
+        time.sleep(0.005)
+    job.send(signal.SIGKILL, killed)
+    assert job.wait(60)
+    assert job.codes == [-signal.SIGKILL if rank == killed else 2 for rank in range(3)], run.said()
+    assert "Traceback" not in run.said()
+    sentences = [line for line in run.said().splitlines() if line.startswith("sparsekd capture: ")]
+    assert len(sentences) == 1, run.said()
+    assert f"Rank {killed} (process {job.pids[killed]} on " in sentences[0]
+    assert "died without a word" in sentences[0] and "captures what is missing" in sentences[0]
+    again = run.start(2)
+    assert again.wait(60) and again.codes == [0, 0], run.said()
+    assert files_of(run.folder) == captures.quiet(SHAPE)[0]
+
+
+def test_the_judge_sees_what_is_wrong(captures: Captures, tmp_path: Path) -> None:
+    """Of a store; else a soak would find nothing whatever happens."""
+    run = captures.run("judged", SHAPE, 1)
+    assert run.start(1).wait(60)
+    assert run.problems_of_run({1}) == []
+    shard, left = run.folder / "shards/train/000/000001.arrow", run.folder / "shards/train/.tmp-1-a"
+    content = bytearray(shard.read_bytes())
+    left.write_bytes(b"")
+    assert run.problems_of_run({1}) == ["shards/train/.tmp-1-a is left"]
+    left.unlink()
+    shard.rename(tmp_path / "shard")
+    assert any(problem == "it lacks shards/train/000/000001.arrow" for problem in run.problems_of_run({1}))
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    wrong = run.problems_of_run({1})
+    assert any("store verify ended with [2]" in problem for problem in wrong)
+    assert wrong[-1] == "shards/train/000/000001.arrow is another than in a quiet pass"

@@ -1,0 +1,115 @@
+"""The settings of a corpus, and what can be wrong with them."""
+
+import re
+from dataclasses import dataclass
+
+from sparsekd.trainer.config.option import option
+from sparsekd.trainer.run.errors import ConfigError
+
+
+@dataclass
+class CorpusConfig:
+    format: str = option(
+        "text", "What the paths hold (docs/data.md).", choices=("text", "jsonl", "csv", "parquet", "dataset")
+    )
+    paths: list[str] = option(
+        [], "Files, folders or glob patterns; with format=dataset, saved dataset folders or hub names."
+    )
+    include: str = option(
+        "*",
+        "Pattern of file names taken from folders, searched recursively; hidden files are taken by name "
+        "only, and .gz, .zst, .bz2 or .xz may stand behind the name.",
+    )
+    exclude: list[str] = option([], "Patterns of paths inside folders that are left out, such as '*/test/*'.")
+    sample_by: str = option(
+        "document",
+        "With format=text, what one document is: document, a whole file; paragraph, the text between blank "
+        "lines; line (the names of Hugging Face's reader of text).",
+        choices=("document", "paragraph", "line"),
+    )
+    separator: str | None = option(
+        None,
+        r"With format=text: what stands between the documents of a file, such as <|endoftext|> or \n---\n "
+        r"(\n: a line break), instead of corpus.sample_by.",
+    )
+    text_field: str = option(
+        "text", "Field or column that holds a document's text; a.b is field b of the record in field a."
+    )
+    delimiter: str | None = option(
+        None, r"With format=csv: what stands between cells (\t: a tab); null goes by the name, .tsv or not."
+    )
+    weight_field: str | None = option(
+        None,
+        "Field or column that holds a document's weight in the loss, a number of 0 or more (0 leaves its "
+        "tokens out of the loss); null weighs all alike. Held-out figures are unweighted.",
+    )
+    dataset_config: str | None = option(None, "Configuration name of a hub dataset.")
+    dataset_split: str = option("train", "Split that is read from a dataset.")
+    max_documents: int | None = option(None, "Take only the first so many documents.", minimum=1)
+    tokenizer: str | None = option(None, "Tokenizer folder or hub name; usually the teacher's.")
+    tokenizer_revision: str | None = option(None, "Revision of a hub tokenizer.")
+    train_vocabulary_size: int | None = option(
+        None,
+        "Train a byte-level BPE tokenizer with so many entries on the training split instead.",
+        minimum=257,
+    )
+    split_special_tokens: bool = option(
+        True,
+        "Text that spells a special token stays text; false makes it the control token, as text that a chat "
+        "template wrote needs it (Hugging Face's name for it).",
+    )
+    allow: list[str] = option(
+        [], "What `prepare` would refuse: json, text files that are JSON.", choices=("json",)
+    )
+    sequence_length: int = option(1024, "Tokens in one packed row.", minimum=2)
+    heldout_fraction: float = option(
+        0.02, "Share of the documents held out, chosen by content hash.", minimum=0.0, maximum=0.9
+    )
+    seed: int = option(0, "Seed of the held-out choice.", minimum=0)
+
+
+def check_corpus(corpus: CorpusConfig) -> None:
+    """Checks what does not depend on the files.
+
+    Raises:
+        ConfigError: naming keys, values and what is legal.
+    """
+    if corpus.weight_field is not None and corpus.format == "text":
+        raise ConfigError(
+            f"corpus.weight_field={corpus.weight_field} with corpus.format=text: a text file has no fields; "
+            "use jsonl, csv, parquet or dataset, or leave corpus.weight_field away."
+        )
+    if corpus.sample_by != "document" or corpus.separator is not None:
+        cut = "sample_by" if corpus.separator is None else "separator"
+        found = f"corpus.{cut}={getattr(corpus, cut)}"
+        if corpus.format != "text":
+            raise ConfigError(
+                f"{found} with corpus.format={corpus.format}: there each record is a document; leave "
+                f"corpus.{cut} away, or use corpus=text."
+            )
+        if corpus.sample_by != "document" and corpus.separator is not None:
+            raise ConfigError(
+                f"{found} and corpus.sample_by={corpus.sample_by} both say where documents end; set one."
+            )
+        if corpus.separator == "":
+            raise ConfigError(
+                "corpus.separator is empty, expected text; null cuts files by corpus.sample_by."
+            )
+    if corpus.delimiter is not None:
+        if corpus.format != "csv":
+            raise ConfigError(
+                f"corpus.delimiter={corpus.delimiter} with corpus.format={corpus.format}: only csv has "
+                "cells; use corpus=csv, or leave corpus.delimiter away."
+            )
+        delimiter = with_escapes(corpus.delimiter)
+        if len(delimiter) != 1 or delimiter in '"\r\n':
+            raise ConfigError(
+                f"corpus.delimiter={corpus.delimiter!r}, expected one character other than a quote or a line "
+                r"break, such as ; or | or \t for a tab."
+            )
+
+
+def with_escapes(text: str) -> str:
+    r"""Text in which `\n`, `\r`, `\t` and `\\` stand for a line break, a return, a tab and a backslash."""
+    meaning = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nrt\\])", lambda found: meaning[found[1]], text)

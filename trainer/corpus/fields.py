@@ -1,0 +1,108 @@
+"""The fields of one record: a line of JSON, a row of a table. A name with dots leads into inner records."""
+
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+from sparsekd.trainer.config.corpus import CorpusConfig
+from sparsekd.trainer.run.errors import DataError
+
+MOST_NAMES = 20
+"""Names that a message lists."""
+
+
+def lookup(record: Mapping[str, Any], name: str) -> Any:
+    """The value of a field, `a.b` meaning field `b` of the record in field `a`.
+
+    A field whose own name has the dot wins; a record that is null has null fields.
+
+    Raises:
+        KeyError: There is no such field.
+    """
+    if name in record:
+        return record[name]
+    end = name.rfind(".")
+    while end > 0:  # the longest name of its own first
+        inner = record.get(name[:end], "")
+        if inner is None:
+            return None
+        if isinstance(inner, Mapping):
+            try:
+                return lookup(inner, name[end + 1 :])
+            except KeyError:
+                pass
+        end = name.rfind(".", 0, end)
+    raise KeyError(name)
+
+
+def text_and_weight(
+    record: Mapping[str, Any], config: CorpusConfig, where: str, kind: str
+) -> tuple[str, float]:
+    """The text of a record, null counting as empty, and its weight (float32; 1 where none is configured).
+
+    Raises:
+        DataError: A field is not there, or holds something else.
+    """
+    text = _value(record, config, "text_field", where, kind)
+    if text is None:
+        text = ""
+    if not isinstance(text, str):
+        raise DataError(
+            f"{where}: {config.text_field!r} is of type {type(text).__name__}, expected text; "
+            "set corpus.text_field to the field that holds the text."
+        )
+    if config.weight_field is None:
+        return text, 1.0
+    value = _value(record, config, "weight_field", where, kind)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            weight = struct.unpack("<f", struct.pack("<f", value))[0]
+        except OverflowError:
+            weight = math.inf
+        if math.isfinite(weight) and weight >= 0:
+            return text, weight
+    raise DataError(
+        f"{where}: {config.weight_field!r} is {value!r}, expected a finite number, 0 or more; mend it, or "
+        "leave corpus.weight_field away to weigh all documents alike."
+    )
+
+
+def require_fields(found: Mapping[str, Any], config: CorpusConfig, where: str, kind: str) -> None:
+    """Checks that a table has the columns that are asked for.
+
+    Args:
+        found: Columns by name; one of records maps to its own fields in turn, any other to anything.
+        config: What is asked for.
+        where: The table, for the message.
+        kind: What the message calls a field.
+
+    Raises:
+        DataError: One is missing; the message names its key.
+    """
+    for key in ("text_field", "weight_field"):
+        if getattr(config, key) is not None:
+            _value(found, config, key, where, kind)
+
+
+def _value(record: Mapping[str, Any], config: CorpusConfig, key: str, where: str, kind: str) -> Any:
+    name = getattr(config, key)
+    try:
+        return lookup(record, name)
+    except KeyError:
+        names = sorted(_names(record)) if kind == "field" else _names(record)
+        shown = ", ".join(repr(name) for name in names[:MOST_NAMES])
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        what = key.removesuffix("_field")
+        of = "the fields " if kind == "field" else ""
+        raise DataError(
+            f"{where} has no {kind} {name!r}, found {of}[{shown}]{more}; set corpus.{key} to the {what}'s."
+        ) from None
+
+
+def _names(record: Mapping[str, Any]) -> list[str]:
+    """The names of a record's fields, those of a record in it with a dot."""
+    names = []
+    for name, value in record.items():
+        names += [f"{name}.{inner}" for inner in value] if isinstance(value, Mapping) and value else [name]
+    return names

@@ -1,0 +1,149 @@
+"""A model opened for use: loaded, cut at its head, found fit for a store's tokens, and proved by a probe.
+
+The one way for a teacher, for models that are judged and for those that write. A student is built by its
+engine and passes the same checks there (`check_fit` before, `probe.check_probe` after).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from sparsekd.kernels.objective import HeadTransform
+from sparsekd.logit_store.manifest import Manifest
+from sparsekd.logit_store.places.paths import StorePath
+from sparsekd.logit_store.protocol.reader import LogitStore
+from sparsekd.trainer.models.causal_lm import (
+    DTYPES,
+    ModelSource,
+    decoder_and_head,
+    dense_logits,
+    head_transform,
+    hidden_states,
+    load_causal_lm,
+    load_config,
+)
+from sparsekd.trainer.models.probe import check_probe, probe_rows
+from sparsekd.trainer.run.errors import ModelError
+
+
+class OpenModel(NamedTuple):
+    """A frozen causal language model, cut at its head.
+
+    Attributes:
+        model: The whole of it.
+        decoder: Token ids -> hidden states.
+        head: The linear head; its weight is [V, H].
+        transform: From the head's product to the model's own logits, over the true vocabulary.
+        saved_dtype: In which its weights are saved, where its configuration says so.
+    """
+
+    model: PreTrainedModel
+    decoder: nn.Module
+    head: nn.Linear
+    transform: HeadTransform
+    saved_dtype: torch.dtype | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.head.weight.device
+
+    @property
+    def commit(self) -> str | None:
+        """Of a hub model, where it is known."""
+        return getattr(self.model.config, "_commit_hash", None)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of its weights in the dtype in which they are saved."""
+        return self.model.num_parameters() * (self.saved_dtype or torch.float32).itemsize
+
+
+def open_model(
+    source: ModelSource,
+    key: str,
+    store: LogitStore,
+    *,
+    dtype: str,
+    device: torch.device,
+    remedy: str = "name a model of that tokenizer",
+) -> OpenModel:
+    """Loads a model, checks that it fits a store, and that our logits are its own.
+
+    Args:
+        source: Where it comes from.
+        key: The configuration group with its settings ("teacher" or "student"), for messages.
+        store: With the tokens that it will see.
+        dtype: Of its weights, one of DTYPES.
+        device: Where it goes.
+        remedy: What to do where its vocabulary is too small, the end of the sentence.
+
+    Raises:
+        ModelError: It cannot be loaded, its vocabulary or its length is too small, or the probe shows that
+            its logits or its attention are not what they must be.
+    """
+    # Of the model in memory it is the dtype that was asked for.
+    saved = getattr(load_config(source, key), "dtype", None)
+    model = load_causal_lm(source, key, dtype=DTYPES[dtype])
+    nn.Module.to(model, device)  # transformers' own annotation of .to hides its arguments
+    model.eval().requires_grad_(False)
+    decoder, head = decoder_and_head(model)
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, torch.Tensor)
+    check_fit(
+        model.config,
+        entries=min(head.weight.shape[0], embeddings.shape[0]),
+        manifest=store.manifest,
+        store=store.path,
+        name=source.named,
+        remedy=remedy,
+    )
+    opened = OpenModel(
+        model,
+        decoder,
+        head,
+        head_transform(model.config, store.manifest.tokenizer.vocabulary_size),
+        saved if isinstance(saved, torch.dtype) else None,
+    )
+    with torch.no_grad():
+        rows = probe_rows(store, device)
+        own = model(input_ids=rows.token_ids, position_ids=rows.position_ids, use_cache=False).logits
+        hidden = hidden_states(decoder, rows.token_ids, rows.position_ids)
+        ours = dense_logits(hidden, head, opened.transform)
+    place = source.setting.removesuffix(".path")
+    check_probe(own, ours, rows, key=place, model_name=type(model).__name__)
+    return opened
+
+
+def check_fit(
+    config: PretrainedConfig, *, entries: int, manifest: Manifest, store: StorePath, name: str, remedy: str
+) -> None:
+    """Checks that a model knows every id of a store, and takes rows as long as its.
+
+    A vocabulary padded beyond the tokenizer's is normal: whoever reads the logits leaves the padding out.
+
+    Args:
+        config: The model's configuration.
+        entries: Of its vocabulary.
+        manifest: Of the store.
+        store: The store's place, for messages.
+        name: How the model is named in messages, such as "student.path=models/small".
+        remedy: What to do where its vocabulary is too small, the end of the sentence.
+
+    Raises:
+        ModelError: It has fewer entries than the tokenizer has ids, or takes fewer positions.
+    """
+    tokenizer, length = manifest.tokenizer, manifest.sequence_length
+    if entries < tokenizer.vocabulary_size:
+        raise ModelError(
+            f"{name} has {entries:,} vocabulary entries, but the tokenizer of {store} ({tokenizer.name}) has "
+            f"{tokenizer.vocabulary_size:,} ids; {remedy}."
+        )
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and longest < length:
+        raise ModelError(
+            f"{name} takes at most {longest:,} positions, but the rows of {store} have {length:,}; "
+            f"use a longer model, or prepare again with corpus.sequence_length={longest}."
+        )
