@@ -9,6 +9,7 @@ their shard durable.
 Without --model a small random Llama reads the standard library of Python.
 """
 
+import json
 import os
 import random
 import statistics
@@ -28,14 +29,13 @@ import torch
 from page import command_line, made_by, processor, running_code, table
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
-from verbs import sparsekd
 
+import sparsekd
 from sparsekd.kernels.gemm import plain_precision, prepare_operand, wide_product
 from sparsekd.logit_store.places.paths import store_path
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.writer import create_store, write_shard
 from sparsekd.logit_store.row import Row
-from sparsekd.trainer.config.compose import compose_config
 from sparsekd.trainer.config.schema import TeacherConfig
 from sparsekd.trainer.data.inputs import model_inputs
 from sparsekd.trainer.models.causal_lm import hidden_states
@@ -49,6 +49,9 @@ WANTED = 1.15
 """Our capture over forward and head product, at most, on a CPU."""
 
 SEED = 0
+CHARACTERS = 8
+"""Of text for a token: more than any tokenizer takes of prose."""
+
 BATCHES = 3
 """Micro-batches of a turn of the capture: each is written while the next is computed, the last alone."""
 
@@ -99,44 +102,51 @@ def small_teacher(folder: Path, vocabulary_size: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
+def sample(text: Path | None, characters: int) -> str:
+    """The first characters of a file of text or of JSON lines; without one, of the standard library."""
+    path = text or Path(sysconfig.get_paths()["stdlib"], "argparse.py")
+    found = ""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            found += json.loads(line)["text"] + "\n" if path.suffix == ".jsonl" else line
+            if len(found) >= characters:
+                break
+    return found[:characters]
+
+
 def prepared(root: Path, model: Path | None, text: Path | None, setting: Setting) -> World:
-    """Tokens, a store of them by the public verbs, and the teacher in this process."""
-    tokens, store = root / "tokens", root / "store"
-    library = Path(sysconfig.get_paths()["stdlib"]) / "argparse.py"
-    words = [
-        f"corpus={'jsonl' if text and text.suffix == '.jsonl' else 'text'}",
-        f"corpus.paths=[{text or library}]",
-        f"corpus.sequence_length={setting.length}",
-        "corpus.heldout_fraction=0",
-        f"store.tokens={tokens}",
-        f"store.rows_per_shard={setting.rows}",
-    ]
-    chosen = f"corpus.tokenizer={model}" if model else "corpus.train_vocabulary_size=512"
-    documents = () if text is None else ("corpus.max_documents=40",)
-    sparsekd("prepare", *words, chosen, *documents)
+    """Tokens, a store of them by the public functions, and the teacher beside them."""
+    tokens, store, corpus = root / "tokens", root / "store", root / "corpus.txt"
+    corpus.write_text(sample(text, CHARACTERS * setting.rows * setting.length), encoding="utf-8")
+    sparsekd.prepare(
+        [
+            f"corpus.paths=[{corpus}]",
+            f"corpus.tokenizer={model}" if model else "corpus.train_vocabulary_size=512",
+            f"corpus.sequence_length={setting.length}",
+            "corpus.heldout_fraction=0",
+            f"store.tokens={tokens}",
+            f"store.rows_per_shard={setting.rows}",
+        ]
+    )
     if model is None:
         model = root / "model"
         small_teacher(model, open_store(store_path(str(tokens))).manifest.tokenizer.vocabulary_size)
-    overrides = [
-        f"teacher.path={model}",
-        f"teacher.dtype={setting.dtype}",
-        f"teacher.micro_batch_rows={setting.rows}",
-        f"store.tokens={tokens}",
-        f"store.path={store}",
-        f"store.k={setting.k}",
-        f"store.n={setting.n}",
-        f"store.rows_per_shard={setting.rows}",
-    ]
-    cut = root / "cut"
-    sparsekd("store", "subset", str(tokens), str(cut), "--rows", f"0:{setting.rows}")
-    sparsekd("capture", *overrides, f"store.tokens={cut}")
-    made = open_store(store_path(str(store)))
-    device = torch.device("cpu")
-    config = resolved_settings(
-        compose_config(overrides).teacher, device, made.manifest.tokenizer.vocabulary_size
+    config = sparsekd.compose(
+        [
+            f"teacher.path={model}",
+            f"teacher.dtype={setting.dtype}",
+            f"teacher.micro_batch_rows={setting.rows}",
+            f"store.tokens={tokens}",
+            f"store.path={store}",
+            f"store.k={setting.k}",
+            f"store.n={setting.n}",
+        ]
     )
+    sparsekd.capture(config)
+    made, device = open_store(store_path(str(store))), torch.device("cpu")
+    settings = resolved_settings(config.teacher, device, made.manifest.tokenizer.vocabulary_size)
     rows = [made.read_text("train", index) for index in range(setting.rows)]
-    return World(load_teacher(config, str(model), made, device), config, made, rows)
+    return World(load_teacher(settings, str(model), made, device), settings, made, rows)
 
 
 def ways(world: World, setting: Setting, root: Path) -> dict[str, Callable[[], int]]:
@@ -288,9 +298,9 @@ def markdown(
             "",
             f"{source}; {world.teacher.model.num_parameters():,} parameters in {setting.dtype}, V = "
             f"{size:,}; micro-batches of {setting.rows} x {setting.length} positions, k = {setting.k}, n = "
-            f"{setting.n}, chunks of {world.config.chunk_positions} positions, one thread. Medians (and "
-            f"range) of {setting.rounds} rounds in which all ways take turns; ratios are of one round. A turn of "
-            f"the capture is {BATCHES} micro-batches, each written by a thread of its own while the next is "
+            f"{setting.n}, chunks of {world.config.chunk_positions} positions, one thread. Medians (range) "
+            f"of {setting.rounds} rounds in which all ways take turns; ratios are of one round. A turn of "
+            f"the capture is {BATCHES} micro-batches, each written by a thread while the next is "
             "computed, the last alone. The loops keep the k largest values alone, in memory; ours keeps the "
             "head, the draws, the mass and entropy of the rest, and the true token's log-probability.",
             "",
