@@ -32,7 +32,7 @@ from sparsekd.logit_store.projections import Projection, projections_of
 from sparsekd.logit_store.protocol.layout import INDEX_NAME
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.recover import adopt_orphans
-from sparsekd.logit_store.protocol.writer import committed_shards, create_store
+from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal
 from sparsekd.logit_store.row import Row, TeacherRecord
 from sparsekd.logit_store.spacing import evenly
 from sparsekd.logit_store.tools.inspect import RULE_NOTES
@@ -257,6 +257,7 @@ def _create(
                 f"{missing[0][0]}, shard {missing[0][1]:06d}): run `sparsekd store verify {path} --repair "
                 f"teacher.path={teacher_path} store.tokens={tokens.path}`."
             )
+        seal(path, {split: tokens.shards(split) for split in manifest.splits})  # for its checks
         return manifest, True
     adopted, refused = adopt_orphans(path, manifest, partial(_text, tokens))
     if adopted or refused:
