@@ -337,7 +337,7 @@ class SlurmConfig:
         180, "So long before the time limit the ranks are told to save and leave.", minimum=1, maximum=65535
     )
     array: int = option(
-        1, "capture: so many jobs, each with nodes of its own, share the shards.", minimum=1, maximum=10_000
+        1, "capture: so many jobs, each with nodes of its own, share one store.", minimum=1, maximum=10_000
     )
     extra: list[str] = option([], "Further options for sbatch, such as [--constraint=a100,--exclusive].")
 
