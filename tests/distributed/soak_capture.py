@@ -5,6 +5,7 @@ one start leaves is judged by the store of a pass that nobody disturbed.
 """
 
 import json
+import os
 import signal
 from contextlib import suppress
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ class Capture(Run):
             return "write"
         if self._shards(".json") == SHARDS:
             return "seal"
-        if list(self.folder.glob("work/*/*/join.lease")):
+        if any(place.name == "join.lease" for place in self._leases()):
             return "join"
         return "between units" if self._is_at_work() else "load"
 
@@ -217,17 +218,25 @@ class Capture(Run):
         """How many shards have no commit record."""
         return self._shards(".arrow") - self._shards(".json")
 
+    def _leases(self) -> list[Path]:
+        return [path for path in paths_below(self.folder / "work") if path.suffix == ".lease"]
+
     def held(self) -> set[int]:
         """The processes that hold a unit, a shard that is joined, or the seal."""
         held = set()
-        for place in self.folder.glob("work/**/*.lease"):
+        for place in self._leases():
             with suppress(OSError, ValueError):  # given back, or half there
                 held.add(json.loads(place.read_text())["process"]["pid"])
         return held
 
     def _unnamed(self) -> set[str]:
         """The files that have not their own names yet: those of writers at work, and of dead ones."""
-        return {path.name for path in self.folder.rglob(TEMPORARY_PREFIX + "*")}
+        return {path.name for path in paths_below(self.folder) if path.name.startswith(TEMPORARY_PREFIX)}
+
+
+def paths_below(folder: Path) -> list[Path]:
+    """All files below a folder, in which workers make and remove others meanwhile."""
+    return [Path(inner, name) for inner, _, names in os.walk(folder) for name in names]
 
 
 def files_of(store: Path) -> dict[str, bytes]:

@@ -124,6 +124,7 @@ def _begin(
 ) -> _Begun:
     """Loads the teacher, and makes the store where it is not there; all ranks of the job together."""
     share = together(place, _array_share)
+    watch.end_time = on_first(place, lambda: watch.end_time)  # which one rank asks Slurm for
     tokens = together(place, lambda: open_store(tokens_path))
     vocabulary_size = tokens.manifest.tokenizer.vocabulary_size
     settings = together(place, lambda: resolved_settings(config.teacher, place.device, vocabulary_size))

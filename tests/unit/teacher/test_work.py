@@ -45,7 +45,9 @@ def tree(path: Path) -> dict[str, bytes]:
 
 
 def leases(path: Path) -> list[Path]:
-    return sorted(path.glob("work/**/*.lease"))
+    # Not by a glob, which fails where a worker removes a folder meanwhile.
+    found = [Path(inner, name) for inner, _, names in os.walk(path / "work") for name in names]
+    return sorted(place for place in found if place.suffix == ".lease")
 
 
 def new_store(path: Path) -> Path:
