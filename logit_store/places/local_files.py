@@ -148,7 +148,11 @@ class LocalFiles:
         pass  # nothing is kept
 
     def remove_stale(self, folder: Path) -> None:
-        for path in folder.glob(TEMPORARY_PREFIX + "*"):
+        try:
+            names = os.listdir(folder)
+        except (FileNotFoundError, NotADirectoryError):  # another process may just have removed it
+            return
+        for path in [folder / name for name in names if name.startswith(TEMPORARY_PREFIX)]:
             # What another user left, or lies on a disk that is read-only now, cannot be removed and harms
             # nobody: no reader looks at it.
             with contextlib.suppress(OSError):

@@ -1,56 +1,52 @@
-"""Shards are written by a thread while the next are being made; a failure reaches the one who makes them."""
+"""Files are written by a thread while the next are being made; a failure reaches the one who makes them."""
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable
 from types import TracebackType
 
-from sparsekd.logit_store.manifest import Manifest
-from sparsekd.logit_store.places.paths import StorePath
-from sparsekd.logit_store.protocol.writer import write_shard
-from sparsekd.logit_store.row import Row
-
-Unit = tuple[str, int, Sequence[Row]]
+Write = Callable[[], None]
 
 
 class BackgroundWriter:
-    """Writes shards in the order in which they are put; use it in a `with` block.
+    """Does what writes a shard, or a part of one, in the order in which it is put; use it in a `with` block.
 
-    At most `depth` shards wait while one is written, so that memory holds `depth + 2` with the one being
-    made. After a failure nothing more is written. Leaving the block by an exception drops what waits: a shard
-    is whole or not there, so the same command makes it later.
+    At most `depth` writes wait while one is done, so that memory holds what `depth + 2` of them write, with
+    the one being made. After a failure nothing more is written. Leaving the block by an exception drops what
+    waits: a file is whole or not there, so the same command makes it later.
 
     Args:
-        path: of a store made by `create_store`.
-        manifest: of that store.
-        depth: shards that may wait.
+        depth: writes that may wait.
     """
 
-    def __init__(self, path: StorePath, manifest: Manifest, *, depth: int = 1) -> None:
-        self._path = path
-        self._manifest = manifest
-        self._waiting: queue.Queue[Unit | None] = queue.Queue(maxsize=depth)
+    def __init__(self, *, depth: int = 1) -> None:
+        self._waiting: queue.Queue[Write | None] = queue.Queue(maxsize=depth)
         self._failure: BaseException | None = None
         self._dropped = threading.Event()
         self._thread = threading.Thread(target=self._write, name="shard-writer", daemon=True)
         self._thread.start()
 
-    def put(self, split: str, shard: int, rows: Sequence[Row]) -> None:
-        """Hands a shard over; waits while too many wait already.
+    def put(self, write: Write) -> None:
+        """Hands a write over; waits while too many wait already.
 
         Raises:
-            Exception: whatever stopped an earlier shard from being written.
+            Exception: whatever stopped an earlier one.
         """
         self._raise_failure()
-        self._waiting.put((split, shard, rows))
+        self._waiting.put(write)
+        self._raise_failure()
+
+    def flush(self) -> None:
+        """Waits until everything is written that was put.
+
+        Raises:
+            Exception: whatever stopped one of the writes.
+        """
+        self._waiting.join()
         self._raise_failure()
 
     def close(self) -> None:
-        """Waits until all shards are written.
-
-        Raises:
-            Exception: whatever stopped one of them.
-        """
+        """Does as `flush`, and ends the thread."""
         if self._thread.is_alive():
             self._waiting.put(None)
             self._thread.join()
@@ -76,10 +72,11 @@ class BackgroundWriter:
 
     def _write(self) -> None:
         # Goes on taking after a failure, so that nobody waits for room.
-        while (unit := self._waiting.get()) is not None:
-            if self._failure is not None or self._dropped.is_set():
-                continue
+        while (write := self._waiting.get()) is not None:
             try:
-                write_shard(self._path, self._manifest, *unit)
+                if self._failure is None and not self._dropped.is_set():
+                    write()
             except BaseException as failure:  # it belongs to the one who puts, whatever it is
                 self._failure = failure
+            del write  # with what it holds: the next one may be long in coming
+            self._waiting.task_done()

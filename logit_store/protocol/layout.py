@@ -13,6 +13,8 @@ INDEX_FOLDER = "index"
 PROJECTIONS_FOLDER = "projections"
 TOKENIZER_NAME = "tokenizer"
 QUARANTINE_NAME = "quarantine"
+WORK_NAME = "work"
+"""The folder of what is not a shard yet: only while a store is written."""
 
 SHARDS_PER_FOLDER = 1000
 """A folder of a million names is slow to list, and some file systems refuse it."""
@@ -63,10 +65,28 @@ def shard_number(name: str) -> int | None:
     return int(match[2])
 
 
+def work_folder(path: AnyPath, split: str, shard: int) -> AnyPath:
+    """Returns the folder of what is known of a shard before it is committed."""
+    return cast(AnyPath, path / WORK_NAME / split / f"{shard:06d}")
+
+
+def work_name(rows: range) -> str:
+    """Returns the name, without its ending, of what is about some rows of a shard, numbered from 0 in it."""
+    return f"{rows.start:06d}-{rows.stop - 1:06d}"
+
+
+def part_file(path: AnyPath, split: str, shard: int, rows: range) -> AnyPath:
+    """Returns the path of a part: rows that are written before the others of their shard."""
+    return cast(AnyPath, work_folder(path, split, shard) / f"{work_name(rows)}.part")
+
+
 def folders_of(path: AnyPath, splits: Iterable[str]) -> list[AnyPath]:
     """Returns the folders that a store has, those within its tokenizer's left out."""
-    inner = (TOKENIZER_NAME, PROJECTIONS_FOLDER, QUARANTINE_NAME, INDEX_FOLDER, "shards")
-    return [cast(AnyPath, path / name) for name in inner] + [split_folder(path, split) for split in splits]
+    inner = (TOKENIZER_NAME, PROJECTIONS_FOLDER, QUARANTINE_NAME, INDEX_FOLDER, "shards", WORK_NAME)
+    folders = [cast(AnyPath, path / name) for name in inner]
+    for split in splits:
+        folders += [split_folder(path, split), cast(AnyPath, path / WORK_NAME / split)]
+    return folders
 
 
 def row_place(store: StorePath, split: str, index: int, rows_per_shard: int) -> str:

@@ -6,7 +6,8 @@ sha256 of the file.
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,15 +27,40 @@ from sparsekd.logit_store.protocol.message import StoredRow, row_message, shard_
 from sparsekd.logit_store.row import Row
 
 
-def write_rows(
-    file: HashingFile, store: StorePath, manifest: Manifest, split: str, shard: int, rows: Sequence[Row]
-) -> CommitRecord:
-    """Writes a shard's Arrow file and returns its commit record.
+@dataclass(frozen=True)
+class Batches:
+    """What is known of rows that were written one behind the other.
+
+    Attributes:
+        places: (offset, length) of each row's batch in the file.
+        crc32: of each batch.
+        counts: of each row.
+        plane_bytes: stored bytes of each plane, over the rows.
+    """
+
+    places: list[tuple[int, int]]
+    crc32: list[int]
+    counts: list[RowCounts]
+    plane_bytes: dict[str, int]
+
+
+def write_batches(
+    file: HashingFile, store: StorePath, manifest: Manifest, split: str, first: int, rows: Iterable[Row]
+) -> Batches:
+    """Writes the batches of rows, which are the same bytes in whatever file.
 
     Every row is checked, encoded, decoded again and compared: what would not be read as it was given is not
     written. A `StoredRow` is copied; its store has this one's codec and record.
     Each is taken from `rows` once, in order, so that a sequence which reads them one by one needs little
     memory.
+
+    Args:
+        file: where they are written.
+        store: for messages.
+        manifest: of the store.
+        split: of the rows.
+        first: number of the first row in the split.
+        rows: those from there on.
 
     Raises:
         InvalidRowError: a row breaks a rule.
@@ -42,13 +68,8 @@ def write_rows(
     """
     codec = codec_of(manifest)
     planes = names_of(planes_of(manifest))
-    plane_bytes = dict.fromkeys(planes, 0)
-    batches: list[tuple[int, int]] = []
-    crc32: list[int] = []
-    counts: list[RowCounts] = []
+    written = Batches([], [], [], dict.fromkeys(planes, 0))
     reuse: Arrays = {}
-    first = shard * manifest.rows_per_shard
-    file.write(shard_header(manifest, split, shard))
     for index, row in enumerate(rows, start=first):
         where = row_place(store, split, index, manifest.rows_per_shard)
         stored: Mapping[str, bytes | memoryview]
@@ -64,14 +85,23 @@ def write_rows(
                     "manifest."
                 )
             message = row_message(index, [stored[plane] for plane in planes])
-        counts.append(count_rows([row]))
-        crc32.append(zlib.crc32(message))
-        batches.append((file.size, len(message)))
+        written.counts.append(count_rows([row]))
+        written.crc32.append(zlib.crc32(message))
+        written.places.append((file.size, len(message)))
         file.write(message)
         for plane in planes:
-            plane_bytes[plane] += len(stored[plane])
-    file.write(shard_footer(manifest, split, shard, batches))
-    offsets, lengths = np.array(batches, np.int64).T
+            written.plane_bytes[plane] += len(stored[plane])
+    return written
+
+
+def write_rows(
+    file: HashingFile, store: StorePath, manifest: Manifest, split: str, shard: int, rows: Sequence[Row]
+) -> CommitRecord:
+    """Writes a shard's Arrow file, by `write_batches`, and returns its commit record."""
+    file.write(shard_header(manifest, split, shard))
+    written = write_batches(file, store, manifest, split, shard * manifest.rows_per_shard, rows)
+    file.write(shard_footer(manifest, split, shard, written.places))
+    offsets, lengths = np.array(written.places, np.int64).T
     return CommitRecord(
         split=split,
         shard=shard,
@@ -80,10 +110,10 @@ def write_rows(
         file_bytes=file.size,
         offsets=offsets,
         lengths=lengths,
-        crc32=np.array(crc32, np.uint32),
-        counted=np.array([part.tokens_counted for part in counts], np.int64),
-        counts=sum_of_counts(counts),
-        plane_bytes=plane_bytes,
+        crc32=np.array(written.crc32, np.uint32),
+        counted=np.array([part.tokens_counted for part in written.counts], np.int64),
+        counts=sum_of_counts(written.counts),
+        plane_bytes=written.plane_bytes,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import Manifest
@@ -19,6 +19,7 @@ from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.projections import projections_of
 from sparsekd.logit_store.protocol.layout import commit_file, shard_file
 from sparsekd.logit_store.protocol.reader import LogitStore
+from sparsekd.logit_store.protocol.rows import OneByOne, Rows
 from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal, write_shard
 from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.tools.processes import require_jobs, results_of
@@ -31,38 +32,6 @@ Progress = Callable[[str, int, int], None]
 
 def no_progress(what: str, done: int, total: int) -> None:
     """Tells nobody."""
-
-
-class Rows(Protocol):
-    """Rows that can be read in any order, by any process: picklable."""
-
-    @property
-    def count(self) -> int:
-        """Returns how many there are."""
-
-    def get(self, index: int) -> Row:
-        """Returns one, from 0 to count - 1; a `StoredRow` is copied without being decoded."""
-
-
-class _OneByOne(Sequence[Row]):
-    """A shard's rows, each read when it is asked for: only one is in memory."""
-
-    def __init__(self, rows: Rows, places: range) -> None:
-        self._rows, self._places = rows, places
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Row]: ...
-
-    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
-        if isinstance(index, slice):
-            return _OneByOne(self._rows, self._places[index])
-        return self._rows.get(self._places[index])
 
 
 def write_store(
@@ -83,7 +52,7 @@ def write_store(
         path: of the new store: a folder that is not there, empty, or holds what this call began before.
         manifest: its identity.
         source: the store whose tokenizer and projections it takes.
-        content: the rows of each split of the manifest.
+        content: the rows of each split of the manifest, picklable.
         progress: told after each shard.
         jobs: processes of this machine that write shards.
 
@@ -120,7 +89,7 @@ def _write_shard(
         return
     first = shard * manifest.rows_per_shard
     places = range(first, min(first + manifest.rows_per_shard, content[split].count))
-    write_shard(path, manifest, split, shard, _OneByOne(content[split], places))
+    write_shard(path, manifest, split, shard, OneByOne(content[split], places))
 
 
 def write_stream(

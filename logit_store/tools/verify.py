@@ -32,6 +32,7 @@ from sparsekd.logit_store.protocol.layout import (
     QUARANTINE_NAME,
     REMEDY,
     TOKENIZER_NAME,
+    WORK_NAME,
     row_place,
     shard_file,
     shard_number,
@@ -375,10 +376,10 @@ def _strangers(store: LogitStore) -> tuple[str, ...]:
     covered = (f"{TOKENIZER_NAME}/", f"{QUARANTINE_NAME}/")
     found = []
     for name in files_below(store.path):
-        is_temporary = name.rpartition("/")[2].startswith(TEMPORARY_PREFIX)
+        is_left = name.rpartition("/")[2].startswith(TEMPORARY_PREFIX) or name.startswith(f"{WORK_NAME}/")
         is_known = name in known or name.startswith(covered) or _is_shard(store, name)
-        if is_temporary or not is_known:
-            found.append(name + " (left by a killed writer)" * is_temporary)
+        if is_left or not is_known:
+            found.append(name + " (left by a killed writer)" * is_left)
     return tuple(found)
 
 

@@ -140,7 +140,8 @@ class Soak:
             )
         else:
             k, n = self._chance.choice(((5, 7), (8, 0), (0, 12)))
-            shape = Pass(k, n, self._chance.choice(("tkq8", "compact")))
+            codec, unit_rows = self._chance.choice(("tkq8", "compact")), self._chance.choice((1, 2, 64))
+            shape = Pass(k, n, codec, unit_rows)
         return shape, self._chance.choice((WORLDS[::-1], (self._chance.choice(WORLDS),)))
 
 

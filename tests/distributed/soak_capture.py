@@ -1,10 +1,13 @@
-"""Teacher passes for the soak: by any number of ranks, killed and stopped, until the store is sealed.
+"""Teacher passes for the soak: by any number of workers, killed and stopped, until the store is sealed.
 
 A capture keeps nothing but its store. So the marks of where it stands are read from what lies there, and what
 one start leaves is judged by the store of a pass that nobody disturbed.
 """
 
+import json
+import os
 import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +21,8 @@ from sparsekd.logit_store.synthetic import synthetic_manifest
 
 TEACHER_SEED = 1
 """An untrained teacher has its favourites: of others `store verify` may say that the records seem shifted."""
-ROWS, ROWS_PER_UNIT = {"train": 57, "heldout": 9}, 2
-UNITS = sum(-(-rows // ROWS_PER_UNIT) for rows in ROWS.values())
+ROWS, ROWS_PER_SHARD = {"train": 57, "heldout": 9}, 6
+SHARDS = sum(-(-rows // ROWS_PER_SHARD) for rows in ROWS.values())
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Pass:
     k: int
     n: int
     codec: str
+    unit_rows: int = 2
+    """On which the store does not depend."""
 
     def words(self, place: Path, store: Path) -> list[str]:
         """The command, with its teacher and its tokens in a folder."""
@@ -37,7 +42,7 @@ class Pass:
             *(f"teacher.path={place / 'teacher'}", "teacher.dtype=float32", "teacher.micro_batch_rows=1"),
             *("teacher.chunk_positions=16", "launch.device=cpu", "launch.start_minutes=1"),
             *("engine.timeout_minutes=1", f"store.k={self.k}", f"store.n={self.n}"),
-            f"store.codec={self.codec}",
+            *(f"store.codec={self.codec}", f"teacher.unit_rows={self.unit_rows}"),
         ]
 
 
@@ -53,7 +58,7 @@ class Captures:
         root.mkdir()
         self.root, self.server = root, server
         manifest = synthetic_manifest(
-            vocabulary_size=VOCABULARY, sequence_length=64, rows_per_shard=ROWS_PER_UNIT, k=0, n=0
+            vocabulary_size=VOCABULARY, sequence_length=64, rows_per_shard=ROWS_PER_SHARD, k=0, n=0
         )
         write_synthetic_store(root / "tokens", manifest, ROWS, seed=3)
         # A tied one, untrained, expects each token once more, which is a shift as well.
@@ -89,7 +94,7 @@ class Capture(Run):
     def __init__(self, captures: Captures, name: str, shape: Pass, usual: int) -> None:
         super().__init__(captures.root / name, captures.root / f"{name}.txt", usual)
         self._all, self._shape = captures, shape
-        self._committed, self._dead_writers = 0, set[str]()
+        self._committed, self._before, self._dead_writers = 0, 0, set[str]()
         self._is_done = False
 
     def quiet_seconds(self) -> tuple[float, float]:
@@ -97,13 +102,14 @@ class Capture(Run):
 
     def note(self) -> None:
         super().note()
-        self._committed, self._dead_writers = self._units(".json"), self._unnamed()
+        self._committed, self._dead_writers = self._shards(".json"), self._unnamed()
+        self._before = self._unrecorded()
 
     def start(self, world: int) -> Job:
         return Job(self._all.server, self._shape.words(self._all.root, self.folder), world, self.output)
 
     def stands(self, world: int) -> list[Stand | None]:
-        return [{"step": self._units(".json"), "phase": self._phase()}]
+        return [{"step": self._shards(".json"), "phase": self._phase()}]
 
     def _phase(self) -> str:
         if "capture: teacher" not in self.said():  # the first words, when all ranks have met
@@ -112,9 +118,15 @@ class Capture(Run):
             return "sealed"
         if self._unnamed() - self._dead_writers:
             return "write"
-        if self._units(".json") == UNITS:
+        if self._shards(".json") == SHARDS:
             return "seal"
-        return "between units" if self._units(".json") > self._committed else "load"
+        if any(place.name == "join.lease" for place in self._leases()):
+            return "join"
+        return "between units" if self._is_at_work() else "load"
+
+    def _is_at_work(self) -> bool:
+        """Whether a rank of this start has claimed a unit, or something was done."""
+        return self._shards(".json") > self._committed or bool(self.held())
 
     def is_reached(self, since: str, world: int) -> bool:
         phase = self._phase() if since != "start" else ""
@@ -127,40 +139,55 @@ class Capture(Run):
         codes, is_sealed = job.codes, (self.folder / INDEX_NAME).exists()
         others = {code for rank, code in enumerate(codes) if rank != blow.rank}
         # Once the store is sealed, some may have left already; a rank that is hit then has done its work.
-        blow.fell = blow.fell and set(codes) != {0} and not (is_sealed and others == {0})
+        struck = set(codes) if blow.rank is None else {codes[blow.rank]}
+        blow.fell = blow.fell and not (is_sealed and struck == {0})
         left = {0} if is_sealed else set()
-        self._is_done = is_sealed and set(codes) == {0}
+        self._is_done = is_sealed and set(codes) <= {0, 75, -signal.SIGKILL} and 0 in codes
         wrong = self._torn()
+        if is_sealed and (self.folder / "work").exists() and 0 in codes:
+            wrong.append("the store is sealed, and its folder of work is left")
         if not blow.fell:
             if not is_sealed or not others <= {0}:
                 wrong.append(f"nobody disturbed it, but its codes are {codes}, sealed: {is_sealed}")
         elif blow.is_gentle:
-            wrong += self._problems_of_stop(codes, blow)
+            wrong += self._problems_of_stop(job, blow)
         elif blow.rank is None or job.world == 1:
             if set(codes) - left != {-signal.SIGKILL}:
                 wrong.append(f"all ranks killed, codes {codes}")
-        elif codes[blow.rank] != -signal.SIGKILL or others - left != {2}:
-            wrong.append(f"rank {blow.rank} killed, codes {codes}")
-        else:
+        elif codes[blow.rank] != -signal.SIGKILL or not (others == left or others == {2}):
+            # Those that are left do its work, or, before they had begun, say who is gone.
+            wrong.append(f"rank {blow.rank} killed, codes {codes}, sealed: {is_sealed}")
+        elif others == {2}:
             named = f"rank {blow.rank} (process {job.pids[blow.rank]} on "
             sentences = [line for line in self.said().splitlines() if line.startswith("sparsekd capture: ")]
             if len(sentences) != 1 or named not in sentences[0].lower():
                 wrong.append(f"rank {blow.rank} was killed, it says {sentences}")
         return wrong
 
-    def _problems_of_stop(self, codes: list[int | None], blow: Blow) -> list[str]:
-        """After a gentle signal: every unit that was begun is written."""
-        wrong = [] if set(codes) == {75} else [f"a gentle signal, codes {codes}"]
+    def _problems_of_stop(self, job: Job, blow: Blow) -> list[str]:
+        """After a gentle signal: every unit that was begun is written, and nobody holds one."""
+        codes, is_sealed = job.codes, (self.folder / INDEX_NAME).exists()
+        struck = set(codes) if blow.rank is None else {codes[blow.rank]}
+        others = {code for rank, code in enumerate(codes) if rank != blow.rank}
+        wrong = []
+        # Of one rank alone: the others go on to the end, or had not begun yet.
+        if not struck <= {75} | ({0} if is_sealed else set()) or not (
+            blow.rank is None or others <= {75} or (is_sealed and others == {0})
+        ):
+            wrong.append(f"a gentle signal to {blow.rank}, codes {codes}, sealed: {is_sealed}")
         assert blow.signal is not None
         sentences = [line for line in self.said().splitlines() if "was asked to stop" in line]
-        if len(sentences) != 1 or f"({GENTLE[blow.signal]}, {blow.name})" not in sentences[0]:
-            wrong.append(f"asked to stop by {blow.name}, it says {sentences}")
-        if self._unnamed():
+        is_asked = [f"({GENTLE[blow.signal]}, {blow.name})" in sentence for sentence in sentences]
+        if is_asked != [True] * (codes[0] == 75):
+            wrong.append(f"asked to stop by {blow.name}, codes {codes}, it says {sentences}")
+        if self._unnamed() - self._dead_writers:
             wrong.append("a temporary file is left after a gentle stop")
+        if held := self.held() & set(job.pids):
+            wrong.append(f"after a gentle stop {held} hold a unit")
         before = blow.stands[0]["step"] if blow.stands and blow.stands[0] else 0
-        units, shards = self._units(".json"), self._units(".arrow")
-        if units != shards or units < before:
-            wrong.append(f"asked to stop at {before} units, it left {units} with a record, {shards} without")
+        shards, unrecorded = self._shards(".json"), self._unrecorded()
+        if shards < before or unrecorded > self._before:
+            wrong.append(f"asked to stop at {before} shards, it left {shards}, and {unrecorded} in half")
         return wrong
 
     def problems_of_run(self, widths: set[int]) -> list[str]:
@@ -180,16 +207,36 @@ class Capture(Run):
         return [
             f"{name} is another than in a quiet pass"
             for name, data in files_of(self.folder).items()
-            if TEMPORARY_PREFIX not in name and quiet.get(name) != data
+            if TEMPORARY_PREFIX not in name and not name.startswith("work/") and quiet.get(name) != data
         ]
 
-    def _units(self, ending: str) -> int:
-        """How many units have a file with this ending: of rows, or of a commit record."""
+    def _shards(self, ending: str) -> int:
+        """How many shards have a file with this ending: of rows, or of a commit record."""
         return len(list(self.folder.glob(f"shards/*/*/*{ending}")))
+
+    def _unrecorded(self) -> int:
+        """How many shards have no commit record."""
+        return self._shards(".arrow") - self._shards(".json")
+
+    def _leases(self) -> list[Path]:
+        return [path for path in paths_below(self.folder / "work") if path.suffix == ".lease"]
+
+    def held(self) -> set[int]:
+        """The processes that hold a unit, a shard that is joined, or the seal."""
+        held = set()
+        for place in self._leases():
+            with suppress(OSError, ValueError):  # given back, or half there
+                held.add(json.loads(place.read_text())["process"]["pid"])
+        return held
 
     def _unnamed(self) -> set[str]:
         """The files that have not their own names yet: those of writers at work, and of dead ones."""
-        return {path.name for path in self.folder.rglob(TEMPORARY_PREFIX + "*")}
+        return {path.name for path in paths_below(self.folder) if path.name.startswith(TEMPORARY_PREFIX)}
+
+
+def paths_below(folder: Path) -> list[Path]:
+    """All files below a folder, in which workers make and remove others meanwhile."""
+    return [Path(inner, name) for inner, _, names in os.walk(folder) for name in names]
 
 
 def files_of(store: Path) -> dict[str, bytes]:

@@ -37,6 +37,8 @@ class Server:
             env={**os.environ, **alone, "PYTHONSAFEPATH": "1"},
         )
         assert self._read() == "loaded\n"
+        self.ended: dict[int, int] = {}
+        """Exit codes of all ranks, of whatever job, that had ended when it was last asked."""
 
     def _read(self) -> str:
         assert self._process.stdout is not None
@@ -47,6 +49,17 @@ class Server:
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
         return json.loads(self._read())
+
+    def start(self, ranks: list[dict[str, Any]]) -> list[int]:
+        """Forks ranks; returns their numbers."""
+        pids: list[int] = self.ask(ranks)
+        for pid in pids:
+            self.ended.pop(pid, None)  # of an earlier process with this number
+        return pids
+
+    def look(self) -> None:
+        """Asks who has ended since."""
+        self.ended |= dict(self.ask(None))
 
     def end(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -72,7 +85,7 @@ class Job:
         common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         self._server, self.world, self.output = server, world, output
         self.began = time.monotonic()
-        self.pids: list[int] = server.ask(
+        self.pids = server.start(
             [
                 {
                     "words": words,
@@ -87,8 +100,14 @@ class Job:
     @property
     def codes(self) -> list[int | None]:
         """Exit codes of the ranks, None while one runs; less than 0 is the signal that ended it."""
-        self._codes |= dict(self._server.ask(None))
-        return [self._codes.get(pid) for pid in self.pids]
+        self._server.look()
+        return [self._code_of(pid) for pid in self.pids]
+
+    def _code_of(self, pid: int) -> int | None:
+        """The exit code of a rank, as far as the server was asked, for this job or another one."""
+        if pid not in self._codes and pid in self._server.ended:
+            self._codes[pid] = self._server.ended[pid]
+        return self._codes.get(pid)
 
     def is_over(self) -> bool:
         return None not in self.codes
@@ -100,7 +119,7 @@ class Job:
         first = [signal.SIGSTOP] if rank is None and number == signal.SIGKILL else []
         for each_number in [*first, number]:
             for each in range(self.world) if rank is None else [rank]:
-                if self._codes.get(self.pids[each]) is None:
+                if self._code_of(self.pids[each]) is None:
                     os.kill(self.pids[each], each_number)
 
     def wait(self, seconds: float) -> bool:

@@ -1,12 +1,13 @@
-"""A capture one of whose ranks is killed: a survivor names it, and the same command makes the same store."""
+"""Captures whose workers die, come late and compete: it is the store of one that nobody disturbed."""
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from soak_capture import Captures, Pass, files_of
+from soak_capture import Capture, Captures, Pass, files_of
+from soak_competing import compete
 from soak_jobs import Server
 
 pytestmark = pytest.mark.distributed
@@ -21,13 +22,33 @@ def captures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Captures]:
     server.end()
 
 
+def wait_until(happens: Callable[[], bool], run: Capture) -> None:
+    deadline = time.monotonic() + 60
+    while not happens():
+        assert time.monotonic() < deadline, run.said()
+        time.sleep(0.002)
+
+
 @pytest.mark.parametrize("killed", [0, 1, 2])
-def test_a_killed_rank_is_named_once_and_the_same_command_goes_on(captures: Captures, killed: int) -> None:
+def test_a_killed_rank_costs_its_unit_and_the_others_make_the_store(captures: Captures, killed: int) -> None:
     run = captures.run(f"killed-{killed}", SHAPE, 1)
     run.note()
     job = run.start(3)
-    while not run.is_reached("steps", 3) and not job.is_over():
-        time.sleep(0.005)
+    wait_until(lambda: job.pids[killed] in run.held(), run)
+    job.send(signal.SIGKILL, killed)
+    assert job.wait(60)
+    assert job.codes == [-signal.SIGKILL if rank == killed else 0 for rank in range(3)], run.said()
+    assert "sparsekd capture: " not in run.said() and "Traceback" not in run.said()
+    assert run.said().count("is sealed: ") == 1
+    assert files_of(run.folder) == captures.quiet(SHAPE)[0]
+
+
+@pytest.mark.parametrize("killed", [0, 2])
+def test_a_rank_that_is_killed_before_they_have_begun_is_named_once(captures: Captures, killed: int) -> None:
+    run = captures.run(f"early-{killed}", SHAPE, 1)
+    run.note()
+    job = run.start(3)
+    wait_until(lambda: "capture: teacher" in run.said(), run)
     job.send(signal.SIGKILL, killed)
     assert job.wait(60)
     assert job.codes == [-signal.SIGKILL if rank == killed else 2 for rank in range(3)], run.said()
@@ -36,9 +57,12 @@ def test_a_killed_rank_is_named_once_and_the_same_command_goes_on(captures: Capt
     assert len(sentences) == 1, run.said()
     assert f"Rank {killed} (process {job.pids[killed]} on " in sentences[0]
     assert "died without a word" in sentences[0] and "captures what is missing" in sentences[0]
-    again = run.start(2)
-    assert again.wait(60) and again.codes == [0, 0], run.said()
-    assert files_of(run.folder) == captures.quiet(SHAPE)[0]
+
+
+def test_jobs_that_share_a_store_and_are_killed_at_random_make_the_quiet_one(captures: Captures) -> None:
+    seed = time.time_ns() % 1_000_000
+    killed, wrong = compete(captures, SHAPE, "random", workers=3, kills=4, seed=seed)
+    assert killed and wrong == []
 
 
 def test_the_judge_sees_what_is_wrong(captures: Captures, tmp_path: Path) -> None:

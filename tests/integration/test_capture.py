@@ -18,6 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.places.files import files_below
 from sparsekd.logit_store.positions import content_uniforms
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.row import segment_lengths
@@ -254,7 +255,9 @@ def test_ranks_and_kills_do_not_change_a_byte(tokens: Path, llama: Path, tmp_pat
 
 
 @pytest.mark.distributed
-def test_a_problem_of_one_rank_ends_all_with_its_sentence(tokens: Path, llama: Path, tmp_path: Path) -> None:
+def test_a_problem_of_one_rank_is_its_sentence_and_the_work_of_the_others_stays(
+    tokens: Path, llama: Path, tmp_path: Path
+) -> None:
     damaged = tmp_path / "tokens"
     shutil.copytree(tokens, damaged)
     shard = damaged / "shards" / "train" / "000" / "000001.arrow"  # the second unit is the second rank's
@@ -266,9 +269,13 @@ def test_a_problem_of_one_rank_ends_all_with_its_sentence(tokens: Path, llama: P
     process = start(2, config, stdout=output, stderr=subprocess.STDOUT)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert printed.count("split train, shard 000001, row") == 1 and "restore it from a copy" in printed
-    assert printed.count("sparsekd capture: ") == 1  # and no traceback of ours: torchrun adds its own
-    assert "trainer/teacher" not in printed
+    # torchrun asks the other rank to stop, which may have come to the same unit before.
+    said = [line for line in printed.splitlines() if "split train, shard 000001, row" in line]
+    assert len(said) in (1, 2) and said[0].startswith("sparsekd capture: rank 1: "), printed
+    assert "restore it from a copy" in said[0]
+    assert "trainer/teacher" not in printed  # no traceback of ours: torchrun adds its own
+    store = tmp_path / "store"
+    assert files_below(store / "shards") and not list(store.glob("work/**/*.lease"))
     # Nothing is lost: with the shard restored the same command goes on.
     shutil.copy(tokens / "shards" / "train" / "000" / "000001.arrow", shard)
     capture(config)

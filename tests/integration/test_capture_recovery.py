@@ -127,7 +127,7 @@ def test_whole_shards_of_a_killed_run_are_kept(
     (tmp_path / "store/shards/train/000/000002.arrow").write_bytes(b"half of it")
     capsys.readouterr()
     capture(config_for(tokens, llama, tmp_path / "store"))
-    assert "1 units were whole and are kept, 1 were not and are in quarantine/" in capsys.readouterr().out
+    assert "1 shards were whole and are kept, 1 were not and are in quarantine/" in capsys.readouterr().out
     assert files_of(tmp_path / "store") == whole | {"quarantine/train/000002.arrow": b"half of it"}
 
 
@@ -140,10 +140,11 @@ def test_a_failed_write_ends_the_capture(
         written.append(shard)
         raise StoreError("No room to write anything")
 
-    monkeypatch.setattr("sparsekd.logit_store.protocol.background.write_shard", fail)
+    monkeypatch.setattr("sparsekd.trainer.teacher.work.write_shard", fail)
     with pytest.raises(StoreError, match="No room"):
         capture(config_for(tokens, llama, tmp_path / "store"))
     assert written == [0] and not (tmp_path / "store/INDEX.json").exists()
+    assert not list((tmp_path / "store").glob("work/**/*.lease"))
 
 
 @pytest.mark.parametrize("lost", ["000001.json", "000001.arrow", "000001.arrow's end"])
@@ -181,7 +182,7 @@ def test_capture_keeps_no_shard_of_another_text(
     stranger = (store / "shards/train/000/000000.arrow").read_bytes()
     capsys.readouterr()
     capture(config)
-    assert "0 units were whole and are kept, 1 were not and are in quarantine/" in capsys.readouterr().out
+    assert "0 shards were whole and are kept, 1 were not and are in quarantine/" in capsys.readouterr().out
     assert files_of(store) == whole | {"quarantine/train/000000.arrow": stranger}
 
 

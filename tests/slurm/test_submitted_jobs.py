@@ -52,7 +52,8 @@ def test_an_array_of_captures_makes_one_store_though_a_task_is_killed(
     cluster.wait(tasks[1], "FAILED")
     for task in (tasks[0], tasks[2]):
         cluster.wait(task, "COMPLETED")
-        assert "shared is sealed" in output(cluster, task)
+        said = output(cluster, task)
+        assert "shared is sealed" in said or "another worker has sealed it" in said
     whole = files_of(tmp_path / "quiet")
     shared = {name: data for name, data in files_of(tmp_path / "shared").items() if ".tmp-" not in name}
     assert shared == whole

@@ -68,7 +68,7 @@ class StoreConfig:
         choices=ACCESS_KINDS,
     )
     rows_per_shard: int = option(
-        256, "Rows in one shard of `prepare`; `capture` takes its units of work from there.", minimum=1
+        256, "Rows in one shard of `prepare`; `capture` makes shards of the same rows.", minimum=1
     )
 
 
@@ -80,6 +80,12 @@ class TeacherConfig:
     attention: str = option("sdpa", "attn_implementation of transformers.")
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
     micro_batch_rows: int = option(8, "Rows in one forward pass; a part of the records' identity.", minimum=1)
+    unit_rows: int = option(
+        64,
+        "Rows that a worker of `capture` takes at a time, rounded up to whole micro-batches; what a death "
+        "costs, and what memory holds three times. The store is the same with any number.",
+        minimum=1,
+    )
     impl: str = option(
         "auto",
         "Implementation of the head's statistics; auto is triton on a GPU and torch elsewhere, and is "
@@ -331,7 +337,7 @@ class SlurmConfig:
         180, "So long before the time limit the ranks are told to save and leave.", minimum=1, maximum=65535
     )
     array: int = option(
-        1, "capture: so many jobs, each with nodes of its own, share the shards.", minimum=1, maximum=10_000
+        1, "capture: so many jobs, each with nodes of its own, share one store.", minimum=1, maximum=10_000
     )
     extra: list[str] = option([], "Further options for sbatch, such as [--constraint=a100,--exclusive].")
 

@@ -48,7 +48,7 @@ def job_of(config: Config, verb: str, words: Sequence[str]) -> Job:
         )
     if slurm.array > 1 and verb != "capture":
         raise ConfigError(
-            f"launch.slurm.array={slurm.array} is for capture, whose jobs share shards; {verb} runs on "
+            f"launch.slurm.array={slurm.array} is for capture, whose jobs share a store; {verb} runs on "
             "launch.slurm.nodes."
         )
     folder, name = _place(config, verb)

@@ -57,7 +57,7 @@ class Corpus:
         real: those that are no padding.
         recorded: positions that get a record, by the rule of store.positions; expected ones where it samples.
         rows: packed rows.
-        shards: shards of all splits, which are the units of work of `capture`.
+        shards: shards of all splits.
         train_rows: rows of the training split.
         sequence_length: positions of a row.
         vocabulary_size: true vocabulary.

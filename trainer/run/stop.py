@@ -63,7 +63,7 @@ class StopWatch:
     """
 
     def __init__(self, *, end_time: float | None = None, launcher: int | None = None) -> None:
-        self._end_time = end_time
+        self.end_time = end_time
         self._launcher = launcher
         self._seconds_to_save = 60.0  # until one was measured
         self._first_interrupt: float | None = None
@@ -78,7 +78,7 @@ class StopWatch:
         kind = signal.Signals(number)
         now = time.monotonic()
         if self.request is None:
-            late = self._end_time is not None and time.time() > self._end_time - _SECONDS_OF_END
+            late = self.end_time is not None and time.time() > self.end_time - _SECONDS_OF_END
             reason = "time limit" if kind == signal.SIGTERM and late else _REASONS[kind]
             self._stop(reason, kind.name)
         if kind == signal.SIGINT:
@@ -92,7 +92,7 @@ class StopWatch:
         if self.request is not None:
             return
         # Twice the time of a save, as file systems are slower when a whole machine stops; and half a minute.
-        if self._end_time is not None and time.time() > self._end_time - 2 * self._seconds_to_save - 30:
+        if self.end_time is not None and time.time() > self.end_time - 2 * self._seconds_to_save - 30:
             self._stop("time limit", None)
         elif self._launcher is not None and os.getppid() != self._launcher:
             self._stop("launcher died", None)

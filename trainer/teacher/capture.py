@@ -1,18 +1,16 @@
-"""The verb `capture`: a frozen teacher over a token store, by any number of ranks, into a logit store.
+"""The verb `capture`: a frozen teacher over a token store, by any number of workers, into a logit store.
 
-The unit of work is one shard, cut as the token store is cut. The first rank lists what is committed, and
-what is missing is dealt round robin. No state exists outside the store: a killed run is started again with
-the same command, on as many ranks as there are then. Several jobs may work on one store; those of a Slurm
-array begin with a share of the units each, and then help with what the others have not done.
+The ranks of a job begin together: one of them learns who the teacher is and makes the store. From there on
+each is a worker of its own (see `work`), as are those of every other job on this store. No state exists
+outside of it: a killed capture is started again with the same command, on as many ranks as there are then.
 """
 
 import os
 import sys
-import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +29,7 @@ from sparsekd.logit_store.manifest import (
 from sparsekd.logit_store.places.files import exists
 from sparsekd.logit_store.places.paths import StorePath, store_path
 from sparsekd.logit_store.projections import Projection, projections_of
-from sparsekd.logit_store.protocol.background import BackgroundWriter
-from sparsekd.logit_store.protocol.layout import INDEX_NAME, commit_file
+from sparsekd.logit_store.protocol.layout import INDEX_NAME
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.recover import adopt_orphans
 from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal
@@ -43,25 +40,24 @@ from sparsekd.trainer.config.feature_requests import feature_requests, request_o
 from sparsekd.trainer.config.record import record_spec
 from sparsekd.trainer.config.schema import Config, StoreConfig, TeacherConfig, require
 from sparsekd.trainer.models.opened import OpenModel
-from sparsekd.trainer.run.console import Interval, readable_seconds
 from sparsekd.trainer.run.errors import ConfigError, DataError, Stopped
 from sparsekd.trainer.run.lost import lost_ranks_named
-from sparsekd.trainer.run.ranks import Ranks, broadcast_object, gather, on_first, ranks, together
-from sparsekd.trainer.run.stop import StopRequest, StopWatch, watched
+from sparsekd.trainer.run.ranks import Ranks, on_first, ranks, together
+from sparsekd.trainer.run.stop import StopWatch, watched
 from sparsekd.trainer.run.waiting import patiently
 from sparsekd.trainer.teacher.features import make_features, read_projections
 from sparsekd.trainer.teacher.model import check_teacher_tokenizer, load_teacher
 from sparsekd.trainer.teacher.records import recorded_rows
 from sparsekd.trainer.teacher.settings import resolved_settings
+from sparsekd.trainer.teacher.units import Shard, rows_of_unit, turns_of, units_of_tokens
 from sparsekd.trainer.teacher.weights import teacher_identity, teacher_name
+from sparsekd.trainer.teacher.work import Worker
 
 # Rows that are read for the summary at the end, evenly spaced: a mean over more says nothing new.
 SUMMARY_ROWS = 256
 
 # Rows of each split from which `compact` learns what is frequent: a million tokens at the usual length.
 FREQUENCY_ROWS = 1024
-
-Unit = tuple[str, int]  # split, shard
 
 
 def run(config: Config) -> None:
@@ -82,44 +78,126 @@ def run(config: Config) -> None:
     teacher_path = require(config.teacher.path, "teacher.path", "as the model whose logits are kept")
     if path.resolve() == tokens_path.resolve():
         raise ConfigError(f"store.path and store.tokens are both {path}; name a new folder as store.path.")
-    with (
-        watched(os.environ) as watch,
-        ranks(config.launch, timeout_minutes=config.engine.timeout_minutes, watch=watch) as place,
-        lost_ranks_named(place, "captures what is missing"),
-    ):
-        tokens = together(place, lambda: open_store(tokens_path))
-        vocabulary_size = tokens.manifest.tokenizer.vocabulary_size
-        settings = together(place, lambda: resolved_settings(config.teacher, place.device, vocabulary_size))
-        config = replace(config, teacher=settings)
-        if not (place.is_first and sys.stderr.isatty()):
-            disable_progress_bar()  # of transformers: one bar for each rank, and none of use in a log
-        if place.is_first:
-            _announce(config, teacher_path, tokens, place)
-        teacher = together(place, lambda: _checked_teacher(config.teacher, teacher_path, tokens, place))
-        identity = on_first(
-            place,
-            patiently(place, lambda: _identity(config, teacher_path, teacher, place), watch),
-        )
-        manifest = broadcast_object(
-            together(place, lambda: _create(config, path, teacher_path, tokens, teacher, identity, place))
-        )
-        projections = together(place, lambda: read_projections(path, manifest))
-        stopped = _work(config.teacher, path, manifest, tokens, teacher, projections, place, watch)
+    with watched(os.environ) as watch:
+        with (
+            ranks(config.launch, timeout_minutes=config.engine.timeout_minutes, watch=watch) as place,
+            lost_ranks_named(place, "captures what is missing"),
+        ):
+            begun = _begin(config, path, tokens_path, teacher_path, place, watch)
+        # No rank needs another one from here on: what befalls one costs the others nothing.
+        worker = _worker(begun, path, watch)
+        stopped = worker.work()
         if stopped is None:
-            together(place, patiently(place, lambda: _finish(path, tokens, place), watch))
+            was_sealed = worker.seal()
+            stopped = watch.request if was_sealed is None else None
     if stopped is not None:
         raise Stopped(f"{path} was asked to stop ({stopped}); every unit that was begun is written")
+    if was_sealed or (begun.was_sealed and place.is_first):
+        _tell_end(path)
+    elif place.is_first:
+        print(f"capture: every unit of {path} is written, and another worker has sealed it", flush=True)
 
 
-def _announce(config: Config, teacher_path: str, tokens: LogitStore, place: Ranks) -> None:
-    shards = sum(tokens.shards(split) for split in tokens.manifest.splits)
+@dataclass(frozen=True)
+class _Begun:
+    """What a worker needs, once the ranks of its job have begun together."""
+
+    settings: TeacherConfig
+    place: Ranks
+    tokens: LogitStore
+    teacher: OpenModel
+    manifest: Manifest
+    projections: Mapping[str, Projection]
+    array_share: tuple[int, int]
+    """Which job of how many of a Slurm array this is."""
+    was_sealed: bool
+    """Whether there was nothing to do."""
+
+
+def _begin(
+    config: Config,
+    path: StorePath,
+    tokens_path: StorePath,
+    teacher_path: str,
+    place: Ranks,
+    watch: StopWatch,
+) -> _Begun:
+    """Loads the teacher, and makes the store where it is not there; all ranks of the job together."""
+    share = together(place, _array_share)
+    watch.end_time = on_first(place, lambda: watch.end_time)  # which one rank asks Slurm for
+    tokens = together(place, lambda: open_store(tokens_path))
+    vocabulary_size = tokens.manifest.tokenizer.vocabulary_size
+    settings = together(place, lambda: resolved_settings(config.teacher, place.device, vocabulary_size))
+    config = replace(config, teacher=settings)
+    if not (place.is_first and sys.stderr.isatty()):
+        disable_progress_bar()  # of transformers: one bar for each rank, and none of use in a log
+    if place.is_first:
+        _announce(config, path, teacher_path, tokens, place)
+    teacher = together(place, lambda: _checked_teacher(settings, teacher_path, tokens, place))
+    identity = on_first(
+        place,
+        patiently(place, lambda: _identity(config, teacher_path, teacher, place), watch),
+    )
+    manifest, was_sealed = on_first(
+        place, lambda: _create(config, path, teacher_path, tokens, teacher, identity)
+    )
+    projections = together(place, lambda: read_projections(path, manifest))
+    return _Begun(settings, place, tokens, teacher, manifest, projections, share, was_sealed)
+
+
+def _array_share() -> tuple[int, int]:
+    try:
+        return array_share(os.environ)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _worker(begun: _Begun, path: StorePath, watch: StopWatch) -> Worker:
+    """This rank's worker, with its share of all workers that are known to be."""
+    place = begun.place
+    job, jobs = begun.array_share
+    units = units_of_tokens(begun.tokens, _unit_rows(begun.settings, path, begun.manifest))
+    return Worker(
+        path,
+        begun.manifest,
+        units,
+        turns_of(list(units), job * place.world_size + place.rank, jobs * place.world_size),
+        lambda unit: captured_rows(
+            begun.settings,
+            begun.manifest,
+            begun.tokens,
+            begun.teacher,
+            begun.projections,
+            (unit.split, unit.shard),
+            unit.rows,
+        ),
+        watch,
+        environment=os.environ,
+        is_first=place.is_first,
+    )
+
+
+def _unit_rows(settings: TeacherConfig, path: StorePath, manifest: Manifest) -> int:
+    """Rows of a unit of this store: whole shards where no part of one can be kept."""
+    return rows_of_unit(settings) if isinstance(path, Path) else manifest.rows_per_shard
+
+
+def _announce(config: Config, path: StorePath, teacher_path: str, tokens: LogitStore, place: Ranks) -> None:
+    unit_rows = _unit_rows(config.teacher, path, tokens.manifest)
+    units = sum(map(len, units_of_tokens(tokens, unit_rows).values()))
     positions = sum(tokens.tokens(split)[0] for split in tokens.manifest.splits)
     print(
         f"capture: teacher {teacher_name(teacher_path)} in {config.teacher.dtype} on {place.world_size} x "
-        f"{place.device.type}; {positions:,} positions in {shards:,} units; k={config.store.k}, "
+        f"{place.device.type}; {positions:,} positions in {units:,} units; k={config.store.k}, "
         f"n={config.store.n}, impl {config.teacher.impl}",
         flush=True,
     )
+    if not isinstance(path, Path):
+        print(
+            f"capture: no unit can be claimed at {path}: each rank takes the shards of its share, by its "
+            "number and its place in a Slurm array, and what others have left at the end",
+            flush=True,
+        )
     rule = RULE_NOTES[config.store.positions].format(share=config.store.share)
     print(f"capture: records stand {rule}", flush=True)
     if config.store.positions == "sampled":
@@ -158,11 +236,8 @@ def _create(
     tokens: LogitStore,
     teacher: OpenModel,
     identity: TeacherIdentity | None,
-    place: Ranks,
-) -> Manifest | None:
-    """Makes the store on the first rank; the others get the manifest from it."""
-    if not place.is_first:
-        return None
+) -> tuple[Manifest, bool]:
+    """Makes the store, or goes on with it; its manifest, and whether it is sealed."""
     features, files = _features(
         config.store, path, teacher, tokens, rows_at_once=config.teacher.micro_batch_rows
     )
@@ -177,21 +252,22 @@ def _create(
     create_store(path, manifest, tokens.tokenizer_path, files)
     if exists(path / INDEX_NAME):
         # Nothing of a sealed store is moved: what it lacks is damage, and must come back to the byte.
-        if missing := missing_units(path, _units(tokens)):
+        if missing := _missing_shards(path, tokens):
             raise DataError(
-                f"{path} is sealed, but {len(missing)} of its units lack a file (the first is split "
+                f"{path} is sealed, but {len(missing)} of its shards lack a file (the first is split "
                 f"{missing[0][0]}, shard {missing[0][1]:06d}): run `sparsekd store verify {path} --repair "
                 f"teacher.path={teacher_path} store.tokens={tokens.path}`."
             )
-        return manifest
+        seal(path, {split: tokens.shards(split) for split in manifest.splits})  # for its checks
+        return manifest, True
     adopted, refused = adopt_orphans(path, manifest, partial(_text, tokens))
     if adopted or refused:
         print(
-            f"capture: of a killed run, {adopted} units were whole and are kept, {refused} were not and are "
+            f"capture: of a killed run, {adopted} shards were whole and are kept, {refused} were not and are "
             "in quarantine/",
             flush=True,
         )
-    return manifest
+    return manifest, False
 
 
 def _features(
@@ -218,8 +294,13 @@ def _text(tokens: LogitStore, split: str, shard: int) -> list[Row]:
     return [tokens.read_text(split, index) for index in tokens.shard_rows(split, shard)]
 
 
-def _units(tokens: LogitStore) -> list[Unit]:
-    return [(split, shard) for split in tokens.manifest.splits for shard in range(tokens.shards(split))]
+def _missing_shards(path: StorePath, tokens: LogitStore) -> list[Shard]:
+    """The shards, in order, that are not there with their commit records."""
+    missing: list[Shard] = []
+    for split in tokens.manifest.splits:
+        committed = committed_shards(path, split)
+        missing += [(split, shard) for shard in range(tokens.shards(split)) if shard not in committed]
+    return missing
 
 
 def _codec(settings: StoreConfig, tokens: LogitStore) -> CodecSpec:
@@ -233,126 +314,23 @@ def _codec(settings: StoreConfig, tokens: LogitStore) -> CodecSpec:
     return CodecSpec("compact", compact_parameters(counts, mass=settings.mass))
 
 
-def _work(
-    settings: TeacherConfig,
-    path: StorePath,
-    manifest: Manifest,
-    tokens: LogitStore,
-    teacher: OpenModel,
-    projections: Mapping[str, Projection],
-    place: Ranks,
-    watch: StopWatch,
-) -> StopRequest | None:
-    """Writes all units that are missing, each while the next is computed.
-
-    Ranks meet after each round, so that a failure ends all of them, or a request to stop; a failure of the
-    writing thread is raised by the next unit that is handed to it.
-
-    Returns:
-        Why it was stopped, or None.
-    """
-    stopped: StopRequest | None = None
-    units = _units(tokens)
-    waiting = on_first(place, partial(_waiting, path, units))
-    done_before = len(units) - len(waiting)
-    if place.is_first and done_before:
-        print(f"capture: {done_before} of {len(units)} units are finished already", flush=True)
-    started, interval = time.monotonic(), Interval()
-    positions = rounds = 0
-    with BackgroundWriter(path, manifest) as writer:
-        while turn := on_first(place, partial(_next, path, waiting, place.world_size)):
-            if stopped is not None:
-                break
-            unit = turn[place.rank] if place.rank < len(turn) else None
-            work = partial(_capture_unit, settings, manifest, tokens, teacher, projections, writer)
-            asked = gather(place, partial(_after, partial(work, unit), watch))
-            positions += sum(len(tokens.shard_rows(*unit)) for unit in turn) * manifest.sequence_length
-            rounds += 1
-            if place.is_first and (interval.is_over() or not waiting):
-                seconds = time.monotonic() - started
-                speed = positions / seconds
-                left = seconds / rounds * -(-len(waiting) // place.world_size)
-                print(
-                    f"capture: {len(units) - len(waiting)}/{len(units)} units, {speed:,.0f} tokens/s, "
-                    f"{readable_seconds(left)} left",
-                    flush=True,
-                )
-            stopped = next((request for request in asked if request is not None), None)
-        else:  # nothing is left to stop
-            stopped = None
-        together(place, writer.close)
-    return stopped
-
-
-def _after(work: Callable[[], None], watch: StopWatch) -> StopRequest | None:
-    """What this rank was asked while it worked."""
-    work()
-    return watch.request
-
-
-def _waiting(path: StorePath, units: list[Unit]) -> deque[Unit]:
-    """The units that are missing, in the order in which this job takes them."""
-    try:
-        share = array_share(os.environ)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    missing = set(missing_units(path, units))
-    return deque(unit for unit in shared_order(units, *share) if unit in missing)
-
-
-def shared_order(units: list[Unit], job: int, jobs: int) -> list[Unit]:
-    """The order in which one of several jobs takes the units: its own share, then the others', backwards.
-
-    So jobs that run at one time meet at the last units only, also where one of them has died.
-    """
-    shares = [units[start::jobs] for start in range(jobs)]
-    others = [unit for later in range(1, jobs) for unit in reversed(shares[(job + later) % jobs])]
-    return [*shares[job], *others]
-
-
-def _next(path: StorePath, waiting: deque[Unit], count: int) -> list[Unit]:
-    """Takes the next units that nobody has committed meanwhile."""
-    turn: list[Unit] = []
-    while waiting and len(turn) < count:
-        unit = waiting.popleft()
-        if not exists(commit_file(path, *unit)):
-            turn.append(unit)
-    return turn
-
-
-def missing_units(path: StorePath, units: list[Unit]) -> list[Unit]:
-    """The units, in order, that have no commit record yet."""
-    committed = {split: committed_shards(path, split) for split in {split for split, _ in units}}
-    return [(split, shard) for split, shard in units if shard not in committed[split]]
-
-
-def _capture_unit(
-    config: TeacherConfig,
-    manifest: Manifest,
-    tokens: LogitStore,
-    teacher: OpenModel,
-    projections: Mapping[str, Projection],
-    writer: BackgroundWriter,
-    unit: Unit | None,
-) -> None:
-    """Hands one unit to the writer; None where the last round has fewer units than ranks."""
-    if unit is not None:
-        writer.put(*unit, captured_rows(config, manifest, tokens, teacher, projections, unit))
-
-
 def captured_rows(
     config: TeacherConfig,
     manifest: Manifest,
     tokens: LogitStore,
     teacher: OpenModel,
     projections: Mapping[str, Projection],
-    unit: Unit,
+    shard: Shard,
+    rows: range | None = None,
 ) -> list[Row]:
-    """The rows of one unit, with the teacher's records."""
-    split, shard = unit
-    rows = recorded_rows(
+    """The rows of a shard with the teacher's records, or those of a unit of it, numbered from 0."""
+    split, number = shard
+    places = tokens.shard_rows(split, number)
+    if rows is not None:
+        places = places[rows.start : rows.stop]
+    captured = recorded_rows(
         teacher,
-        [tokens.read_text(split, index) for index in tokens.shard_rows(split, shard)],
+        [tokens.read_text(split, index) for index in places],
         manifest,
         split,
         projections=projections,
@@ -360,23 +338,20 @@ def captured_rows(
         chunk_positions=config.chunk_positions,
         impl=config.impl,
     )
-    return list(rows)
+    return list(captured)
 
 
-def _finish(path: StorePath, tokens: LogitStore, place: Ranks) -> None:
-    if not place.is_first:
-        return
-    manifest = tokens.manifest
-    seal(path, {split: tokens.shards(split) for split in manifest.splits})
+def _tell_end(path: StorePath) -> None:
     store = open_store(path)
-    rows = sum(store.rows(split) for split in manifest.splits)
-    size = sum(store.index(split).file_bytes for split in manifest.splits)
-    positions = rows * manifest.sequence_length
+    splits = store.manifest.splits
+    rows = sum(store.rows(split) for split in splits)
+    size = sum(store.index(split).file_bytes for split in splits)
+    positions = rows * store.manifest.sequence_length
     print(
         f"capture: {path} is sealed: {rows:,} rows, {positions:,} positions, {size:,} bytes, "
         f"{size / positions:.1f} bytes per token"
     )
-    for split in manifest.splits:
+    for split in splits:
         if store.rows(split):
             print(f"capture: {split:8} {_summary(store, split)}")
     print(

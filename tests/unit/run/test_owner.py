@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsekd.trainer.run import owner
+from sparsekd.trainer.run import lease, owner
 from sparsekd.trainer.run.errors import OwnerError, UserError
-from sparsekd.trainer.run.owner import OWNER_NAME, STALE_SECONDS, Claim, owned
+from sparsekd.trainer.run.lease import STALE_SECONDS
+from sparsekd.trainer.run.owner import OWNER_NAME, Claim, owned
 from sparsekd.trainer.run.process import life_of, this_process
 from sparsekd.trainer.run.ranks import Ranks
 
@@ -103,7 +104,7 @@ def test_a_killed_owner_is_followed_at_once(tmp_path: Path) -> None:
         claimed(tmp_path)
     job.kill()
     # Not yet waited for by its parent, it is dead all the same.
-    while life_of(owner._read(tmp_path / OWNER_NAME).holder.process) != "dead":  # type: ignore[union-attr]
+    while life_of(lease.read(tmp_path / OWNER_NAME).holder.process) != "dead":  # type: ignore[union-attr]
         time.sleep(0.01)
     claimed(tmp_path)
     job.wait()
@@ -166,10 +167,10 @@ def test_a_living_file_that_was_taken_by_mistake_is_put_back(tmp_path: Path) -> 
     """Judged dead, it was touched before it could be renamed: or another start had just made it."""
     with owned(tmp_path, {}, FIRST) as claim:
         place = tmp_path / OWNER_NAME
-        judged = owner._read(place)
+        judged = lease.read(place)
         assert judged is not None
         silent_for(tmp_path, 1)
-        owner._put_away(place, judged)
+        lease._put_away(place, judged)
         claim.require()
         assert [path.name for path in tmp_path.iterdir()] == [OWNER_NAME]
 
@@ -200,7 +201,7 @@ def test_of_many_that_start_at_once_one_owns_it(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_owner_keeps_its_file_young(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(owner, "SECONDS_BETWEEN_BEATS", 0.02)
+    monkeypatch.setattr(lease, "SECONDS_BETWEEN_BEATS", 0.02)
     with owned(tmp_path, {}, FIRST):
         silent_for(tmp_path, 1000)
         deadline = time.monotonic() + 20

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +19,7 @@ from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.places import file_system
 from sparsekd.logit_store.places.paths import StorePath
-from sparsekd.logit_store.protocol import background, recover
+from sparsekd.logit_store.protocol import recover
 from sparsekd.logit_store.protocol.background import BackgroundWriter
 from sparsekd.logit_store.protocol.commit import commit_to_content, read_commit
 from sparsekd.logit_store.protocol.reader import open_store
@@ -392,29 +393,26 @@ def test_repair_that_was_killed_goes_on(
     shutil.rmtree(path / "quarantine")
 
 
-def test_writing_overlaps_with_making_and_waits_at_its_bound(
-    empty: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, manifest = empty
+def test_writing_overlaps_with_making_and_waits_at_its_bound() -> None:
     go, written = threading.Event(), []
 
-    def slow(path: Path, manifest: Manifest, split: str, shard: int, rows: Sequence[Row]) -> None:
+    def slow(shard: int) -> None:
         go.wait(20)
         written.append(shard)
 
-    monkeypatch.setattr(background, "write_shard", slow)
-    with BackgroundWriter(path, manifest) as writer:
-        writer.put("train", 0, [])  # being written
+    with BackgroundWriter() as writer:
+        writer.put(partial(slow, 0))  # being written
         while not writer._waiting.empty():
             time.sleep(0.001)
-        writer.put("train", 1, [])  # waits
-        third = threading.Thread(target=writer.put, args=("train", 2, []))
+        writer.put(partial(slow, 1))  # waits
+        third = threading.Thread(target=writer.put, args=(partial(slow, 2),))
         third.start()
         third.join(0.1)
         assert third.is_alive() and written == [], "one too many: whoever makes it has to wait"
         go.set()
         third.join(20)
-    assert written == [0, 1, 2]
+        writer.flush()
+        assert written == [0, 1, 2]
 
 
 def test_a_failed_write_fails_the_next_put_and_the_end(empty: tuple[Path, Manifest]) -> None:
@@ -422,16 +420,16 @@ def test_a_failed_write_fails_the_next_put_and_the_end(empty: tuple[Path, Manife
     before = _tree(path)
     invalid = _rows(manifest)
     invalid[1].token_ids[0] = 300
-    with pytest.raises(StoreError, match="token_ids is 300"), BackgroundWriter(path, manifest) as writer:
-        writer.put("train", 0, invalid)
+    with pytest.raises(StoreError, match="token_ids is 300"), BackgroundWriter() as writer:
+        writer.put(partial(write_shard, path, manifest, "train", 0, invalid))
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:  # never blocks, however much is put
-            writer.put("train", 1, _rows(manifest))
+            writer.put(partial(write_shard, path, manifest, "train", 1, _rows(manifest)))
     assert {name for name in _tree(path) if "train" in name} <= {"shards/train/000/000001.arrow"} | set(
         before
     )
-    with pytest.raises(StoreError, match="token_ids is 300"), BackgroundWriter(path, manifest) as writer:
-        writer.put("train", 2, invalid)
+    with pytest.raises(StoreError, match="token_ids is 300"), BackgroundWriter() as writer:
+        writer.put(partial(write_shard, path, manifest, "train", 2, invalid))
     assert committed_shards(path, "train") == set()
 
 
@@ -448,11 +446,11 @@ def test_leaving_by_an_exception_publishes_nothing_more(
     monkeypatch.setattr(file_system, "reached", held)
     with (
         pytest.raises(ValueError, match="of the one who makes rows"),
-        BackgroundWriter(path, manifest) as writer,
+        BackgroundWriter() as writer,
     ):
-        writer.put("train", 0, _rows(manifest))
+        writer.put(partial(write_shard, path, manifest, "train", 0, _rows(manifest)))
         begun.wait(20)
-        writer.put("train", 1, _rows(manifest))
+        writer.put(partial(write_shard, path, manifest, "train", 1, _rows(manifest)))
         threading.Timer(0.2, go.set).start()
         raise ValueError("of the one who makes rows")
     assert committed_shards(path, "train") == {0}, (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sparsekd.logit_store.row import Row, TeacherRecord, next_tokens
-from sparsekd.trainer.teacher.capture import missing_units, shared_order, tail_mass
+from sparsekd.trainer.teacher.capture import tail_mass
 from sparsekd.trainer.teacher.deviation import deviation_of
 from sparsekd.trainer.teacher.weights import engine_settings
 
@@ -82,17 +82,6 @@ def test_deviation_finds_the_worst_place_and_knows_infinities() -> None:
     assert deviation_of("log_rest", stored).row == 11
 
 
-def test_missing_units_keep_their_order(tmp_path: object) -> None:
-    from pathlib import Path
-
-    folder = Path(str(tmp_path)) / "shards" / "train" / "000"
-    folder.mkdir(parents=True)
-    for name in ("000000.arrow", "000000.json", "000002.arrow"):  # shard 2 has no commit record
-        (folder / name).touch()
-    units = [("train", 0), ("train", 1), ("train", 2), ("heldout", 0)]
-    assert missing_units(Path(str(tmp_path)), units) == units[1:]
-
-
 def test_tail_mass_is_not_what_rounding_leaves() -> None:
     record = record_of([-20.0, -np.inf])
     # A head that rounds to mass 1, and a tail of 2e-9.
@@ -107,14 +96,3 @@ def test_tail_mass_is_not_what_rounding_leaves() -> None:
 def test_the_settings_of_an_engine_are_read_back() -> None:
     assert engine_settings("transformers attention=sdpa threads=2") == {"attention": "sdpa", "threads": "2"}
     assert engine_settings("transformers") == {}
-
-
-@pytest.mark.parametrize("jobs", [1, 2, 3, 8])
-def test_jobs_of_an_array_begin_with_units_of_their_own_and_leave_none_out(jobs: int) -> None:
-    units = [("train", shard) for shard in range(17)]
-    orders = [shared_order(units, job, jobs) for job in range(jobs)]
-    assert all(sorted(order) == units for order in orders)
-    # Side by side until all are done: each unit once.
-    done = [unit for turn in zip(*orders, strict=True) for unit in turn][: len(units) // jobs * jobs]
-    assert len(set(done)) == len(done)
-    assert jobs > 1 or orders == [units]
