@@ -99,6 +99,17 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, folder: Path, name: s
     )
 
 
+def special_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
+    """The special tokens that a tokenizer puts before and behind a text; None where that cannot be seen."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for start in range(len(framed) - len(bare) + 1):
+        if bare and framed[start : start + len(bare)] == bare:
+            before, behind = framed[:start], framed[start + len(bare) :]
+            return np.asarray(before, dtype=np.int32), np.asarray(behind, dtype=np.int32)
+    return None
+
+
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], *, split_special_tokens: bool = True
 ) -> list[NDArray[np.int32]]:
