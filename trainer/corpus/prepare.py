@@ -136,8 +136,9 @@ def survey_documents(corpus: CorpusConfig) -> Survey:
         else:
             empty += 1
     survey = Survey(sources, documents, empty, formats, left_out, forms, records)
-    _check_splits(survey, corpus)
+    _check_any(survey, corpus)
     formats.check()
+    _check_splits(survey, corpus)
     return survey
 
 
@@ -160,18 +161,23 @@ def examined(corpus: CorpusConfig, survey: Survey, tokenizer: PreTrainedTokenize
                 newest = part.number
                 documents[_split_of(part.document, corpus)] += 1
     found = replace(survey, documents=documents, records=records)
+    _check_any(found, corpus)
     _check_splits(found, corpus)
     return found
 
 
-def _check_splits(survey: Survey, corpus: CorpusConfig) -> None:
-    documents, total = survey.documents, sum(survey.documents.values())
+def _check_any(survey: Survey, corpus: CorpusConfig) -> None:
     where = ", ".join(corpus.paths)
-    if total == 0 and survey.records.skipped:
-        raise DataError(f"{where} holds no document that can be used: {'; '.join(survey.records.lines())}.")
-    if total == 0:
+    if not any(survey.documents.values()):
+        if survey.records.skipped:
+            said = "; ".join(survey.records.lines())
+            raise DataError(f"{where} holds no document that can be used: {said}.")
         found = f"{survey.empty:,} documents, all of them empty" if survey.empty else "no documents"
         raise DataError(f"{where} holds {found}; check corpus.paths, corpus.format and corpus.text_field.")
+
+
+def _check_splits(survey: Survey, corpus: CorpusConfig) -> None:
+    documents, total = survey.documents, sum(survey.documents.values())
     if has_own_heldout(corpus):
         for split, places in (("train", corpus.paths), ("heldout", corpus.heldout_paths or corpus.paths)):
             if documents[split] == 0:
