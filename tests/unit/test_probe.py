@@ -35,7 +35,7 @@ def probe(store: LogitStore, model_type: str, dtype: torch.dtype = torch.float32
     config = AutoConfig.for_model(model_type, vocab_size=VOCABULARY + 7, **fields)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     decoder, head = decoder_and_head(model)
-    rows = probe_rows(store, torch.device("cpu"))
+    rows = probe_rows(store, torch.device("cpu"), VOCABULARY)
     with torch.no_grad():
         own = model(input_ids=rows.token_ids, position_ids=rows.position_ids, use_cache=False).logits
         hidden = hidden_states(decoder, rows.token_ids, rows.position_ids)

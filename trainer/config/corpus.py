@@ -48,6 +48,11 @@ class CorpusConfig:
     max_documents: int | None = option(None, "Take only the first so many documents.", minimum=1)
     tokenizer: str | None = option(None, "Tokenizer folder or hub name; usually the teacher's.")
     tokenizer_revision: str | None = option(None, "Revision of a hub tokenizer.")
+    end_token: str | None = option(
+        None,
+        "Token that closes each document, by its text or id; null is the tokenizer's end-of-text token, "
+        "which in a tokenizer for conversations is often the end of a turn (<|im_end|>).",
+    )
     train_vocabulary_size: int | None = option(
         None,
         "Train a byte-level BPE tokenizer with so many entries on the training split instead.",

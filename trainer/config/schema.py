@@ -67,6 +67,12 @@ class StoreConfig:
         "How `train` reads local shards; mapped spares a copy, but a file cut short kills the reader.",
         choices=ACCESS_KINDS,
     )
+    vocabulary_size: int | None = option(
+        None,
+        "`capture`: take the teacher's distribution over so many ids only, for students with a smaller head "
+        "(262144 for Gemma 3 1B); the text must have no other. null: all that tokenizer and teacher have.",
+        minimum=2,
+    )
     rows_per_shard: int = option(
         256, "Rows in one shard of `prepare`; `capture` takes its units of work from there.", minimum=1
     )

@@ -47,34 +47,36 @@ def encode(
     documents: Iterable[tuple[int, Document]],
     *,
     split_special_tokens: bool = True,
+    end: int | None = None,
 ) -> Iterator[list[Encoded]]:
     """Yields the tokens of numbered documents in their order, as `tokenize` makes them of each.
 
     Documents that give no token are left out.
     """
+    how: dict[str, Any] = {"split_special_tokens": split_special_tokens, "end": end}
     batch: list[tuple[int, Document]] = []
     characters = 0
     for number, document in documents:
         if len(document.text) > WINDOW_CHARACTERS:
             if batch:
-                yield _encode_batch(tokenizer, batch, split_special_tokens)
+                yield _encode_batch(tokenizer, batch, how)
                 batch, characters = [], 0
-            for part in tokenize_long(tokenizer, document.text, split_special_tokens=split_special_tokens):
+            for part in tokenize_long(tokenizer, document.text, **how):
                 yield [Encoded(number, document, part)]
             continue
         batch.append((number, document))
         characters += len(document.text)
         if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield _encode_batch(tokenizer, batch, split_special_tokens)
+            yield _encode_batch(tokenizer, batch, how)
             batch, characters = [], 0
     if batch:
-        yield _encode_batch(tokenizer, batch, split_special_tokens)
+        yield _encode_batch(tokenizer, batch, how)
 
 
 def _encode_batch(
-    tokenizer: PreTrainedTokenizerBase, batch: list[tuple[int, Document]], split: bool
+    tokenizer: PreTrainedTokenizerBase, batch: list[tuple[int, Document]], how: dict[str, Any]
 ) -> list[Encoded]:
-    encoded = tokenize(tokenizer, [document.text for _, document in batch], split_special_tokens=split)
+    encoded = tokenize(tokenizer, [document.text for _, document in batch], **how)
     return [
         Encoded(number, document, ids)
         for (number, document), ids in zip(batch, encoded, strict=True)
@@ -83,16 +85,20 @@ def _encode_batch(
 
 
 def tokenize_long(
-    tokenizer: PreTrainedTokenizerBase, text: str, *, split_special_tokens: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    split_special_tokens: bool = True,
+    end: int | None = None,
 ) -> Iterator[NDArray[np.int32]]:
     """Yields in parts what `tokenize` gives for one text."""
     frame = _frame(tokenizer) if tokenizer.is_fast else None
     if frame is None:
         # No places of tokens, by which to find a seam.
-        yield tokenize(tokenizer, [text], split_special_tokens=split_special_tokens)[0]
+        yield tokenize(tokenizer, [text], split_special_tokens=split_special_tokens, end=end)[0]
         return
     before, behind = frame
-    end = tokenizer.eos_token_id
+    end = tokenizer.eos_token_id if end is None else end
     last: int | None = None
     for part in _parts(tokenizer, text, split_special_tokens):
         if len(part):

@@ -31,6 +31,7 @@ from sparsekd.trainer.corpus.files import source_name
 from sparsekd.trainer.corpus.findings import Formats, SpecialTokens, Tally
 from sparsekd.trainer.corpus.split import split_of
 from sparsekd.trainer.corpus.tokenizer import (
+    end_token_id,
     load_tokenizer,
     save_tokenizer,
     tokenizer_identity,
@@ -193,6 +194,7 @@ def _manifest(
         dataset["special_tokens"] = "where the text spells them"
     if corpus.weight_field is not None:
         dataset["weights"] = f"of documents, from the field {corpus.weight_field}"
+    end = end_token_id(tokenizer, corpus.end_token)
     return Manifest(
         format_version=FORMAT_VERSION,
         target="next_token",
@@ -200,7 +202,7 @@ def _manifest(
         rows_per_shard=settings.rows_per_shard,
         splits=SPLITS,
         dataset=dataset,
-        tokenizer=tokenizer_identity(tokenizer, folder, name),
+        tokenizer=tokenizer_identity(tokenizer, folder, name, end=end),
         record=RecordSpec(k=0, n=0, temperatures=(), draw_temperature=1.0, seed=0),
         teacher=None,
         # A table of frequent ids would have to be made of the very tokens that are to be written.
@@ -245,8 +247,13 @@ def write_rows(
     digests = [CorpusDigest() for _ in corpus.paths]
     read, tokens, newest, side = 0, 0, -1, ""
     started, interval = time.monotonic(), Interval()
+    end = manifest.tokenizer.eos_token_id
+    assert end is not None  # end_token_id
     for batch in encode(
-        tokenizer, _numbered(corpus, digests, special), split_special_tokens=corpus.split_special_tokens
+        tokenizer,
+        _numbered(corpus, digests, special),
+        split_special_tokens=corpus.split_special_tokens,
+        end=end,
     ):
         sides = []
         for part in batch:
@@ -282,8 +289,6 @@ def write_rows(
         )
     if tokens == 0:
         raise DataError(f"The tokenizer {manifest.tokenizer.name} makes no token of any document.")
-    end = manifest.tokenizer.eos_token_id
-    assert end is not None  # load_tokenizer
     for split in SPLITS:
         waiting[split] += packing.take_last_row(streams[split], length, end, weighted=weighted)
         if waiting[split]:  # never more than a full shard: one row was added to less than that

@@ -34,7 +34,7 @@ class ProbeRows(NamedTuple):
     border: int
 
 
-def probe_rows(store: LogitStore, device: torch.device) -> ProbeRows:
+def probe_rows(store: LogitStore, device: torch.device, vocabulary_size: int) -> ProbeRows:
     """Two rows of a store's first tokens, cut into two documents each."""
     manifest = store.manifest
     split = next(name for name in manifest.splits if store.rows(name))
@@ -42,7 +42,7 @@ def probe_rows(store: LogitStore, device: torch.device) -> ProbeRows:
     border = max(1, length // 2)
     tokens = torch.from_numpy(store.read_row(split, 0).token_ids[:length]).long()
     other = tokens.clone()
-    other[:border] = (tokens[:border] + 1) % manifest.tokenizer.vocabulary_size
+    other[:border] = (tokens[:border] + 1) % vocabulary_size
     positions = torch.cat([torch.arange(border), torch.arange(length - border)])
     return ProbeRows(torch.stack([tokens, other]).to(device), positions.expand(2, -1).to(device), border)
 

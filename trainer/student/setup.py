@@ -130,7 +130,10 @@ def _plan(
         of.store.read_row("heldout", number)
     impl = implementation_that_runs(config.objective.impl, here.device, key="objective.impl")
     model_config = load_config(source, "student")
-    check_student(model_config, source, manifest=manifest, tokenizer_path=store.tokenizer_path)
+    vocabulary = max(
+        check_student(model_config, source, each.store, reads_records=objective.kd_weight > 0)
+        for each in sources.members
+    )
     order = order_of(
         config.data,
         [SourceOfRows(each.name, each.store.rows("train"), each.weight) for each in sources.members],
@@ -152,7 +155,7 @@ def _plan(
         order=order.recorded(),
         router_coefficient=router,
     )
-    transform = head_transform(model_config, manifest.tokenizer.vocabulary_size)
+    transform = head_transform(model_config, vocabulary)
     memory = None
     cut = (config.objective.chunk_positions, config.objective.memory_gib)
     if impl == "reference" and cut != (None, None):
@@ -265,7 +268,7 @@ def flops_of(engine: deepspeed.DeepSpeedEngine, config: Config, plan: Plan) -> f
 
 
 def _check_probe(engine: deepspeed.DeepSpeedEngine, plan: Plan, here: Ranks) -> None:
-    rows = together(here, lambda: probe_rows(plan.store, here.device))
+    rows = together(here, lambda: probe_rows(plan.store, here.device, plan.loss.transform.vocabulary_size))
     engine.eval()
     with torch.no_grad():
         own, ours = engine(Probe(rows.token_ids, rows.position_ids))
