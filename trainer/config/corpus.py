@@ -66,7 +66,13 @@ class CorpusConfig:
     allow: list[str] = option(
         [], "What `prepare` would refuse: json, text files that are JSON.", choices=("json",)
     )
-    sequence_length: int = option(1024, "Tokens in one packed row.", minimum=2)
+    sequence_length: int = option(1024, "Tokens in one row.", minimum=2)
+    packing: str = option(
+        "documents",
+        "documents: rows are filled with one document after another, which models must keep apart; none: "
+        "each document begins a row, filled up with padding, for models that cannot (docs/models.md).",
+        choices=("documents", "none"),
+    )
     heldout_fraction: float = option(
         0.02, "Share of the documents held out, chosen by content hash.", minimum=0.0, maximum=0.9
     )

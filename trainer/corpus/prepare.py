@@ -43,6 +43,12 @@ from sparsekd.trainer.run.stop import StopWatch, watched
 
 SPLITS = ("train", "heldout")
 
+# How rows are filled, for the manifest, by corpus.packing.
+_PACKING = {
+    "documents": "documents in order without gaps; one that crosses a row's end goes on as a new segment",
+    "none": "a document, or a piece of one, in each row, then padding",
+}
+
 
 @dataclass(frozen=True)
 class Survey:
@@ -188,7 +194,7 @@ def _manifest(
         "sources": sources,
         "documents": {**survey.documents, "empty": survey.empty},
         "heldout": {"fraction": corpus.heldout_fraction, "seed": corpus.seed, "by": "blake2b of the content"},
-        "packing": "documents in order without gaps; one that crosses a row's end goes on as a new segment",
+        "packing": _PACKING[corpus.packing],
     }
     if not corpus.split_special_tokens:
         dataset["special_tokens"] = "where the text spells them"
@@ -268,7 +274,9 @@ def write_rows(
                 [part.number for part in chosen],
                 [part.document.weight for part in chosen],
             )
-            rows, streams[split] = packing.take_rows(stream, length, weighted=weighted)
+            rows, streams[split] = packing.take_rows(
+                stream, length, weighted=weighted, padding_id=end if corpus.packing == "none" else None
+            )
             waiting[split] += rows
             while len(waiting[split]) >= per_shard:
                 if watch.request is not None:

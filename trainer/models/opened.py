@@ -23,7 +23,7 @@ from sparsekd.trainer.models.causal_lm import (
     load_causal_lm,
     load_config,
 )
-from sparsekd.trainer.models.probe import check_probe, probe_rows
+from sparsekd.trainer.models.probe import check_probe, probe_rows, watched_parts
 from sparsekd.trainer.run.errors import ModelError
 
 
@@ -114,14 +114,38 @@ def open_model(
         head_transform(model.config, vocabulary),
         saved if isinstance(saved, torch.dtype) else None,
     )
-    with torch.no_grad():
-        rows = probe_rows(store, device, vocabulary)
-        own = model(input_ids=rows.token_ids, position_ids=rows.position_ids, use_cache=False).logits
-        hidden = hidden_states(decoder, rows.token_ids, rows.position_ids)
-        ours = dense_logits(hidden, head, opened.transform)
-    place = source.setting.removesuffix(".path")
-    check_probe(own, ours, rows, key=place, model_name=type(model).__name__)
+    prove(model, opened.transform, store, key=source.setting.removesuffix(".path"))
     return opened
+
+
+@torch.no_grad()
+def prove(
+    model: PreTrainedModel,
+    transform: HeadTransform,
+    store: LogitStore,
+    *,
+    key: str,
+    packed: bool | None = None,
+) -> None:
+    """Checks that our logits are a model's own, and that a document's depend on nothing else.
+
+    Args:
+        model: In evaluation mode.
+        transform: From its head's product to its logits.
+        store: With rows such as the model sees.
+        key: The configuration group or key of the model, for messages.
+        packed: Whether documents share rows; None: as they do in the store.
+
+    Raises:
+        ModelError: It is not so.
+    """
+    decoder, head = decoder_and_head(model)
+    rows = probe_rows(store, head.weight.device, transform.vocabulary_size, packed=packed)
+    own = model(input_ids=rows.token_ids, position_ids=rows.position_ids, use_cache=False).logits
+    with watched_parts(model, rows) as parts:
+        hidden = hidden_states(decoder, rows.token_ids, rows.position_ids)
+    ours = dense_logits(hidden, head, transform)
+    check_probe(own, ours, parts, rows, key=key, model_name=type(model).__name__)
 
 
 def check_fit(

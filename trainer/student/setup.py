@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import deepspeed
 import torch
@@ -19,8 +19,14 @@ from sparsekd.trainer.data.chunked import ChunkedOrder
 from sparsekd.trainer.data.mixed import MixedOrder, SourceOfRows, order_of
 from sparsekd.trainer.data.order import BatchShape, GlobalOrder, batch_shape
 from sparsekd.trainer.data.sources import Source, Sources, joined_digest
-from sparsekd.trainer.models.causal_lm import DTYPES, ModelSource, head_transform, load_config
-from sparsekd.trainer.models.probe import check_probe, probe_rows
+from sparsekd.trainer.models.causal_lm import (
+    DTYPES,
+    ModelSource,
+    head_transform,
+    load_config,
+    picked_attention,
+)
+from sparsekd.trainer.models.probe import check_probe, holds_several, probe_rows, watched_parts
 from sparsekd.trainer.models.router import is_routed, router_coefficient
 from sparsekd.trainer.models.source import student_source
 from sparsekd.trainer.models.twin import check_exportable
@@ -147,8 +153,9 @@ def _plan(
         else []
     )
     router = router_coefficient(config.student, model_config)
+    attention = picked_attention(model_config, source)
     settings = settings_of(
-        config,
+        replace(config, student=replace(config.student, attention=attention)),
         objective,
         impl=impl,
         student_content=student_content,
@@ -232,7 +239,7 @@ def build(config: Config, plan: Plan, here: Ranks) -> deepspeed.DeepSpeedEngine:
     model = load() if config.engine.zero_stage == 3 else together(here, load)
     del partitioning
     engine = build_engine(Student(model, plan.loss), settings, config.optimizer)
-    _check_probe(engine, plan, here)
+    prove_student(engine, plan, here)
     return engine
 
 
@@ -267,11 +274,18 @@ def flops_of(engine: deepspeed.DeepSpeedEngine, config: Config, plan: Plan) -> f
     )
 
 
-def _check_probe(engine: deepspeed.DeepSpeedEngine, plan: Plan, here: Ranks) -> None:
-    rows = together(here, lambda: probe_rows(plan.store, here.device, plan.loss.transform.vocabulary_size))
+def prove_student(engine: deepspeed.DeepSpeedEngine, plan: Plan, here: Ranks) -> None:
+    """Proves the student's head, and that documents do not see one another; every rank calls it.
+
+    Raises:
+        ModelError: It is not so (on the first rank; the others exit).
+    """
+    packed = any(holds_several(each.store) for each in plan.sources.members)
+    size = plan.loss.transform.vocabulary_size
+    rows = together(here, lambda: probe_rows(plan.store, here.device, size, packed=packed))
     engine.eval()
-    with torch.no_grad():
+    with torch.no_grad(), watched_parts(engine.module.model, rows) as parts:
         own, ours = engine(Probe(rows.token_ids, rows.position_ids))
     engine.train()
     name = type(engine.module.model).__name__
-    together(here, lambda: check_probe(own, ours, rows, key="student", model_name=name))
+    together(here, lambda: check_probe(own, ours, parts, rows, key="student", model_name=name))

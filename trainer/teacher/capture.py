@@ -43,6 +43,7 @@ from sparsekd.trainer.config.feature_requests import feature_requests, request_o
 from sparsekd.trainer.config.record import record_spec
 from sparsekd.trainer.config.schema import Config, StoreConfig, TeacherConfig, require
 from sparsekd.trainer.data.used_ids import UsedIds
+from sparsekd.trainer.models.causal_lm import AUTO_ATTENTION, attention_of
 from sparsekd.trainer.models.opened import OpenModel
 from sparsekd.trainer.run.console import Interval, readable_seconds
 from sparsekd.trainer.run.errors import ConfigError, DataError, Stopped
@@ -139,6 +140,8 @@ def _checked_teacher(config: Config, path: str, tokens: LogitStore, place: Ranks
         )
     wanted = config.store.vocabulary_size
     teacher = load_teacher(settings, path, tokens, place.device, used=used, vocabulary_size=wanted)
+    if place.is_first and settings.attention == AUTO_ATTENTION:
+        print(f"capture: attention {attention_of(teacher.model)}, which transformers picks", flush=True)
     size, whole = teacher.transform.vocabulary_size, tokens.manifest.tokenizer.vocabulary_size
     if place.is_first and size < whole:
         print(
@@ -154,7 +157,7 @@ def _identity(config: Config, teacher_path: str, teacher: OpenModel, place: Rank
     if not place.is_first:
         return None
     return teacher_identity(
-        config.teacher,
+        replace(config.teacher, attention=attention_of(teacher.model)),
         teacher_path,
         device_type=place.device.type,
         threads=config.launch.threads_per_rank,
