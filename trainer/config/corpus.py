@@ -93,6 +93,11 @@ class CorpusConfig:
     max_documents: int | None = option(None, "Take only the first so many documents.", minimum=1)
     tokenizer: str | None = option(None, "Tokenizer folder or hub name; usually the teacher's.")
     tokenizer_revision: str | None = option(None, "Revision of a hub tokenizer.")
+    end_token: str | None = option(
+        None,
+        "Token that closes each document, by its text or id; null is the tokenizer's end-of-text token, "
+        "which in a tokenizer for conversations is often the end of a turn (<|im_end|>).",
+    )
     train_vocabulary_size: int | None = option(
         None,
         "Train a byte-level BPE tokenizer with so many entries on the training split instead.",
@@ -106,7 +111,13 @@ class CorpusConfig:
     allow: list[str] = option(
         [], "What `prepare` would refuse: json, text files that are JSON.", choices=("json",)
     )
-    sequence_length: int = option(1024, "Tokens in one packed row.", minimum=2)
+    sequence_length: int = option(1024, "Tokens in one row.", minimum=2)
+    packing: str = option(
+        "documents",
+        "documents: rows are filled with one document after another, which models must keep apart; none: "
+        "each document begins a row, filled up with padding, for models that cannot (docs/models.md).",
+        choices=("documents", "none"),
+    )
     heldout_fraction: float = option(
         0.02, "Share of the documents held out, chosen by content hash.", minimum=0.0, maximum=0.9
     )

@@ -19,7 +19,7 @@ from sparsekd.trainer.corpus.bodies import RecordError
 from sparsekd.trainer.corpus.documents import Document
 from sparsekd.trainer.corpus.examples import ExampleEncoder
 from sparsekd.trainer.corpus.findings import Records
-from sparsekd.trainer.corpus.tokenizer import special_frame, tokenize
+from sparsekd.trainer.corpus.tokenizer import end_token_id, special_frame, tokenize
 from sparsekd.trainer.run.errors import DataError
 
 # Documents that are tokenized together: enough for the tokenizer's threads, little beside its own memory.
@@ -77,28 +77,32 @@ def _batches(
     records: Records,
 ) -> Iterator[list[Encoded]]:
     examples = ExampleEncoder(tokenizer, config)
+    how: dict[str, Any] = {
+        "split_special_tokens": config.split_special_tokens,
+        "end": end_token_id(tokenizer, config.end_token),
+    }
     batch: list[tuple[int, Document]] = []
     size = 0
     for number, document in documents:
         if document.body is None and len(document.text) > WINDOW_CHARACTERS:
             if batch:
-                yield _encode_batch(tokenizer, examples, batch, config, records)
+                yield _encode_batch(tokenizer, how, examples, batch, config, records)
                 batch, size = [], 0
-            split = config.split_special_tokens
-            for part in tokenize_long(tokenizer, document.text, split_special_tokens=split):
+            for part in tokenize_long(tokenizer, document.text, **how):
                 yield [Encoded(number, document, part)]
             continue
         batch.append((number, document))
         size += len(document.text) if document.body is None else len(document.content)
         if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
-            yield _encode_batch(tokenizer, examples, batch, config, records)
+            yield _encode_batch(tokenizer, how, examples, batch, config, records)
             batch, size = [], 0
     if batch:
-        yield _encode_batch(tokenizer, examples, batch, config, records)
+        yield _encode_batch(tokenizer, how, examples, batch, config, records)
 
 
 def _encode_batch(
     tokenizer: PreTrainedTokenizerBase,
+    how: dict[str, Any],
     examples: ExampleEncoder,
     batch: list[tuple[int, Document]],
     config: CorpusConfig,
@@ -107,11 +111,7 @@ def _encode_batch(
     made: dict[int, Encoded] = {}
     texts = [(number, document) for number, document in batch if document.body is None]
     if texts:
-        encoded = tokenize(
-            tokenizer,
-            [document.text for _, document in texts],
-            split_special_tokens=config.split_special_tokens,
-        )
+        encoded = tokenize(tokenizer, [document.text for _, document in texts], **how)
         made = {
             number: Encoded(number, document, ids)
             for (number, document), ids in zip(texts, encoded, strict=True)
@@ -175,16 +175,20 @@ def _has_something_to_learn(part: Encoded, records: Records) -> bool:
 
 
 def tokenize_long(
-    tokenizer: PreTrainedTokenizerBase, text: str, *, split_special_tokens: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    split_special_tokens: bool = True,
+    end: int | None = None,
 ) -> Iterator[NDArray[np.int32]]:
     """Yields in parts what `tokenize` gives for one text."""
     frame = special_frame(tokenizer) if tokenizer.is_fast else None
     if frame is None:
         # No places of tokens, by which to find a seam.
-        yield tokenize(tokenizer, [text], split_special_tokens=split_special_tokens)[0]
+        yield tokenize(tokenizer, [text], split_special_tokens=split_special_tokens, end=end)[0]
         return
     before, behind = frame
-    end = tokenizer.eos_token_id
+    end = tokenizer.eos_token_id if end is None else end
     last: int | None = None
     for part in _parts(tokenizer, text, split_special_tokens):
         if len(part):

@@ -2,7 +2,7 @@
 
 A conversation gives the ids of `tokenizer.apply_chat_template`, but that the names of control tokens in what
 people wrote stay text. A pair is its prompt and its completion as one text, begun as the tokenizer begins one
-and closed by the end-of-text token, which is learned with the completion.
+and closed by the end token, which is learned with the completion.
 
 Shapes: N tokens of an example.
 """
@@ -19,7 +19,7 @@ from sparsekd.trainer.corpus.bodies import Conversation, Pair, RecordError, Toke
 from sparsekd.trainer.corpus.chat_template import ChatTemplate, Rendered
 from sparsekd.trainer.corpus.documents import Document
 from sparsekd.trainer.corpus.offsets import OffsetTokenizer, Placed, within
-from sparsekd.trainer.corpus.tokenizer import special_frame
+from sparsekd.trainer.corpus.tokenizer import end_token_id, special_frame
 from sparsekd.trainer.run.errors import DataError
 
 LARGEST_CHARACTERS = 1 << 24
@@ -58,7 +58,7 @@ class ExampleEncoder:
         self._entries = max(tokenizer.get_vocab().values()) + 1
         self._places: OffsetTokenizer | None = None
         self._template: ChatTemplate | None = None
-        self._frame: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None
+        self._around: tuple[NDArray[np.int32], NDArray[np.int32], int] | None = None
 
     def encode(self, documents: Sequence[Document]) -> list[Example | RecordError]:
         """The example of each document, or why there is none.
@@ -149,8 +149,8 @@ class ExampleEncoder:
         counted, across = within(placed, rendered.spans)
         if not isinstance(document.body, Pair):
             return Example(placed.token_ids, counted, across, rendered.rewritten, rendered.unwritten)
-        before, behind = self._around_pairs()
-        ids, end = placed.token_ids, self._tokenizer.eos_token_id
+        before, behind, end = self._around_pairs()
+        ids = placed.token_ids
         # Where spellings are control tokens, a text may bring its own first and last one.
         if len(before) and len(ids) and before[-1] == ids[0] == self._tokenizer.bos_token_id:
             before = before[:-1]
@@ -159,15 +159,17 @@ class ExampleEncoder:
         learned = np.zeros(len(before), np.bool_), counted, closing == end
         return Example(np.concatenate([before, ids, closing]), np.concatenate(learned), across)
 
-    def _around_pairs(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        if self._frame is None:
-            self._frame = special_frame(self._tokenizer)
-        if self._frame is None:
-            raise DataError(
-                "It cannot be seen which tokens this tokenizer puts around a text, so that pairs cannot be "
-                "encoded with it; write them as conversations (corpus.kind=conversation)."
-            )
-        return self._frame
+    def _around_pairs(self) -> tuple[NDArray[np.int32], NDArray[np.int32], int]:
+        """What the tokenizer puts before and behind a text, and the token that closes it."""
+        if self._around is None:
+            frame = special_frame(self._tokenizer)
+            if frame is None:
+                raise DataError(
+                    "It cannot be seen which tokens this tokenizer puts around a text, so that pairs cannot "
+                    "be encoded with it; write them as conversations (corpus.kind=conversation)."
+                )
+            self._around = *frame, end_token_id(self._tokenizer, self._config.end_token)
+        return self._around
 
     def _given(self, body: TokenIds, place: str) -> Example:
         if len(body.token_ids) and body.token_ids.max() >= self._entries:

@@ -1,8 +1,9 @@
 """Documents into rows of one length, as pure functions over arrays.
 
-Documents follow one another without gaps. One that crosses a row's end continues in the next row as a new
-segment with the same document number: its positions restart there, because attention never crosses rows. Only
-the very last row of a split is padded.
+Packed, documents follow one another without gaps. One that crosses a row's end continues in the next row as
+a new segment with the same document number: its positions restart there, because attention never crosses
+rows. Only the very last row of a split is padded. Not packed, for models that do not keep the documents of
+a row apart, each document begins a row of its own, and its last row is padded.
 
 Shapes: M tokens of a stream, L positions of a row, S segments of a row.
 """
@@ -66,22 +67,44 @@ def append(
     )
 
 
-def take_rows(stream: Stream, length: int, *, weighted: bool = False) -> tuple[list[Row], Stream]:
-    """Cuts all full rows of `length` positions off the stream.
+def take_rows(
+    stream: Stream, length: int, *, weighted: bool = False, padding_id: int | None = None
+) -> tuple[list[Row], Stream]:
+    """Cuts all rows of `length` positions off the stream that can be made yet.
 
     Args:
         stream: What waits.
         length: L.
         weighted: Whether rows carry weights.
+        padding_id: None packs documents; else each begins a row of its own, which is filled with this token.
 
     Returns:
-        The rows (without teacher) and the fewer than `length` tokens that are left.
+        The rows (without teacher) and the fewer than `length` tokens that are left, which may go on.
     """
+    if padding_id is not None:
+        return _rows_of_documents(stream, length, padding_id, weighted=weighted)
     cut = len(stream.token_ids) // length * length
     rows = [
         row_of(_part(stream, start, start + length), weighted=weighted) for start in range(0, cut, length)
     ]
     return rows, _part(stream, cut, len(stream.token_ids))
+
+
+def _rows_of_documents(
+    stream: Stream, length: int, padding_id: int, *, weighted: bool
+) -> tuple[list[Row], Stream]:
+    """As `take_rows`, a document or piece of one in a row; the last document may go on: full rows of it."""
+    borders = np.flatnonzero(stream.documents[1:] != stream.documents[:-1]) + 1
+    rows = []
+    start = 0
+    for stop in [*borders.tolist(), len(stream.token_ids)]:
+        while stop - start >= length:
+            rows.append(row_of(_part(stream, start, start + length), weighted=weighted))
+            start += length
+        if stop < len(stream.token_ids):
+            rows += take_last_row(_part(stream, start, stop), length, padding_id, weighted=weighted)
+            start = stop
+    return rows, _part(stream, start, len(stream.token_ids))
 
 
 def _part(stream: Stream, start: int, stop: int) -> Stream:
@@ -92,7 +115,7 @@ def _part(stream: Stream, start: int, stop: int) -> Stream:
 
 
 def take_last_row(stream: Stream, length: int, padding_id: int, *, weighted: bool = False) -> list[Row]:
-    """The one padded row at a split's end, or none where nothing is left.
+    """The one padded row at the end of a split or document, or none where nothing is left.
 
     Args:
         stream: Fewer than `length` tokens.

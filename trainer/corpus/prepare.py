@@ -41,6 +41,7 @@ from sparsekd.trainer.corpus.findings import Formats, Records, SpecialTokens, Ta
 from sparsekd.trainer.corpus.forms import Forms
 from sparsekd.trainer.corpus.split import split_of
 from sparsekd.trainer.corpus.tokenizer import (
+    end_token_id,
     load_tokenizer,
     save_tokenizer,
     tokenizer_identity,
@@ -51,6 +52,12 @@ from sparsekd.trainer.run.errors import DataError, Stopped
 from sparsekd.trainer.run.stop import StopWatch, watched
 
 SPLITS = ("train", "heldout")
+
+# How rows are filled, for the manifest, by corpus.packing.
+_PACKING = {
+    "documents": "documents in order without gaps; one that crosses a row's end goes on as a new segment",
+    "none": "a document, or a piece of one, in each row, then padding",
+}
 
 
 @dataclass(frozen=True)
@@ -271,7 +278,7 @@ def _manifest(
         "sources": sources,
         "documents": {**survey.documents, "empty": survey.empty},
         "heldout": heldout,
-        "packing": "documents in order without gaps; one that crosses a row's end goes on as a new segment",
+        "packing": _PACKING[corpus.packing],
     }
     if survey.forms.kind != "text":
         dataset["kind"] = survey.forms.kind
@@ -284,6 +291,7 @@ def _manifest(
         dataset["special_tokens"] = "where the text spells them"
     if corpus.weight_field is not None:
         dataset["weights"] = f"of documents, from the field {corpus.weight_field}"
+    end = end_token_id(tokenizer, corpus.end_token)
     return Manifest(
         format_version=FORMAT_VERSION,
         target="next_token",
@@ -291,7 +299,7 @@ def _manifest(
         rows_per_shard=settings.rows_per_shard,
         splits=SPLITS,
         dataset=dataset,
-        tokenizer=tokenizer_identity(tokenizer, folder, name),
+        tokenizer=tokenizer_identity(tokenizer, folder, name, end=end),
         record=RecordSpec(k=0, n=0, temperatures=(), draw_temperature=1.0, seed=0),
         teacher=None,
         # A table of frequent ids would have to be made of the very tokens that are to be written.
@@ -336,6 +344,8 @@ def write_rows(
     digests = [CorpusDigest() for _ in survey.sources]
     read, tokens, newest, side = 0, 0, -1, ""
     started, interval = time.monotonic(), Interval()
+    end = manifest.tokenizer.eos_token_id
+    assert end is not None  # end_token_id
     for batch in encode(tokenizer, _numbered(corpus, digests, special), corpus, Records()):
         sides = []
         for part in batch:
@@ -351,7 +361,9 @@ def write_rows(
                 [part.document.weight for part in chosen],
                 [part.counted for part in chosen],
             )
-            rows, streams[split] = packing.take_rows(stream, length, weighted=weighted)
+            rows, streams[split] = packing.take_rows(
+                stream, length, weighted=weighted, padding_id=end if corpus.packing == "none" else None
+            )
             waiting[split] += rows
             while len(waiting[split]) >= per_shard:
                 if watch.request is not None:
@@ -372,8 +384,6 @@ def write_rows(
         )
     if tokens == 0:
         raise DataError(f"The tokenizer {manifest.tokenizer.name} makes no token of any document.")
-    end = manifest.tokenizer.eos_token_id
-    assert end is not None  # load_tokenizer
     for split in SPLITS:
         waiting[split] += packing.take_last_row(streams[split], length, end, weighted=weighted)
         if waiting[split]:  # never more than a full shard: one row was added to less than that

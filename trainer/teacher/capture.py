@@ -42,6 +42,8 @@ from sparsekd.logit_store.tools.inspect import RULE_NOTES
 from sparsekd.trainer.config.feature_requests import feature_requests, request_of
 from sparsekd.trainer.config.record import record_spec
 from sparsekd.trainer.config.schema import Config, StoreConfig, TeacherConfig, require
+from sparsekd.trainer.data.used_ids import UsedIds
+from sparsekd.trainer.models.causal_lm import AUTO_ATTENTION, attention_of
 from sparsekd.trainer.models.opened import OpenModel
 from sparsekd.trainer.run.console import Interval, readable_seconds
 from sparsekd.trainer.run.errors import ConfigError, DataError, Stopped
@@ -95,7 +97,7 @@ def run(config: Config) -> None:
             disable_progress_bar()  # of transformers: one bar for each rank, and none of use in a log
         if place.is_first:
             _announce(config, teacher_path, tokens, place)
-        teacher = together(place, lambda: _checked_teacher(config.teacher, teacher_path, tokens, place))
+        teacher = together(place, lambda: _checked_teacher(config, teacher_path, tokens, place))
         identity = on_first(
             place,
             patiently(place, lambda: _identity(config, teacher_path, teacher, place), watch),
@@ -130,12 +132,24 @@ def _announce(config: Config, teacher_path: str, tokens: LogitStore, place: Rank
         )
 
 
-def _checked_teacher(settings: TeacherConfig, path: str, tokens: LogitStore, place: Ranks) -> OpenModel:
-    if place.is_first and not check_teacher_tokenizer(settings, path, tokens):
+def _checked_teacher(config: Config, path: str, tokens: LogitStore, place: Ranks) -> OpenModel:
+    settings, used = config.teacher, UsedIds(tokens)
+    if place.is_first and not check_teacher_tokenizer(settings, path, tokens, used=used):
         print(
             f"capture: {path} has no tokenizer files; that of {tokens.path} is taken for its own", flush=True
         )
-    return load_teacher(settings, path, tokens, place.device)
+    wanted = config.store.vocabulary_size
+    teacher = load_teacher(settings, path, tokens, place.device, used=used, vocabulary_size=wanted)
+    if place.is_first and settings.attention == AUTO_ATTENTION:
+        print(f"capture: attention {attention_of(teacher.model)}, which transformers picks", flush=True)
+    size, whole = teacher.transform.vocabulary_size, tokens.manifest.tokenizer.vocabulary_size
+    if place.is_first and size < whole:
+        print(
+            f"capture: records speak of the first {size:,} of the tokenizer's {whole:,} ids; the text has "
+            "none of the others",
+            flush=True,
+        )
+    return teacher
 
 
 def _identity(config: Config, teacher_path: str, teacher: OpenModel, place: Ranks) -> TeacherIdentity | None:
@@ -143,7 +157,7 @@ def _identity(config: Config, teacher_path: str, teacher: OpenModel, place: Rank
     if not place.is_first:
         return None
     return teacher_identity(
-        config.teacher,
+        replace(config.teacher, attention=attention_of(teacher.model)),
         teacher_path,
         device_type=place.device.type,
         threads=config.launch.threads_per_rank,
@@ -169,9 +183,10 @@ def _create(
     manifest = replace(
         tokens.manifest,
         dataset={**tokens.manifest.dataset, "token_store": tokens.digest},
+        tokenizer=replace(tokens.manifest.tokenizer, vocabulary_size=teacher.transform.vocabulary_size),
         record=record_spec(config.store),
         teacher=identity,
-        codec=_codec(config.store, tokens),
+        codec=_codec(config.store, tokens, teacher.transform.vocabulary_size),
         features=features,
     )
     create_store(path, manifest, tokens.tokenizer_path, files)
@@ -222,11 +237,11 @@ def _units(tokens: LogitStore) -> list[Unit]:
     return [(split, shard) for split in tokens.manifest.splits for shard in range(tokens.shards(split))]
 
 
-def _codec(settings: StoreConfig, tokens: LogitStore) -> CodecSpec:
+def _codec(settings: StoreConfig, tokens: LogitStore, vocabulary_size: int) -> CodecSpec:
     """The codec with its parameters: `compact` numbers ids by how often they occur in the tokens."""
     if settings.codec != "compact":
         return CodecSpec(settings.codec, {})
-    counts = np.zeros(tokens.manifest.tokenizer.vocabulary_size, np.int64)
+    counts = np.zeros(vocabulary_size, np.int64)
     for split in tokens.manifest.splits:
         for index in evenly(tokens.rows(split), FREQUENCY_ROWS):
             counts += np.bincount(tokens.read_text(split, index).token_ids, minlength=len(counts))
