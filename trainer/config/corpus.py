@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from string import Formatter
+from typing import Any
 
 from sparsekd.trainer.config.option import option
 from sparsekd.trainer.run.errors import ConfigError
@@ -61,6 +62,11 @@ class CorpusConfig:
     )
     chat_template: str | None = option(
         None, "File with the chat template (Jinja), in place of the tokenizer's; it travels with the store."
+    )
+    chat_template_kwargs: dict[str, Any] = option(
+        {},
+        "Values that the chat template reads (transformers' name for it): {enable_thinking: false}, "
+        "{date_string: 26 Jul 2024}.",
     )
     train_on: str = option(
         "assistant",
@@ -196,6 +202,14 @@ def _check_kind(corpus: CorpusConfig) -> None:
             f"{'chat template writes it' if corpus.kind == 'conversation' else 'ids these are'}; a tokenizer "
             "that is trained here has none."
         )
+    taken = {"messages", "tools", "documents", "conversations", "chat_template", "add_generation_prompt"}
+    taken |= {"continue_final_message", "return_assistant_tokens_mask"}
+    for name in corpus.chat_template_kwargs:
+        if not str(name).isidentifier() or name in taken:
+            raise ConfigError(
+                f"corpus.chat_template_kwargs has the name {name!r}, expected those of variables that the "
+                "template reads beside messages and tools, such as enable_thinking."
+            )
     if corpus.template is None:
         return
     try:

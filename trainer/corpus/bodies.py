@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.row import IGNORED_LABEL
-from sparsekd.trainer.run.errors import DataError
+from sparsekd.trainer.corpus.fields import RecordError
 
 ROLES = {
     "system": "system",
@@ -25,18 +25,6 @@ ROLES = {
     "observation": "tool",
 }
 LARGEST_ID = 2**31 - 1
-
-
-class RecordError(DataError):
-    """A record that cannot be used. `corpus.invalid=skip` leaves it out.
-
-    Attributes:
-        reason: What is wrong in a few words, the same for all records with this fault.
-    """
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -52,6 +40,15 @@ class Conversation:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     given: int = 0
+
+    @property
+    def answers(self) -> list[int]:
+        """Numbers of the messages that may be learned, from 0: the assistant's, but for those of weight 0."""
+        return [
+            index
+            for index, message in enumerate(self.messages)
+            if message["role"] == "assistant" and index >= self.given and message.get("weight", 1)
+        ]
 
 
 @dataclass(frozen=True)
@@ -145,18 +142,17 @@ def conversation_of(
         _message(message, f"{where}: message {number} of {name!r}", is_table)
         for number, message in enumerate(found, start=1)
     ]
-    if not any(message["role"] == "assistant" for message in made[given:]):
+    listed = None if tools is None or tools == "" else _list_of(tools, where, "tools")
+    if listed is not None and not all(isinstance(tool, Mapping) for tool in listed):
+        raise RecordError("tools of another form", f"{where}: a tool is no object, expected JSON schemas.")
+    conversation = Conversation(made, (_without_nulls(listed) if is_table else listed) or None, given)
+    if not conversation.answers:
         raise RecordError(
             "no assistant turn",
             f"{where}: {name!r} has no message of the assistant, so that nothing can be learned of it; "
             "remove the record, or set corpus.invalid=skip to leave such records out.",
         )
-    listed = None if tools is None or tools == "" else _list_of(tools, where, "tools")
-    if listed is not None and not all(isinstance(tool, Mapping) for tool in listed):
-        raise RecordError("tools of another form", f"{where}: a tool is no object, expected JSON schemas.")
-    if is_table:
-        listed = _without_nulls(listed)
-    return Conversation(made, listed or None, given)
+    return conversation
 
 
 def _list_of(value: Any, where: str, name: str) -> list[Any]:
@@ -195,6 +191,12 @@ def _message(message: Any, where: str, is_table: bool) -> dict[str, Any]:
             f"{where} has the role {role!r}, expected one of {', '.join(ROLES)}; mend or remove the record.",
         )
     made["role"] = ROLES[role]
+    if made.get("weight", 1) not in (0, 1):  # OpenAI's, of an answer
+        raise RecordError(
+            "a weight of a message",
+            f"{where} has the weight {made['weight']!r}, expected 0 (not learned) or 1; corpus.weight_field "
+            "weighs whole conversations.",
+        )
     if isinstance(made.get("tool_calls"), str):
         made["tool_calls"] = _list_of(made["tool_calls"], where, "tool_calls")
     content = made.get("content", "")

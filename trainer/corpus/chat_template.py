@@ -11,6 +11,7 @@ is the last one is its end. Where this does not fit exactly either, the conversa
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sparsekd.logit_store.errors import first_line
-from sparsekd.trainer.corpus.bodies import Conversation, RecordError, strings_of
+from sparsekd.trainer.config.corpus import CorpusConfig
+from sparsekd.trainer.corpus.bodies import Conversation, strings_of
+from sparsekd.trainer.corpus.fields import RecordError
 from sparsekd.trainer.corpus.offsets import unused_characters
 from sparsekd.trainer.run.errors import DataError
 
@@ -63,35 +66,38 @@ class ChatTemplate:
 
     Args:
         tokenizer: The tokenizer.
-        train_on: As `corpus.train_on`.
-        split_special_tokens: As `corpus.split_special_tokens`.
+        config: What is learned, what spellings of special tokens become, and values for the template.
 
     Raises:
-        DataError: There is no template, or its marks are not where the assistant speaks.
+        DataError: There is no template, its marks are not where the assistant speaks, or it writes today's
+            date.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, train_on: str, split_special_tokens: bool
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: CorpusConfig) -> None:
         if tokenizer.chat_template is None:
             raise DataError(
                 "The corpus holds conversations, and the tokenizer has no chat template to write them; give "
                 "one as the file corpus.chat_template, or an instruct model's folder as corpus.tokenizer."
             )
         self._tokenizer = tokenizer
-        self._train_on = train_on
-        self._split = split_special_tokens
+        self._train_on = config.train_on
+        self._split = config.split_special_tokens
+        self._values: dict[str, Any] = tokenizer.special_tokens_map | config.chat_template_kwargs
         added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
         # By which a turn ends; Gemma has entries for line breaks, too.
         self._added = tuple(spelling for spelling in added if spelling.strip())
-        special = {name for name, is_special in added.items() if is_special} | set(
-            tokenizer.all_special_tokens
-        )
+        special = {name for name, is_special in added.items() if is_special}
         self._check_marks()
         # Marks of turns are no special tokens everywhere (DeepSeek's are not).
         turns = self._render(PROBE[:3], None)
         self.control_spellings = frozenset(special | {name for name in self._added if name in turns}) - {""}
         longest_first = sorted(self.control_spellings, key=lambda name: (-len(name), name))
+        if "strftime_now" in self._template(None) and str(date.today().year) in turns:
+            raise DataError(
+                "The chat template writes today's date, so that tomorrow's rows would be others; fix it "
+                "by corpus.chat_template_kwargs, which for most templates is {date_string: 26 Jul 2024}, or give "
+                "a template without it as the file corpus.chat_template."
+            )
         self._spelled = "|".join(map(re.escape, longest_first)) or "(?!)"
 
     def render(self, conversation: Conversation, where: str) -> Rendered:
@@ -109,11 +115,7 @@ class ChatTemplate:
                 f"{where}: the chat template refuses the conversation ({first_line(error)}); mend or remove "
                 "the record, or set corpus.invalid=skip to leave such records out.",
             ) from error
-        learned = [
-            index
-            for index, message in enumerate(messages)
-            if message["role"] == "assistant" and index >= conversation.given
-        ]
+        learned = conversation.answers
         rewritten = False
         if self._train_on == "all":
             spans = [(0, len(text))]
@@ -129,7 +131,8 @@ class ChatTemplate:
             if any(after[0] < before[1] for before, after in pairwise(spans)):
                 raise _unclear(where, learned[0])
         learned_text = "".join(text[start:stop] for start, stop in spans)
-        is_whole = self._train_on == "assistant" and not conversation.given
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        is_whole = self._train_on == "assistant" and learned == turns
         _check_tools(conversation, text, learned_text if is_whole else text, where)
         return Rendered(
             text,
@@ -151,14 +154,13 @@ class ChatTemplate:
     def _render_with_marks(
         self, messages: Sequence[dict[str, Any]], tools: Any, *, prompt: bool = False
     ) -> tuple[str, list[Span]]:
-        values: dict[str, Any] = dict(self._tokenizer.special_tokens_map)
         rendered: Any = render_jinja_template(
             conversations=[list(messages)],
             tools=tools,
             chat_template=self._template(tools),
             return_assistant_tokens_mask=self._is_marked(tools),
             add_generation_prompt=prompt,
-            **values,
+            **self._values,
         )
         texts, marks = rendered
         return texts[0], [(start, stop) for start, stop in marks[0] if start < stop] if marks else []

@@ -21,8 +21,8 @@ from typing import Any
 from sparsekd.logit_store.errors import first_line
 from sparsekd.trainer.config.corpus import CorpusConfig, check_corpus, with_escapes
 from sparsekd.trainer.config.schema import require
-from sparsekd.trainer.corpus.bodies import Body, RecordError, content_of, text_of
-from sparsekd.trainer.corpus.fields import text_of_record, weight_of_record
+from sparsekd.trainer.corpus.bodies import Body, content_of, text_of
+from sparsekd.trainer.corpus.fields import RecordError, text_of_record, weight_of_record
 from sparsekd.trainer.corpus.files import LeftOut, SourceFile, list_files, source_name
 from sparsekd.trainer.corpus.forms import Forms
 from sparsekd.trainer.corpus.splitting import split_text

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from sparsekd.trainer.config.corpus import CorpusConfig
-from sparsekd.trainer.corpus.bodies import RecordError
 from sparsekd.trainer.corpus.documents import Document
 from sparsekd.trainer.corpus.examples import ExampleEncoder
+from sparsekd.trainer.corpus.fields import RecordError
 from sparsekd.trainer.corpus.findings import Records
 from sparsekd.trainer.corpus.tokenizer import end_token_id, special_frame, tokenize
 from sparsekd.trainer.run.errors import DataError

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from sparsekd.trainer.config.corpus import CorpusConfig
-from sparsekd.trainer.corpus.bodies import Conversation, Pair, RecordError, TokenIds
+from sparsekd.trainer.corpus.bodies import Conversation, Pair, TokenIds
 from sparsekd.trainer.corpus.chat_template import ChatTemplate, Rendered
 from sparsekd.trainer.corpus.documents import Document
+from sparsekd.trainer.corpus.fields import RecordError
 from sparsekd.trainer.corpus.offsets import OffsetTokenizer, Placed, within
 from sparsekd.trainer.corpus.tokenizer import end_token_id, special_frame
 from sparsekd.trainer.run.errors import DataError
@@ -100,11 +101,7 @@ class ExampleEncoder:
 
     def _chat(self, conversation: Conversation) -> ChatTemplate:
         if self._template is None:
-            self._template = ChatTemplate(
-                self._tokenizer,
-                train_on=self._config.train_on,
-                split_special_tokens=self._config.split_special_tokens,
-            )
+            self._template = ChatTemplate(self._tokenizer, self._config)
         return self._template
 
     def _pair(self, pair: Pair) -> Rendered:

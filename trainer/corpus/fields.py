@@ -12,6 +12,18 @@ MOST_NAMES = 20
 """Names that a message lists."""
 
 
+class RecordError(DataError):
+    """A record that cannot be used. `corpus.invalid=skip` leaves it out.
+
+    Attributes:
+        reason: What is wrong in a few words, the same for all records with this fault.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 def lookup(record: Mapping[str, Any], name: str) -> Any:
     """The value of a field, `a.b` meaning field `b` of the record in field `a`.
 
@@ -46,9 +58,10 @@ def text_of_record(record: Mapping[str, Any], config: CorpusConfig, where: str, 
     if text is None:
         text = ""
     if not isinstance(text, str):
-        raise DataError(
+        raise RecordError(
+            "text of another form",
             f"{where}: {config.text_field!r} is of type {type(text).__name__}, expected text; "
-            "set corpus.text_field to the field that holds the text."
+            "set corpus.text_field to the field that holds the text.",
         )
     return text
 
@@ -69,9 +82,10 @@ def weight_of_record(record: Mapping[str, Any], config: CorpusConfig, where: str
             weight = math.inf
         if math.isfinite(weight) and weight >= 0:
             return weight
-    raise DataError(
+    raise RecordError(
+        "a weight that is no number",
         f"{where}: {config.weight_field!r} is {value!r}, expected a finite number, 0 or more; mend it, or "
-        "leave corpus.weight_field away to weigh all documents alike."
+        "leave corpus.weight_field away to weigh all documents alike.",
     )
 
 

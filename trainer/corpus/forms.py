@@ -5,16 +5,8 @@ from string import Formatter
 from typing import Any
 
 from sparsekd.trainer.config.corpus import CorpusConfig, with_escapes
-from sparsekd.trainer.corpus.bodies import (
-    MASKS,
-    Body,
-    Conversation,
-    Pair,
-    RecordError,
-    conversation_of,
-    tokens_of,
-)
-from sparsekd.trainer.corpus.fields import lookup, missing_field, require_fields
+from sparsekd.trainer.corpus.bodies import MASKS, Body, Conversation, Pair, conversation_of, tokens_of
+from sparsekd.trainer.corpus.fields import RecordError, lookup, missing_field, require_fields
 
 SHAREGPT_FIELD = "conversations"
 ALPACA_TEMPLATE = "{instruction}\n\n{input}\n\n"

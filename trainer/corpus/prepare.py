@@ -283,6 +283,8 @@ def _manifest(
     if survey.forms.kind != "text":
         dataset["kind"] = survey.forms.kind
         dataset["learned"] = corpus.train_on
+    if corpus.chat_template_kwargs:
+        dataset["chat_template_kwargs"] = dict(corpus.chat_template_kwargs)
     if corpus.truncation != "split":
         dataset["longer_than_a_row"] = corpus.truncation
     if survey.records.skipped:

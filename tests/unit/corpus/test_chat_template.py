@@ -10,10 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sparsekd.trainer.config.corpus import CorpusConfig
-from sparsekd.trainer.corpus.bodies import Body, Pair, RecordError, TokenIds, conversation_of
+from sparsekd.trainer.corpus.bodies import Body, Pair, TokenIds, conversation_of
 from sparsekd.trainer.corpus.chat_template import ChatTemplate
 from sparsekd.trainer.corpus.documents import Document
 from sparsekd.trainer.corpus.examples import Example, ExampleEncoder
+from sparsekd.trainer.corpus.fields import RecordError
 from sparsekd.trainer.corpus.tokenizer import END_OF_TEXT
 from sparsekd.trainer.run.errors import DataError
 
@@ -176,7 +177,29 @@ def test_a_token_across_the_border_is_not_learned() -> None:
 )
 def test_templates_that_cannot_serve(template: str | None, sentence: str) -> None:
     with pytest.raises(DataError, match=sentence):
-        ChatTemplate(chat_tokenizer(template), train_on="assistant", split_special_tokens=True)
+        ChatTemplate(chat_tokenizer(template), CorpusConfig())
+
+
+def test_values_for_the_template_and_no_date_of_today() -> None:
+    dated = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "{{ '<|im_start|>system\nToday Date: ' + date_string + '<|im_end|>\n' }}" + templates.CHATML
+    )
+    with pytest.raises(DataError, match=r"today's date.*chat_template_kwargs.*date_string"):
+        chat(dated, TWO)
+    found = chat(dated, TWO, chat_template_kwargs={"date_string": "26 Jul 2024"})
+    assert "Today Date: 26 Jul 2024" in chat_tokenizer(None).decode(found.token_ids)
+    assert learned(found) == LEARNED["CHATML"]
+
+
+def test_answers_of_weight_0_are_not_learned() -> None:
+    for name in ("CHATML", "MARKED", "QWEN"):
+        messages = [message | {"weight": weight} for message, weight in zip(TWO, (1, 0, 1, 1), strict=True)]
+        assert learned(chat(getattr(templates, name), messages)) == LEARNED[name][1:]
+    with pytest.raises(RecordError, match=r"no message of the assistant"):
+        chat(templates.CHATML, [message | {"weight": 0} for message in TWO])
+    with pytest.raises(RecordError, match=r"message 2 .* has the weight 0\.5, expected 0"):
+        chat(templates.CHATML, [TWO[0], TWO[1] | {"weight": 0.5}])
 
 
 def test_what_cannot_be_told_for_certain_is_refused() -> None:

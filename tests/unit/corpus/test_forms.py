@@ -10,8 +10,9 @@ import pytest
 from pyarrow import parquet
 
 from sparsekd.trainer.config.corpus import CorpusConfig
-from sparsekd.trainer.corpus.bodies import Body, Conversation, Pair, RecordError, TokenIds
+from sparsekd.trainer.corpus.bodies import Body, Conversation, Pair, TokenIds
 from sparsekd.trainer.corpus.documents import Document, read_documents
+from sparsekd.trainer.corpus.fields import RecordError
 from sparsekd.trainer.corpus.forms import Forms, filled
 from sparsekd.trainer.run.errors import ConfigError, DataError
 
@@ -218,6 +219,7 @@ def test_equal_contents_are_one_document_to_the_held_out_choice(tmp_path: Path) 
         ({"template": "{a!r}"}, "expected names of fields in braces"),
         ({"template": "{}"}, "expected names of fields in braces"),
         ({"template": "{a}", "prompt_field": "b"}, "both say what the prompt is"),
+        ({"chat_template_kwargs": {"messages": 1}}, "has the name 'messages'"),
         ({"heldout_split": "test"}, "only datasets have splits"),
         ({"heldout_split": "train", "format": "dataset"}, "contradict each other"),
     ],
