@@ -2,6 +2,8 @@
 
 import re
 from dataclasses import dataclass
+from string import Formatter
+from typing import Any
 
 from sparsekd.trainer.config.option import option
 from sparsekd.trainer.run.errors import ConfigError
@@ -32,8 +34,57 @@ class CorpusConfig:
         r"With format=text: what stands between the documents of a file, such as <|endoftext|> or \n---\n "
         r"(\n: a line break), instead of corpus.sample_by.",
     )
+    kind: str | None = option(
+        None,
+        "What a record holds: text; conversation, messages for the chat template; pair, a prompt and its "
+        "completion; tokens, ids with labels or a mask. null goes by the first record's fields, and says so.",
+        choices=("text", "conversation", "pair", "tokens"),
+    )
     text_field: str = option(
         "text", "Field or column that holds a document's text; a.b is field b of the record in field a."
+    )
+    messages_field: str = option(
+        "messages", "Field of a conversation's messages; where there is none of this name, conversations."
+    )
+    tools_field: str | None = option(
+        "tools", "Field of the tools that the chat template gets, where a record has it; null for none."
+    )
+    prompt_field: str | None = option(
+        None, "Field of a pair's prompt; null takes prompt, or else instruction and input."
+    )
+    completion_field: str | None = option(
+        None, "Field of a pair's completion; null takes completion, or else output."
+    )
+    template: str | None = option(
+        None,
+        "Makes a pair's prompt of fields, as '{instruction}\\n\\n{input}\\n\\n' does; a paragraph whose "
+        "fields are all empty is left out, \\n is a line break, {{ a brace.",
+    )
+    chat_template: str | None = option(
+        None, "File with the chat template (Jinja), in place of the tokenizer's; it travels with the store."
+    )
+    chat_template_kwargs: dict[str, Any] = option(
+        {},
+        "Values that the chat template reads (transformers' name for it): {enable_thinking: false}, "
+        "{date_string: 26 Jul 2024}.",
+    )
+    train_on: str = option(
+        "assistant",
+        "What the loss counts of conversations and pairs: assistant, each assistant turn or the completion; "
+        "last, the last of these alone; all, questions too.",
+        choices=("assistant", "last", "all"),
+    )
+    truncation: str = option(
+        "split",
+        "What happens to a document that is longer than a row: split, it goes on in the next row without "
+        "what stood before; cut, the rest is left away; drop, it is left out.",
+        choices=("split", "cut", "drop"),
+    )
+    invalid: str = option(
+        "refuse",
+        "What happens at a record that cannot be used, such as a conversation without an answer: refuse "
+        "stops with a sentence; skip leaves it out, and counts.",
+        choices=("refuse", "skip"),
     )
     delimiter: str | None = option(
         None, r"With format=csv: what stands between cells (\t: a tab); null goes by the name, .tsv or not."
@@ -48,6 +99,11 @@ class CorpusConfig:
     max_documents: int | None = option(None, "Take only the first so many documents.", minimum=1)
     tokenizer: str | None = option(None, "Tokenizer folder or hub name; usually the teacher's.")
     tokenizer_revision: str | None = option(None, "Revision of a hub tokenizer.")
+    end_token: str | None = option(
+        None,
+        "Token that closes each document, by its text or id; null is the tokenizer's end-of-text token, "
+        "which in a tokenizer for conversations is often the end of a turn (<|im_end|>).",
+    )
     train_vocabulary_size: int | None = option(
         None,
         "Train a byte-level BPE tokenizer with so many entries on the training split instead.",
@@ -61,9 +117,21 @@ class CorpusConfig:
     allow: list[str] = option(
         [], "What `prepare` would refuse: json, text files that are JSON.", choices=("json",)
     )
-    sequence_length: int = option(1024, "Tokens in one packed row.", minimum=2)
+    sequence_length: int = option(1024, "Tokens in one row.", minimum=2)
+    packing: str = option(
+        "documents",
+        "documents: rows are filled with one document after another, which models must keep apart; none: "
+        "each document begins a row, filled up with padding, for models that cannot (docs/models.md).",
+        choices=("documents", "none"),
+    )
     heldout_fraction: float = option(
         0.02, "Share of the documents held out, chosen by content hash.", minimum=0.0, maximum=0.9
+    )
+    heldout_paths: list[str] = option(
+        [], "Held-out documents of their own, given as corpus.paths are; then none is chosen by hash."
+    )
+    heldout_split: str | None = option(
+        None, "With format=dataset, the split that is held out; then no document is chosen by hash."
     )
     seed: int = option(0, "Seed of the held-out choice.", minimum=0)
 
@@ -74,6 +142,19 @@ def check_corpus(corpus: CorpusConfig) -> None:
     Raises:
         ConfigError: naming keys, values and what is legal.
     """
+    _check_kind(corpus)
+    if corpus.heldout_split is not None:
+        if corpus.format != "dataset":
+            raise ConfigError(
+                f"corpus.heldout_split={corpus.heldout_split} with corpus.format={corpus.format}: only "
+                "datasets have splits; give files as corpus.heldout_paths."
+            )
+        if corpus.heldout_paths or corpus.heldout_split == corpus.dataset_split:
+            other = "heldout_paths" if corpus.heldout_paths else "dataset_split"
+            raise ConfigError(
+                f"corpus.heldout_split={corpus.heldout_split} and corpus.{other}="
+                f"{getattr(corpus, other)} contradict each other; set one place of held-out documents."
+            )
     if corpus.weight_field is not None and corpus.format == "text":
         raise ConfigError(
             f"corpus.weight_field={corpus.weight_field} with corpus.format=text: a text file has no fields; "
@@ -107,6 +188,47 @@ def check_corpus(corpus: CorpusConfig) -> None:
                 f"corpus.delimiter={corpus.delimiter!r}, expected one character other than a quote or a line "
                 r"break, such as ; or | or \t for a tab."
             )
+
+
+def _check_kind(corpus: CorpusConfig) -> None:
+    if corpus.format == "text" and corpus.kind not in (None, "text"):
+        raise ConfigError(
+            f"corpus.kind={corpus.kind} with corpus.format=text: a text file has no fields; use jsonl, csv, "
+            "parquet or dataset."
+        )
+    if corpus.kind in ("conversation", "tokens") and corpus.tokenizer is None:
+        raise ConfigError(
+            f"corpus.kind={corpus.kind} needs corpus.tokenizer, whose "
+            f"{'chat template writes it' if corpus.kind == 'conversation' else 'ids these are'}; a tokenizer "
+            "that is trained here has none."
+        )
+    taken = {"messages", "tools", "documents", "conversations", "chat_template", "add_generation_prompt"}
+    taken |= {"continue_final_message", "return_assistant_tokens_mask"}
+    for name in corpus.chat_template_kwargs:
+        if not str(name).isidentifier() or name in taken:
+            raise ConfigError(
+                f"corpus.chat_template_kwargs has the name {name!r}, expected those of variables that the "
+                "template reads beside messages and tools, such as enable_thinking."
+            )
+    if corpus.template is None:
+        return
+    try:
+        fields = [(name, spec, how) for _, name, spec, how in Formatter().parse(corpus.template)]
+    except ValueError as error:
+        raise ConfigError(
+            f"corpus.template={corpus.template!r} cannot be read ({error}); {{{{ and }}}} are braces."
+        ) from error
+    named = [name for name, _, _ in fields if name is not None]
+    if not named or not all(named) or any(spec or how for _, spec, how in fields):
+        raise ConfigError(
+            f"corpus.template={corpus.template!r}, expected names of fields in braces, such as "
+            "{instruction}, and nothing else in them."
+        )
+    if corpus.prompt_field is not None:
+        raise ConfigError(
+            f"corpus.template and corpus.prompt_field={corpus.prompt_field} both say what the prompt is; "
+            "set one."
+        )
 
 
 def with_escapes(text: str) -> str:

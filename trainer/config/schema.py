@@ -67,6 +67,12 @@ class StoreConfig:
         "How `train` reads local shards; mapped spares a copy, but a file cut short kills the reader.",
         choices=ACCESS_KINDS,
     )
+    vocabulary_size: int | None = option(
+        None,
+        "`capture`: take the teacher's distribution over so many ids only, for students with a smaller head "
+        "(262144 for Gemma 3 1B); the text must have no other. null: all that tokenizer and teacher have.",
+        minimum=2,
+    )
     rows_per_shard: int = option(
         256, "Rows in one shard of `prepare`; `capture` makes shards of the same rows.", minimum=1
     )
@@ -77,7 +83,9 @@ class TeacherConfig:
     path: str | None = option(None, "Teacher: a folder or hub name that from_pretrained loads.")
     revision: str | None = option(None, "Revision of a hub model.")
     dtype: str = option("bfloat16", "Dtype of the teacher's weights.", choices=("bfloat16", "float32"))
-    attention: str = option("sdpa", "attn_implementation of transformers.")
+    attention: str = option(
+        "auto", "attn_implementation of transformers; auto is what it picks for the model, and is announced."
+    )
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
     micro_batch_rows: int = option(8, "Rows in one forward pass; a part of the records' identity.", minimum=1)
     unit_rows: int = option(
@@ -108,7 +116,9 @@ class StudentConfig:
         {},
         "Fields of a transformers configuration, model_type among them, for a student with random weights.",
     )
-    attention: str = option("sdpa", "attn_implementation of transformers.")
+    attention: str = option(
+        "auto", "attn_implementation of transformers; auto is what it picks for the model, and is announced."
+    )
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
     activation_checkpointing: bool = option(
         False, "Recompute activations in the backward pass to save memory."

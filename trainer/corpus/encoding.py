@@ -14,8 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from sparsekd.trainer.config.corpus import CorpusConfig
 from sparsekd.trainer.corpus.documents import Document
-from sparsekd.trainer.corpus.tokenizer import tokenize
+from sparsekd.trainer.corpus.examples import ExampleEncoder
+from sparsekd.trainer.corpus.fields import RecordError
+from sparsekd.trainer.corpus.findings import Records
+from sparsekd.trainer.corpus.tokenizer import end_token_id, special_frame, tokenize
 from sparsekd.trainer.run.errors import DataError
 
 # Documents that are tokenized together: enough for the tokenizer's threads, little beside its own memory.
@@ -34,65 +38,157 @@ class Encoded(NamedTuple):
     Attributes:
         number: The document's place in the corpus.
         document: The document.
-        token_ids: int32; a long document comes in parts, which follow one another.
+        token_ids: int32 [N]; a long document comes in parts, which follow one another.
+        counted: bool [N], which of the tokens are learned; None for all.
     """
 
     number: int
     document: Document
     token_ids: NDArray[np.int32]
+    counted: NDArray[np.bool_] | None = None
 
 
 def encode(
     tokenizer: PreTrainedTokenizerBase,
     documents: Iterable[tuple[int, Document]],
-    *,
-    split_special_tokens: bool = True,
+    config: CorpusConfig,
+    records: Records,
 ) -> Iterator[list[Encoded]]:
-    """Yields the tokens of numbered documents in their order, as `tokenize` makes them of each.
+    """Yields the tokens of numbered documents in their order.
 
-    Documents that give no token are left out.
+    Args:
+        tokenizer: The store's tokenizer.
+        documents: Each with its number.
+        config: What is learned of them, and what happens to those that are longer than a row.
+        records: Is told of documents that are left out, cut, or not as expected. Documents of plain text that
+            give no token are left out without a word.
+
+    Raises:
+        DataError: A document cannot be encoded and is not to be skipped.
     """
+    for encoded in _shortened(_batches(tokenizer, documents, config, records), config, records):
+        yield [part for part in encoded if _has_something_to_learn(part, records)]
+
+
+def _batches(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[tuple[int, Document]],
+    config: CorpusConfig,
+    records: Records,
+) -> Iterator[list[Encoded]]:
+    examples = ExampleEncoder(tokenizer, config)
+    how: dict[str, Any] = {
+        "split_special_tokens": config.split_special_tokens,
+        "end": end_token_id(tokenizer, config.end_token),
+    }
     batch: list[tuple[int, Document]] = []
-    characters = 0
+    size = 0
     for number, document in documents:
-        if len(document.text) > WINDOW_CHARACTERS:
+        if document.body is None and len(document.text) > WINDOW_CHARACTERS:
             if batch:
-                yield _encode_batch(tokenizer, batch, split_special_tokens)
-                batch, characters = [], 0
-            for part in tokenize_long(tokenizer, document.text, split_special_tokens=split_special_tokens):
+                yield _encode_batch(tokenizer, how, examples, batch, config, records)
+                batch, size = [], 0
+            for part in tokenize_long(tokenizer, document.text, **how):
                 yield [Encoded(number, document, part)]
             continue
         batch.append((number, document))
-        characters += len(document.text)
-        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield _encode_batch(tokenizer, batch, split_special_tokens)
-            batch, characters = [], 0
+        size += len(document.text) if document.body is None else len(document.content)
+        if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+            yield _encode_batch(tokenizer, how, examples, batch, config, records)
+            batch, size = [], 0
     if batch:
-        yield _encode_batch(tokenizer, batch, split_special_tokens)
+        yield _encode_batch(tokenizer, how, examples, batch, config, records)
 
 
 def _encode_batch(
-    tokenizer: PreTrainedTokenizerBase, batch: list[tuple[int, Document]], split: bool
+    tokenizer: PreTrainedTokenizerBase,
+    how: dict[str, Any],
+    examples: ExampleEncoder,
+    batch: list[tuple[int, Document]],
+    config: CorpusConfig,
+    records: Records,
 ) -> list[Encoded]:
-    encoded = tokenize(tokenizer, [document.text for _, document in batch], split_special_tokens=split)
-    return [
-        Encoded(number, document, ids)
-        for (number, document), ids in zip(batch, encoded, strict=True)
-        if len(ids)
-    ]
+    made: dict[int, Encoded] = {}
+    texts = [(number, document) for number, document in batch if document.body is None]
+    if texts:
+        encoded = tokenize(tokenizer, [document.text for _, document in texts], **how)
+        made = {
+            number: Encoded(number, document, ids)
+            for (number, document), ids in zip(texts, encoded, strict=True)
+            if len(ids)
+        }
+    others = [(number, document) for number, document in batch if document.body is not None]
+    for (number, document), example in zip(
+        others, examples.encode([document for _, document in others]), strict=True
+    ):
+        if isinstance(example, RecordError):
+            if config.invalid == "refuse":
+                raise example
+            records.skip(example.reason, document.place)
+            continue
+        records.look(example, document.place)
+        made[number] = Encoded(number, document, example.token_ids, example.counted)
+    return [made[number] for number, _ in batch if number in made]
+
+
+def _shortened(
+    batches: Iterator[list[Encoded]], config: CorpusConfig, records: Records
+) -> Iterator[list[Encoded]]:
+    """Cuts or drops documents that are longer than a row, as `corpus.truncation` says."""
+    if config.truncation == "split":
+        yield from batches
+        return
+    parts: list[Encoded] = []
+    for batch in batches:
+        ended: list[Encoded] = []
+        for part in batch:
+            if parts and part.number != parts[-1].number:
+                ended += _within_row(parts, config, records)
+                parts = []
+            # A row's tokens and one more say all; the rest of a long text need not be kept.
+            if sum(len(kept.token_ids) for kept in parts) <= config.sequence_length:
+                parts.append(part)
+        yield ended
+    yield _within_row(parts, config, records)
+
+
+def _within_row(parts: list[Encoded], config: CorpusConfig, records: Records) -> list[Encoded]:
+    length = config.sequence_length
+    if sum(len(part.token_ids) for part in parts) <= length:
+        return parts
+    first = parts[0]
+    if config.truncation == "drop":
+        records.skip("longer than a row", first.document.place)
+        return []
+    records.cut.add(first.document.place)
+    ids = np.concatenate([part.token_ids for part in parts])[:length]
+    counted = None if first.counted is None else first.counted[:length]
+    return [first._replace(token_ids=ids, counted=counted)]
+
+
+def _has_something_to_learn(part: Encoded, records: Records) -> bool:
+    # The first token of a document is no label.
+    if part.counted is None or part.counted[1:].any():
+        return True
+    records.skip("nothing to learn", part.document.place)
+    return False
 
 
 def tokenize_long(
-    tokenizer: PreTrainedTokenizerBase, text: str, *, split_special_tokens: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    split_special_tokens: bool = True,
+    end: int | None = None,
 ) -> Iterator[NDArray[np.int32]]:
     """Yields in parts what `tokenize` gives for one text."""
-    frame = _frame(tokenizer) if tokenizer.is_fast else None
+    frame = special_frame(tokenizer) if tokenizer.is_fast else None
     if frame is None:
         # No places of tokens, by which to find a seam.
-        yield tokenize(tokenizer, [text], split_special_tokens=split_special_tokens)[0]
+        yield tokenize(tokenizer, [text], split_special_tokens=split_special_tokens, end=end)[0]
         return
     before, behind = frame
-    end = tokenizer.eos_token_id
+    end = tokenizer.eos_token_id if end is None else end
     last: int | None = None
     for part in _parts(tokenizer, text, split_special_tokens):
         if len(part):
@@ -107,17 +203,6 @@ def tokenize_long(
         return
     last = int(behind[-1]) if len(behind) else last
     yield behind if last == end else np.append(behind, np.int32(end))
-
-
-def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
-    """The special tokens that a tokenizer puts before and behind a text; None where that cannot be seen."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    framed = tokenizer("a", add_special_tokens=True)["input_ids"]
-    for start in range(len(framed) - len(bare) + 1):
-        if bare and framed[start : start + len(bare)] == bare:
-            before, behind = framed[:start], framed[start + len(bare) :]
-            return np.asarray(before, dtype=np.int32), np.asarray(behind, dtype=np.int32)
-    return None
 
 
 class _Window(NamedTuple):

@@ -12,6 +12,18 @@ MOST_NAMES = 20
 """Names that a message lists."""
 
 
+class RecordError(DataError):
+    """A record that cannot be used. `corpus.invalid=skip` leaves it out.
+
+    Attributes:
+        reason: What is wrong in a few words, the same for all records with this fault.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 def lookup(record: Mapping[str, Any], name: str) -> Any:
     """The value of a field, `a.b` meaning field `b` of the record in field `a`.
 
@@ -36,24 +48,32 @@ def lookup(record: Mapping[str, Any], name: str) -> Any:
     raise KeyError(name)
 
 
-def text_and_weight(
-    record: Mapping[str, Any], config: CorpusConfig, where: str, kind: str
-) -> tuple[str, float]:
-    """The text of a record, null counting as empty, and its weight (float32; 1 where none is configured).
+def text_of_record(record: Mapping[str, Any], config: CorpusConfig, where: str, kind: str) -> str:
+    """The text of a record, null counting as empty.
 
     Raises:
-        DataError: A field is not there, or holds something else.
+        DataError: The field is not there, or holds something else.
     """
     text = _value(record, config, "text_field", where, kind)
     if text is None:
         text = ""
     if not isinstance(text, str):
-        raise DataError(
+        raise RecordError(
+            "text of another form",
             f"{where}: {config.text_field!r} is of type {type(text).__name__}, expected text; "
-            "set corpus.text_field to the field that holds the text."
+            "set corpus.text_field to the field that holds the text.",
         )
+    return text
+
+
+def weight_of_record(record: Mapping[str, Any], config: CorpusConfig, where: str, kind: str) -> float:
+    """The weight of a record (float32; 1 where none is configured).
+
+    Raises:
+        DataError: The field is not there, or holds something else.
+    """
     if config.weight_field is None:
-        return text, 1.0
+        return 1.0
     value = _value(record, config, "weight_field", where, kind)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         try:
@@ -61,26 +81,30 @@ def text_and_weight(
         except OverflowError:
             weight = math.inf
         if math.isfinite(weight) and weight >= 0:
-            return text, weight
-    raise DataError(
+            return weight
+    raise RecordError(
+        "a weight that is no number",
         f"{where}: {config.weight_field!r} is {value!r}, expected a finite number, 0 or more; mend it, or "
-        "leave corpus.weight_field away to weigh all documents alike."
+        "leave corpus.weight_field away to weigh all documents alike.",
     )
 
 
-def require_fields(found: Mapping[str, Any], config: CorpusConfig, where: str, kind: str) -> None:
-    """Checks that a table has the columns that are asked for.
+def require_fields(
+    found: Mapping[str, Any], config: CorpusConfig, where: str, kind: str, *, with_text: bool = True
+) -> None:
+    """Checks that a table has the columns of text and weight that are asked for.
 
     Args:
         found: Columns by name; one of records maps to its own fields in turn, any other to anything.
         config: What is asked for.
         where: The table, for the message.
         kind: What the message calls a field.
+        with_text: Whether there must be a text.
 
     Raises:
         DataError: One is missing; the message names its key.
     """
-    for key in ("text_field", "weight_field"):
+    for key in ("text_field", "weight_field") if with_text else ("weight_field",):
         if getattr(config, key) is not None:
             _value(found, config, key, where, kind)
 
@@ -90,14 +114,17 @@ def _value(record: Mapping[str, Any], config: CorpusConfig, key: str, where: str
     try:
         return lookup(record, name)
     except KeyError:
-        names = sorted(_names(record)) if kind == "field" else _names(record)
-        shown = ", ".join(repr(name) for name in names[:MOST_NAMES])
-        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-        what = key.removesuffix("_field")
-        of = "the fields " if kind == "field" else ""
-        raise DataError(
-            f"{where} has no {kind} {name!r}, found {of}[{shown}]{more}; set corpus.{key} to the {what}'s."
-        ) from None
+        remedy = f"corpus.{key} to the {key.removesuffix('_field')}'s"
+        raise missing_field(record, name, where, kind, remedy) from None
+
+
+def missing_field(record: Mapping[str, Any], name: str, where: str, kind: str, remedy: str) -> DataError:
+    """The error of a record or table that lacks a field; `remedy` is what is to be set."""
+    names = sorted(_names(record)) if kind == "field" else _names(record)
+    shown = ", ".join(repr(name) for name in names[:MOST_NAMES])
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    of = "the fields " if kind == "field" else ""
+    return DataError(f"{where} has no {kind} {name!r}, found {of}[{shown}]{more}; set {remedy}.")
 
 
 def _names(record: Mapping[str, Any]) -> list[str]:

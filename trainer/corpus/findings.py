@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsekd.trainer.config.corpus import CorpusConfig
 from sparsekd.trainer.corpus.documents import Document
+from sparsekd.trainer.corpus.examples import Example
 from sparsekd.trainer.run.errors import DataError
 
 HEAD_CHARACTERS = 1 << 16
@@ -34,6 +35,62 @@ class Tally:
         self.count += 1
 
 
+class Records:
+    """Records and documents that are left out, cut, or of which less is learned than it seems."""
+
+    def __init__(self) -> None:
+        self.cut = Tally()
+        self._skipped: dict[str, Tally] = {}
+        self._across, self._rewritten, self._unwritten = Tally(), Tally(), Tally()
+        self._tokens_across = 0
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many were left out, by reason, in the order of the reasons' names."""
+        return {reason: self._skipped[reason].count for reason in sorted(self._skipped)}
+
+    def skip(self, reason: str, place: str) -> None:
+        """Counts a record that is left out."""
+        self._skipped.setdefault(reason, Tally()).add(place)
+
+    def look(self, example: Example, place: str) -> None:
+        """Looks at what became of a record."""
+        if example.across:
+            self._tokens_across += example.across
+            self._across.add(place)
+        if example.rewritten:
+            self._rewritten.add(place)
+        if example.unwritten:
+            self._unwritten.add(place)
+
+    def lines(self) -> list[str]:
+        """What is to be said of them."""
+        lines = [
+            f"{tally.count:,} left out: {reason}, the first {tally.first}"
+            for reason, tally in sorted(self._skipped.items())
+        ]
+        if self.cut.count:
+            lines.append(f"{self.cut.count:,} documents cut at a row's length, the first {self.cut.first}")
+        if self._across.count:
+            lines.append(
+                f"{self._tokens_across:,} tokens of {self._across.count:,} documents join what is "
+                f"learned with what is not, and are not learned, the first in {self._across.first}: a prompt "
+                "that ends with a space, or an answer that begins with a line break, does so"
+            )
+        if self._rewritten.count:
+            lines.append(
+                f"{self._rewritten.count:,} conversations have turns that the chat template writes "
+                f"otherwise once others follow, the first {self._rewritten.first}: they are learned as they "
+                "stand in the whole conversation"
+            )
+        if self._unwritten.count:
+            lines.append(
+                f"{self._unwritten.count:,} conversations have messages that the chat template does not "
+                f"write as they are, the first {self._unwritten.first}"
+            )
+        return lines
+
+
 class Formats:
     """What documents are written in, where that is not what the configuration says."""
 
@@ -44,6 +101,8 @@ class Formats:
 
     def look(self, document: Document) -> None:
         """Looks at one document with text."""
+        if document.body is not None:
+            return
         self._documents += 1
         is_text = self._config.format == "text"
         if is_text and is_json(document.text):
@@ -124,10 +183,12 @@ class SpecialTokens:
         self._end = tokenizer.eos_token
         self._config = config
         self._documents = Tally()
+        self._has_bodies = False
         self._in_documents: Counter[str] = Counter()
 
     def look(self, document: Document) -> None:
         """Looks at one document."""
+        self._has_bodies |= document.body is not None
         found = {match[0] for match in self._pattern.finditer(document.text)} - {""}
         if found:
             self._documents.add(document.place)
@@ -145,6 +206,8 @@ class SpecialTokens:
         )
         if not self._config.split_special_tokens:
             return [f"{found}these became control tokens, as corpus.split_special_tokens=false asks"]
+        if self._has_bodies:
+            return [f"{found}these stay text, several ids each; only the chat template writes control tokens"]
         part = ""
         # Not in a chat, where the end of a document and of a turn are one token.
         if self._config.format == "text" and set(self._in_documents) == {self._end}:

@@ -1,8 +1,9 @@
 """Documents into rows of one length, as pure functions over arrays.
 
-Documents follow one another without gaps. One that crosses a row's end continues in the next row as a new
-segment with the same document number: its positions restart there, because attention never crosses rows. Only
-the very last row of a split is padded.
+Packed, documents follow one another without gaps. One that crosses a row's end continues in the next row as
+a new segment with the same document number: its positions restart there, because attention never crosses
+rows. Only the very last row of a split is padded. Not packed, for models that do not keep the documents of
+a row apart, each document begins a row of its own, and its last row is padded.
 
 Shapes: M tokens of a stream, L positions of a row, S segments of a row.
 """
@@ -23,14 +24,16 @@ class Stream(NamedTuple):
         token_ids: int32 [M].
         documents: int64 [M], the number of the document at each token.
         weights: float32 [M], the weight of that document in the loss.
+        counted: bool [M], whether the token is learned.
     """
 
     token_ids: NDArray[np.int32]
     documents: NDArray[np.int64]
     weights: NDArray[np.float32]
+    counted: NDArray[np.bool_]
 
 
-EMPTY = Stream(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.float32))
+EMPTY = Stream(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.bool_))
 
 
 def append(
@@ -38,6 +41,7 @@ def append(
     token_ids: Sequence[NDArray[np.int32]],
     numbers: Sequence[int],
     weights: Sequence[float] | None = None,
+    counted: Sequence[NDArray[np.bool_] | None] | None = None,
 ) -> Stream:
     """The stream with documents added at its end.
 
@@ -46,27 +50,39 @@ def append(
         token_ids: Tokens of each document, int32.
         numbers: Number of each document; neighbours must differ, for that is how borders are found.
         weights: Weight of each document; None weighs all alike.
+        counted: Which tokens of each document are learned; None for all.
     """
     lengths = [len(ids) for ids in token_ids]
+    masks = [None] * len(lengths) if counted is None else counted
+    learned = [
+        np.ones(length, np.bool_) if mask is None else mask
+        for length, mask in zip(lengths, masks, strict=True)
+    ]
     weights = [1.0] * len(lengths) if weights is None else weights
     return Stream(
         token_ids=np.concatenate([stream.token_ids, *token_ids]).astype(np.int32, copy=False),
         documents=np.concatenate([stream.documents, np.repeat(np.asarray(numbers, np.int64), lengths)]),
         weights=np.concatenate([stream.weights, np.repeat(np.asarray(weights, np.float32), lengths)]),
+        counted=np.concatenate([stream.counted, *learned]),
     )
 
 
-def take_rows(stream: Stream, length: int, *, weighted: bool = False) -> tuple[list[Row], Stream]:
-    """Cuts all full rows of `length` positions off the stream.
+def take_rows(
+    stream: Stream, length: int, *, weighted: bool = False, padding_id: int | None = None
+) -> tuple[list[Row], Stream]:
+    """Cuts all rows of `length` positions off the stream that can be made yet.
 
     Args:
         stream: What waits.
         length: L.
         weighted: Whether rows carry weights.
+        padding_id: None packs documents; else each begins a row of its own, which is filled with this token.
 
     Returns:
-        The rows (without teacher) and the fewer than `length` tokens that are left.
+        The rows (without teacher) and the fewer than `length` tokens that are left, which may go on.
     """
+    if padding_id is not None:
+        return _rows_of_documents(stream, length, padding_id, weighted=weighted)
     cut = len(stream.token_ids) // length * length
     rows = [
         row_of(_part(stream, start, start + length), weighted=weighted) for start in range(0, cut, length)
@@ -74,13 +90,32 @@ def take_rows(stream: Stream, length: int, *, weighted: bool = False) -> tuple[l
     return rows, _part(stream, cut, len(stream.token_ids))
 
 
+def _rows_of_documents(
+    stream: Stream, length: int, padding_id: int, *, weighted: bool
+) -> tuple[list[Row], Stream]:
+    """As `take_rows`, a document or piece of one in a row; the last document may go on: full rows of it."""
+    borders = np.flatnonzero(stream.documents[1:] != stream.documents[:-1]) + 1
+    rows = []
+    start = 0
+    for stop in [*borders.tolist(), len(stream.token_ids)]:
+        while stop - start >= length:
+            rows.append(row_of(_part(stream, start, start + length), weighted=weighted))
+            start += length
+        if stop < len(stream.token_ids):
+            rows += take_last_row(_part(stream, start, stop), length, padding_id, weighted=weighted)
+            start = stop
+    return rows, _part(stream, start, len(stream.token_ids))
+
+
 def _part(stream: Stream, start: int, stop: int) -> Stream:
     place = slice(start, stop)
-    return Stream(stream.token_ids[place], stream.documents[place], stream.weights[place])
+    return Stream(
+        stream.token_ids[place], stream.documents[place], stream.weights[place], stream.counted[place]
+    )
 
 
 def take_last_row(stream: Stream, length: int, padding_id: int, *, weighted: bool = False) -> list[Row]:
-    """The one padded row at a split's end, or none where nothing is left.
+    """The one padded row at the end of a split or document, or none where nothing is left.
 
     Args:
         stream: Fewer than `length` tokens.
@@ -95,6 +130,7 @@ def take_last_row(stream: Stream, length: int, padding_id: int, *, weighted: boo
         token_ids=np.append(stream.token_ids, np.full(missing, padding_id, np.int32)),
         documents=np.append(stream.documents, np.full(missing, PADDING_DOCUMENT, np.int64)),
         weights=np.append(stream.weights, np.ones(missing, np.float32)),
+        counted=np.append(stream.counted, np.zeros(missing, np.bool_)),
     )
     return [row_of(padded, weighted=weighted)]
 
@@ -104,7 +140,8 @@ def row_of(stream: Stream, *, weighted: bool = False) -> Row:
     documents = stream.documents
     continues = documents[1:] == documents[:-1]  # (L - 1,) the next token belongs to the same document
     starts = np.append(0, np.flatnonzero(~continues) + 1).astype(np.int32)
-    counts = np.append(continues & (documents[:-1] != PADDING_DOCUMENT), False)
+    # The mask at t is that of the label, token t + 1.
+    counts = np.append(continues & (documents[:-1] != PADDING_DOCUMENT) & stream.counted[1:], False)
     return Row(
         token_ids=np.ascontiguousarray(stream.token_ids, dtype=np.int32),
         loss_mask=counts & (stream.weights > 0),

@@ -1,21 +1,24 @@
 """The verb `prepare`: documents -> a token store, with document boundaries kept and documents held out.
 
 The corpus is read in passes, so that it need not fit in memory: one that establishes its identity (the
-manifest is written first), one that trains the tokenizer where that is asked for, and one that tokenizes and
-packs. A killed run is started again with the same command: it repeats the passes, which is cheap beside
-capture, and skips the shards that are already there.
+manifest is written first), one that trains the tokenizer where that is asked for, one over what is no plain
+text that finds out what cannot be used, and one that tokenizes and packs. A killed run is started again with
+the same command: it repeats the passes, which is cheap beside capture, and skips the shards that are already
+there.
 """
 
 import os
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from sparsekd.logit_store.codecs.codec import DEFAULT_CODEC
+from sparsekd.logit_store.errors import first_line
 from sparsekd.logit_store.manifest import CodecSpec, Manifest, RecordSpec
 from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
 from sparsekd.logit_store.places.paths import StorePath, store_path
@@ -25,12 +28,20 @@ from sparsekd.logit_store.row import Row
 from sparsekd.trainer.config.corpus import CorpusConfig
 from sparsekd.trainer.config.schema import Config, StoreConfig, require
 from sparsekd.trainer.corpus import packing
-from sparsekd.trainer.corpus.documents import CorpusDigest, Document, read_documents
+from sparsekd.trainer.corpus.documents import (
+    CorpusDigest,
+    Document,
+    has_own_heldout,
+    read_documents,
+    sources_of,
+)
 from sparsekd.trainer.corpus.encoding import encode
 from sparsekd.trainer.corpus.files import source_name
-from sparsekd.trainer.corpus.findings import Formats, SpecialTokens, Tally
+from sparsekd.trainer.corpus.findings import Formats, Records, SpecialTokens, Tally
+from sparsekd.trainer.corpus.forms import Forms
 from sparsekd.trainer.corpus.split import split_of
 from sparsekd.trainer.corpus.tokenizer import (
+    end_token_id,
     load_tokenizer,
     save_tokenizer,
     tokenizer_identity,
@@ -42,17 +53,25 @@ from sparsekd.trainer.run.stop import StopWatch, watched
 
 SPLITS = ("train", "heldout")
 
+# How rows are filled, for the manifest, by corpus.packing.
+_PACKING = {
+    "documents": "documents in order without gaps; one that crosses a row's end goes on as a new segment",
+    "none": "a document, or a piece of one, in each row, then padding",
+}
+
 
 @dataclass(frozen=True)
 class Survey:
     """What the first pass found.
 
     Attributes:
-        sources: One running digest for each of `corpus.paths`.
+        sources: One running digest for each of `sources_of`.
         documents: Documents with text, by split.
         empty: Documents without text; they are left out.
         formats: What documents look like.
         left_out: Hidden and marker files and folders that are not read.
+        forms: What records hold.
+        records: Those that cannot be used.
     """
 
     sources: list[CorpusDigest]
@@ -60,6 +79,8 @@ class Survey:
     empty: int
     formats: Formats
     left_out: Tally
+    forms: Forms
+    records: Records
 
 
 def run(config: Config) -> None:
@@ -76,12 +97,15 @@ def run(config: Config) -> None:
     require(corpus.paths, "corpus.paths", "to find documents")
     started = time.monotonic()
     survey = survey_documents(corpus)
+    how = "from places of their own" if has_own_heldout(corpus) else "by content hash"
     print(
         f"prepare: {sum(survey.documents.values()):,} documents, "
         f"{sum(source.bytes for source in survey.sources):,} bytes; "
-        f"{survey.documents['heldout']:,} held out by content hash, {survey.empty:,} empty ones left out",
+        f"{survey.documents['heldout']:,} held out {how}, {survey.empty:,} empty ones left out",
         flush=True,
     )
+    for line in survey.forms.lines():
+        print(f"prepare: {line}", flush=True)
     if survey.left_out.count:
         print(
             f"prepare: {survey.left_out.count:,} hidden files, marks of tools and compressed copies in "
@@ -89,6 +113,8 @@ def run(config: Config) -> None:
             flush=True,
         )
     tokenizer, name = _tokenizer(corpus)
+    if survey.forms.kind != "text" or corpus.truncation != "split":
+        survey = examined(corpus, survey, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(tokenizer, Path(folder))
         manifest = _manifest(corpus, config.store, survey, tokenizer, Path(folder), name)
@@ -106,22 +132,68 @@ def survey_documents(corpus: CorpusConfig) -> Survey:
     Raises:
         DataError: No documents, none with text, or a split that has to have documents has none.
     """
-    sources = [CorpusDigest() for _ in corpus.paths]
+    sources = [CorpusDigest() for _ in sources_of(corpus)]
     documents = dict.fromkeys(SPLITS, 0)
-    empty, left_out, formats = 0, Tally(), Formats(corpus)
-    for document in read_documents(corpus, left_out.add):
+    empty, left_out, formats, forms, records = 0, Tally(), Formats(corpus), Forms(corpus), Records()
+    for document in read_documents(corpus, left_out.add, records.skip, forms):
         sources[document.source].add(document.content, _weight_of(document, corpus))
         if document.content:
             formats.look(document)
             documents[_split_of(document, corpus)] += 1
         else:
             empty += 1
-    total = sum(documents.values())
-    where = ", ".join(corpus.paths)
-    if total == 0:
-        found = f"{empty:,} documents, all of them empty" if empty else "no documents"
-        raise DataError(f"{where} holds {found}; check corpus.paths, corpus.format and corpus.text_field.")
+    survey = Survey(sources, documents, empty, formats, left_out, forms, records)
+    _check_any(survey, corpus)
     formats.check()
+    _check_splits(survey, corpus)
+    return survey
+
+
+def examined(corpus: CorpusConfig, survey: Survey, tokenizer: PreTrainedTokenizerBase) -> Survey:
+    """The survey after all documents were encoded once, so that the manifest can say what was left out.
+
+    Raises:
+        DataError: A document cannot be used and `corpus.invalid` does not skip it, or too few are left.
+    """
+    documents, records = dict.fromkeys(SPLITS, 0), Records()
+    numbered = (
+        (number, document)
+        for number, document in enumerate(read_documents(corpus, skipped=records.skip))
+        if document.content
+    )
+    newest = -1
+    for batch in encode(tokenizer, numbered, corpus, records):
+        for part in batch:
+            if part.number != newest:
+                newest = part.number
+                documents[_split_of(part.document, corpus)] += 1
+    found = replace(survey, documents=documents, records=records)
+    _check_any(found, corpus)
+    _check_splits(found, corpus)
+    return found
+
+
+def _check_any(survey: Survey, corpus: CorpusConfig) -> None:
+    where = ", ".join(corpus.paths)
+    if not any(survey.documents.values()):
+        if survey.records.skipped:
+            said = "; ".join(survey.records.lines())
+            raise DataError(f"{where} holds no document that can be used: {said}.")
+        found = f"{survey.empty:,} documents, all of them empty" if survey.empty else "no documents"
+        raise DataError(f"{where} holds {found}; check corpus.paths, corpus.format and corpus.text_field.")
+
+
+def _check_splits(survey: Survey, corpus: CorpusConfig) -> None:
+    documents, total = survey.documents, sum(survey.documents.values())
+    if has_own_heldout(corpus):
+        for split, places in (("train", corpus.paths), ("heldout", corpus.heldout_paths or corpus.paths)):
+            if documents[split] == 0:
+                raise DataError(
+                    f"{', '.join(places)} holds no {'training' if split == 'train' else 'held-out'} "
+                    "documents that can be used; check corpus.paths, corpus.heldout_paths and "
+                    "corpus.heldout_split."
+                )
+        return
     if corpus.heldout_fraction > 0 and documents["heldout"] == 0:
         raise DataError(
             f"corpus.heldout_fraction={corpus.heldout_fraction:g} of {total:,} documents holds none out; add "
@@ -133,7 +205,6 @@ def survey_documents(corpus: CorpusConfig) -> Survey:
             f"corpus.heldout_fraction={corpus.heldout_fraction:g} of {total:,} documents leaves none to "
             "train on; add documents or lower the fraction."
         )
-    return Survey(sources=sources, documents=documents, empty=empty, formats=formats, left_out=left_out)
 
 
 def _weight_of(document: Document, corpus: CorpusConfig) -> float | None:
@@ -141,13 +212,18 @@ def _weight_of(document: Document, corpus: CorpusConfig) -> float | None:
 
 
 def _split_of(document: Document, corpus: CorpusConfig) -> str:
+    if has_own_heldout(corpus):
+        return "train" if document.source < len(corpus.paths) else "heldout"
     return split_of(document.content, fraction=corpus.heldout_fraction, seed=corpus.seed)
 
 
 def _tokenizer(corpus: CorpusConfig) -> tuple[PreTrainedTokenizerBase, str]:
     """The tokenizer and its name for people."""
     if corpus.tokenizer is not None:
-        return load_tokenizer(corpus.tokenizer, corpus.tokenizer_revision), source_name(corpus.tokenizer)
+        tokenizer = load_tokenizer(corpus.tokenizer, corpus.tokenizer_revision)
+        if corpus.chat_template is not None:
+            tokenizer.chat_template = _chat_template(Path(corpus.chat_template))
+        return tokenizer, source_name(corpus.tokenizer)
     size: int = require(
         corpus.train_vocabulary_size, "corpus.tokenizer or corpus.train_vocabulary_size", "to make tokens"
     )
@@ -166,6 +242,16 @@ def _tokenizer(corpus: CorpusConfig) -> tuple[PreTrainedTokenizerBase, str]:
     return tokenizer, f"byte-level-bpe-{len(tokenizer)}"
 
 
+def _chat_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"corpus.chat_template={path} cannot be read ({first_line(error)}); give a file with a Jinja "
+            "template."
+        ) from error
+
+
 def _manifest(
     corpus: CorpusConfig,
     settings: StoreConfig,
@@ -176,23 +262,38 @@ def _manifest(
 ) -> Manifest:
     sources = [
         {
-            "name": source_name(given),
+            "name": source_name(source.given),
             "documents": digest.documents,
             "bytes": digest.bytes,
             "sha256": digest.hexdigest(),
+            **({"heldout": True} if source.heldout else {}),
         }
-        for given, digest in zip(corpus.paths, survey.sources, strict=True)
+        for source, digest in zip(sources_of(corpus), survey.sources, strict=True)
     ]
-    dataset = {
+    by = "blake2b of the content"
+    heldout: dict[str, Any] = {"fraction": corpus.heldout_fraction, "seed": corpus.seed, "by": by}
+    if has_own_heldout(corpus):
+        heldout = {"by": "place"}
+    dataset: dict[str, Any] = {
         "sources": sources,
         "documents": {**survey.documents, "empty": survey.empty},
-        "heldout": {"fraction": corpus.heldout_fraction, "seed": corpus.seed, "by": "blake2b of the content"},
-        "packing": "documents in order without gaps; one that crosses a row's end goes on as a new segment",
+        "heldout": heldout,
+        "packing": _PACKING[corpus.packing],
     }
+    if survey.forms.kind != "text":
+        dataset["kind"] = survey.forms.kind
+        dataset["learned"] = corpus.train_on
+    if corpus.chat_template_kwargs:
+        dataset["chat_template_kwargs"] = dict(corpus.chat_template_kwargs)
+    if corpus.truncation != "split":
+        dataset["longer_than_a_row"] = corpus.truncation
+    if survey.records.skipped:
+        dataset["left_out"] = survey.records.skipped
     if not corpus.split_special_tokens:
         dataset["special_tokens"] = "where the text spells them"
     if corpus.weight_field is not None:
         dataset["weights"] = f"of documents, from the field {corpus.weight_field}"
+    end = end_token_id(tokenizer, corpus.end_token)
     return Manifest(
         format_version=FORMAT_VERSION,
         target="next_token",
@@ -200,7 +301,7 @@ def _manifest(
         rows_per_shard=settings.rows_per_shard,
         splits=SPLITS,
         dataset=dataset,
-        tokenizer=tokenizer_identity(tokenizer, folder, name),
+        tokenizer=tokenizer_identity(tokenizer, folder, name, end=end),
         record=RecordSpec(k=0, n=0, temperatures=(), draw_temperature=1.0, seed=0),
         teacher=None,
         # A table of frequent ids would have to be made of the very tokens that are to be written.
@@ -242,12 +343,12 @@ def write_rows(
     streams = dict.fromkeys(SPLITS, packing.EMPTY)
     waiting: dict[str, list[Row]] = {split: [] for split in SPLITS}
     written = dict.fromkeys(SPLITS, 0)
-    digests = [CorpusDigest() for _ in corpus.paths]
+    digests = [CorpusDigest() for _ in survey.sources]
     read, tokens, newest, side = 0, 0, -1, ""
     started, interval = time.monotonic(), Interval()
-    for batch in encode(
-        tokenizer, _numbered(corpus, digests, special), split_special_tokens=corpus.split_special_tokens
-    ):
+    end = manifest.tokenizer.eos_token_id
+    assert end is not None  # end_token_id
+    for batch in encode(tokenizer, _numbered(corpus, digests, special), corpus, Records()):
         sides = []
         for part in batch:
             if part.number != newest:
@@ -260,8 +361,11 @@ def write_rows(
                 [part.token_ids for part in chosen],
                 [part.number for part in chosen],
                 [part.document.weight for part in chosen],
+                [part.counted for part in chosen],
             )
-            rows, streams[split] = packing.take_rows(stream, length, weighted=weighted)
+            rows, streams[split] = packing.take_rows(
+                stream, length, weighted=weighted, padding_id=end if corpus.packing == "none" else None
+            )
             waiting[split] += rows
             while len(waiting[split]) >= per_shard:
                 if watch.request is not None:
@@ -282,8 +386,6 @@ def write_rows(
         )
     if tokens == 0:
         raise DataError(f"The tokenizer {manifest.tokenizer.name} makes no token of any document.")
-    end = manifest.tokenizer.eos_token_id
-    assert end is not None  # load_tokenizer
     for split in SPLITS:
         waiting[split] += packing.take_last_row(streams[split], length, end, weighted=weighted)
         if waiting[split]:  # never more than a full shard: one row was added to less than that
@@ -312,13 +414,14 @@ def _report(
     print(f"prepare: tokenizer {tokenizer.name}, {tokenizer.vocabulary_size:,} ids")
     for split in SPLITS:
         counts = store.index(split).counts
+        learned = f"{counts.tokens_counted:,} of them learned, " if survey.forms.kind != "text" else ""
         share = counts.tokens_padding / max(counts.tokens, 1)
         print(
             f"prepare: {split:8} {survey.documents[split]:,} documents, "
-            f"{counts.tokens - counts.tokens_padding:,} tokens, {store.rows(split):,} rows of "
+            f"{counts.tokens - counts.tokens_padding:,} tokens, {learned}{store.rows(split):,} rows of "
             f"{store.manifest.sequence_length:,}, padding {share:.2%}"
         )
-    for line in (*survey.formats.lines(), *special.lines()):
+    for line in (*survey.formats.lines(), *survey.records.lines(), *special.lines()):
         print(f"prepare: {line}")
     print(
         f"next: sparsekd capture teacher.path=TEACHER store.tokens={path} store.path=STORE   "

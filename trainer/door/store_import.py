@@ -37,10 +37,9 @@ def run(flags: argparse.Namespace, progress: Progress) -> ImportResult:
         try:
             return load_tokenizer(flags.tokenizer, None)
         except DataError as error:  # which speaks of the corpus
-            reason = "it has no end-of-text token" if error.__cause__ is None else one_line(error.__cause__)
             raise ConfigError(
-                f"--tokenizer {flags.tokenizer} cannot be used ({reason}): give the folder or hub name of "
-                "the tokenizer that made the ids."
+                f"--tokenizer {flags.tokenizer} cannot be used ({one_line(error.__cause__ or error)}): give "
+                "the folder or hub name of the tokenizer that made the ids."
             ) from error
 
     tokens = open_store(flags.tokens) if flags.tokens else None

@@ -30,7 +30,16 @@ from sparsekd.trainer.config.places import export_folder
 from sparsekd.trainer.config.schema import Config, StudentConfig, run_folder
 from sparsekd.trainer.data.sources import joined_digest
 from sparsekd.trainer.export.model_card import Provenance, model_card
-from sparsekd.trainer.models.causal_lm import DTYPES, for_cpu, load_config, model_of
+from sparsekd.trainer.models.causal_lm import (
+    DTYPES,
+    decoder_and_head,
+    for_cpu,
+    head_transform,
+    load_config,
+    model_of,
+)
+from sparsekd.trainer.models.opened import prove
+from sparsekd.trainer.models.probe import holds_several
 from sparsekd.trainer.models.saved import TOLERANCE, reload_difference, write_model
 from sparsekd.trainer.models.source import student_source
 from sparsekd.trainer.run.errors import CheckpointError, ConfigError
@@ -52,7 +61,8 @@ def run(config: Config) -> None:
 
     Raises:
         CheckpointError: No checkpoint is whole, its store is another one, or the reloaded model differs.
-        ModelError: transformers does not take the model or its tokenizer from a folder as they are.
+        ModelError: transformers does not take the model or its tokenizer from a folder as they are, or its
+            documents see what they must not.
         ConfigError: The run has no configuration, or the target holds something else than its older export.
     """
     transformers_logging.disable_progress_bar()
@@ -68,6 +78,15 @@ def run(config: Config) -> None:
     store = next(iter(stores.values()))
     print(f"exporting {checkpoint} as {config.export.dtype}", flush=True)
     model = model_from_checkpoint(checkpoint, run_config.student, store, dtype=DTYPES[config.export.dtype])
+    head = decoder_and_head(model)[1]
+    size = min(store.manifest.tokenizer.vocabulary_size, head.weight.shape[0])
+    prove(
+        model,
+        head_transform(model.config, size),
+        store,
+        key="student",
+        packed=any(holds_several(each) for each in stores.values()),
+    )
     working = target.with_name(f".{target.name}.tmp-export")
     shutil.rmtree(working, ignore_errors=True)
     try:

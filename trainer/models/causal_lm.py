@@ -24,6 +24,9 @@ from sparsekd.trainer.run.errors import ModelError
 # What transformers' errors about an attention implementation have in common with no others.
 _WORDS_OF_ATTENTION = ("attn_implementation", "scaled_dot_product_attention", "FlashAttention", "flash_attn")
 
+# Leaves the choice to transformers.
+AUTO_ATTENTION = "auto"
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -46,7 +49,7 @@ class ModelSource:
 
 def for_cpu(source: ModelSource) -> ModelSource:
     """The source with an attention that runs without a GPU: the same weights and, up to rounding, numbers."""
-    runs = source.attention in ("sdpa", "eager")
+    runs = source.attention in (AUTO_ATTENTION, "sdpa", "eager")
     return source if runs else dataclasses.replace(source, attention="eager")
 
 
@@ -103,7 +106,7 @@ def load_causal_lm(source: ModelSource, key: str, *, dtype: torch.dtype) -> PreT
             source.path,
             revision=source.revision,
             dtype=dtype,
-            attn_implementation=source.attention,
+            attn_implementation=_asked(source),
             trust_remote_code=source.trust_remote_code,
         )
     except (OSError, ValueError, ImportError) as error:
@@ -115,10 +118,33 @@ def model_of(config: PretrainedConfig, source: ModelSource, *, dtype: torch.dtyp
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         config,
         dtype=dtype,
-        attn_implementation=source.attention,
+        attn_implementation=_asked(source),
         trust_remote_code=source.trust_remote_code,
     )
     return model
+
+
+def _asked(source: ModelSource) -> str | None:
+    return None if source.attention == AUTO_ATTENTION else source.attention
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """The attention implementation that a model has, by transformers' name."""
+    return str(model.config._attn_implementation)
+
+
+def picked_attention(config: PretrainedConfig, source: ModelSource) -> str:
+    """The attention that a source asks for, or where it leaves that open, what transformers picks.
+
+    Found on a model without memory; where such a one cannot be made, it stays open.
+    """
+    if source.attention != AUTO_ATTENTION:
+        return source.attention
+    try:
+        with torch.device("meta"):
+            return attention_of(model_of(config, source, dtype=torch.float32))
+    except Exception:  # of code that transformers or the model brings: building the model itself will say it
+        return AUTO_ATTENTION
 
 
 def _load_problem(source: ModelSource, key: str, error: Exception) -> str:
@@ -147,6 +173,10 @@ def decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
     """
     head = model.get_output_embeddings()
     decoder = getattr(model, model.base_model_prefix, None)
+    if not isinstance(decoder, nn.Module) or decoder is model:
+        # Its class is made for a place within a larger model (Llama 4's text model).
+        embeddings = model.get_input_embeddings()
+        decoder = next((child for child in model.children() if embeddings in child.modules()), None)
     if not isinstance(head, nn.Linear) or not isinstance(decoder, nn.Module) or decoder is model:
         raise ModelError(
             f"{type(model).__name__} has no linear head over a decoder; "

@@ -11,9 +11,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sparsekd.kernels.objective import HeadTransform
-from sparsekd.logit_store.manifest import Manifest
-from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.protocol.reader import LogitStore
+from sparsekd.trainer.data.used_ids import UsedIds
 from sparsekd.trainer.models.causal_lm import (
     DTYPES,
     ModelSource,
@@ -24,7 +23,7 @@ from sparsekd.trainer.models.causal_lm import (
     load_causal_lm,
     load_config,
 )
-from sparsekd.trainer.models.probe import check_probe, probe_rows
+from sparsekd.trainer.models.probe import check_probe, probe_rows, watched_parts
 from sparsekd.trainer.run.errors import ModelError
 
 
@@ -68,7 +67,10 @@ def open_model(
     *,
     dtype: str,
     device: torch.device,
-    remedy: str = "name a model of that tokenizer",
+    used: UsedIds | None = None,
+    vocabulary_size: int | None = None,
+    compared: bool = False,
+    remedy: str = "name a model that has all of these ids",
 ) -> OpenModel:
     """Loads a model, checks that it fits a store, and that our logits are its own.
 
@@ -78,6 +80,10 @@ def open_model(
         store: With the tokens that it will see.
         dtype: Of its weights, one of DTYPES.
         device: Where it goes.
+        used: Which ids the store's text has, where that was asked before.
+        vocabulary_size: Take its distribution over so many ids only; None over all that it and the store
+            have.
+        compared: Whether its distribution is compared with the store's records, or with other models'.
         remedy: What to do where its vocabulary is too small, the end of the sentence.
 
     Raises:
@@ -92,11 +98,12 @@ def open_model(
     decoder, head = decoder_and_head(model)
     embeddings = model.get_input_embeddings().weight
     assert isinstance(embeddings, torch.Tensor)
-    check_fit(
+    vocabulary = check_fit(
         model.config,
         entries=min(head.weight.shape[0], embeddings.shape[0]),
-        manifest=store.manifest,
-        store=store.path,
+        used=used or UsedIds(store),
+        wanted=vocabulary_size,
+        compared=compared,
         name=source.named,
         remedy=remedy,
     )
@@ -104,46 +111,96 @@ def open_model(
         model,
         decoder,
         head,
-        head_transform(model.config, store.manifest.tokenizer.vocabulary_size),
+        head_transform(model.config, vocabulary),
         saved if isinstance(saved, torch.dtype) else None,
     )
-    with torch.no_grad():
-        rows = probe_rows(store, device)
-        own = model(input_ids=rows.token_ids, position_ids=rows.position_ids, use_cache=False).logits
-        hidden = hidden_states(decoder, rows.token_ids, rows.position_ids)
-        ours = dense_logits(hidden, head, opened.transform)
-    place = source.setting.removesuffix(".path")
-    check_probe(own, ours, rows, key=place, model_name=type(model).__name__)
+    prove(model, opened.transform, store, key=source.setting.removesuffix(".path"))
     return opened
 
 
-def check_fit(
-    config: PretrainedConfig, *, entries: int, manifest: Manifest, store: StorePath, name: str, remedy: str
+@torch.no_grad()
+def prove(
+    model: PreTrainedModel,
+    transform: HeadTransform,
+    store: LogitStore,
+    *,
+    key: str,
+    packed: bool | None = None,
 ) -> None:
-    """Checks that a model knows every id of a store, and takes rows as long as its.
+    """Checks that our logits are a model's own, and that a document's depend on nothing else.
 
-    A vocabulary padded beyond the tokenizer's is normal: whoever reads the logits leaves the padding out.
+    Args:
+        model: In evaluation mode.
+        transform: From its head's product to its logits.
+        store: With rows such as the model sees.
+        key: The configuration group or key of the model, for messages.
+        packed: Whether documents share rows; None: as they do in the store.
+
+    Raises:
+        ModelError: It is not so.
+    """
+    decoder, head = decoder_and_head(model)
+    rows = probe_rows(store, head.weight.device, transform.vocabulary_size, packed=packed)
+    own = model(input_ids=rows.token_ids, position_ids=rows.position_ids, use_cache=False).logits
+    with watched_parts(model, rows) as parts:
+        hidden = hidden_states(decoder, rows.token_ids, rows.position_ids)
+    ours = dense_logits(hidden, head, transform)
+    check_probe(own, ours, parts, rows, key=key, model_name=type(model).__name__)
+
+
+def check_fit(
+    config: PretrainedConfig,
+    *,
+    entries: int,
+    used: UsedIds,
+    name: str,
+    remedy: str,
+    compared: bool,
+    wanted: int | None = None,
+) -> int:
+    """Checks that a model knows every id of a store's text, and takes rows as long as its.
+
+    A vocabulary padded beyond the tokenizer's is normal: whoever reads the logits leaves the padding out. So
+    are tokens that a tokenizer has and the model has not, where the text has them nowhere (Gemma 3: 262,145
+    and 262,144).
 
     Args:
         config: The model's configuration.
         entries: Of its vocabulary.
-        manifest: Of the store.
-        store: The store's place, for messages.
+        used: The ids of the store's text.
         name: How the model is named in messages, such as "student.path=models/small".
         remedy: What to do where its vocabulary is too small, the end of the sentence.
+        compared: Whether its distribution is compared with another over the store's vocabulary: then it must
+            have all of that.
+        wanted: Over how many ids its distribution is to be; None for as many as it and the store have.
+
+    Returns:
+        Over how many ids, from 0 on, its distribution is: its true vocabulary.
 
     Raises:
-        ModelError: It has fewer entries than the tokenizer has ids, or takes fewer positions.
+        ModelError: It lacks an id of the text or, where it is compared, of the vocabulary, or takes fewer
+            positions.
     """
-    tokenizer, length = manifest.tokenizer, manifest.sequence_length
-    if entries < tokenizer.vocabulary_size:
+    store = used.store
+    tokenizer, length = store.manifest.tokenizer, store.manifest.sequence_length
+    size = min(tokenizer.vocabulary_size, entries, wanted or entries)
+    found = used.first(range(size, tokenizer.vocabulary_size))
+    if found is not None:
+        asked = "" if size == entries else f", of which store.vocabulary_size takes {size:,}"
         raise ModelError(
-            f"{name} has {entries:,} vocabulary entries, but the tokenizer of {store} ({tokenizer.name}) has "
-            f"{tokenizer.vocabulary_size:,} ids; {remedy}."
+            f"{name} has {entries:,} vocabulary entries{asked}, but of the {tokenizer.vocabulary_size:,} ids "
+            f"of {tokenizer.name} the text of {store.path} has {found.token_id} ({found.place}); {remedy}."
+        )
+    if compared and size < tokenizer.vocabulary_size:
+        raise ModelError(
+            f"{name} has {entries:,} vocabulary entries, but what it is compared with in {store.path} speaks "
+            f"of {tokenizer.vocabulary_size:,} ids; the text has no other than these {entries:,}, so capture "
+            f"again with store.vocabulary_size={entries}, or {remedy}."
         )
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and longest < length:
         raise ModelError(
-            f"{name} takes at most {longest:,} positions, but the rows of {store} have {length:,}; "
+            f"{name} takes at most {longest:,} positions, but the rows of {store.path} have {length:,}; "
             f"use a longer model, or prepare again with corpus.sequence_length={longest}."
         )
+    return size

@@ -22,6 +22,7 @@ from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.trainer.config.places import evaluation_folder
 from sparsekd.trainer.config.schema import Config, EvaluateConfig, TeacherConfig, require
 from sparsekd.trainer.data.heldout import SPLIT, HeldOut, read_held_out
+from sparsekd.trainer.data.used_ids import UsedIds
 from sparsekd.trainer.models.opened import OpenModel, open_model
 from sparsekd.trainer.models.source import judged_source, teacher_source
 from sparsekd.trainer.models.tokenizers import check_tokenizer
@@ -112,7 +113,7 @@ def _evaluate(config: Config, store: LogitStore, job: Ranks) -> Evaluation:
     outcomes: list[_Outcome] = []
     trace = None
     deviation = None
-    batch = evaluate.micro_batch_rows
+    batch, used = evaluate.micro_batch_rows, UsedIds(store)
     folder = evaluation_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as scratch:
@@ -127,11 +128,19 @@ def _evaluate(config: Config, store: LogitStore, job: Ranks) -> Evaluation:
             source = judged_source(config.student, name, evaluate.models[name])
             check_tokenizer(
                 source,
-                store_tokenizer=store.tokenizer_path,
-                identity=store.manifest.tokenizer,
+                store=store,
+                used=used,
                 remedy="name a model that was trained on this store",
             )
-            judged = open_model(source, "student", store, dtype=evaluate.dtype, device=job.device)
+            judged = open_model(
+                source,
+                "student",
+                store,
+                dtype=evaluate.dtype,
+                device=job.device,
+                used=used,
+                compared=trace is not None or store.manifest.teacher is not None,
+            )
             scores = score(judged, store, rows=held.rows, batch=batch, teacher=trace)
             outcomes.append(_outcome(evaluate, name, judged, scores, store, runs=trace is not None))
             del judged
@@ -145,7 +154,7 @@ def _run_teacher(
     path = require(config.teacher.path, "teacher.path", "by evaluate.teacher=load")
     print(f"{TEACHER}: {path}", flush=True)
     source = teacher_source(config.teacher, path)
-    judged = open_model(source, TEACHER, store, dtype=config.evaluate.dtype, device=job.device)
+    judged = open_model(source, TEACHER, store, dtype=config.evaluate.dtype, device=job.device, compared=True)
     width = judged.head.weight.shape[1]
     hidden = torch.from_file(
         str(scratch / "teacher-hidden"),

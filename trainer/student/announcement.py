@@ -14,6 +14,7 @@ from sparsekd.trainer.config.loss_memory import cut_text
 from sparsekd.trainer.config.schema import Config
 from sparsekd.trainer.data.chunked import CHUNK_ROWS, ChunkedOrder
 from sparsekd.trainer.data.mixed import MixedOrder
+from sparsekd.trainer.models.causal_lm import attention_of
 from sparsekd.trainer.models.router import own_coefficient
 from sparsekd.trainer.run.ranks import Ranks, on_first
 from sparsekd.trainer.state import checkpoint
@@ -78,7 +79,7 @@ def announce(
     records = {source.name: source.store.manifest.record for source in members}
     lines = [
         f"student: {parameter_count(student):,} parameters, head {'tied' if student.is_tied else 'untied'}, "
-        f"vocabulary {loss.transform.vocabulary_size:,}",
+        f"vocabulary {loss.transform.vocabulary_size:,}, attention {attention_of(student.model)}",
         f"engine: {here.world_size} x {here.device.type}, ZeRO stage {config.engine.zero_stage}; weights "
         f"{config.engine.dtype}; optimizer state, gradient accumulation and reduction float32",
         f"loss: {kd}cross-entropy x {objective.ce_weight:g}, impl {loss.impl}; "

@@ -39,7 +39,7 @@ from sparsekd.trainer.student.announcement import announce, room_for_checkpoints
 from sparsekd.trainer.student.evaluation import heldout_figures, heldout_losses, is_evaluated, owes_evaluation
 from sparsekd.trainer.student.feed import steps_ahead
 from sparsekd.trainer.student.lines import log_step, paused, tell_left_out
-from sparsekd.trainer.student.setup import Plan, build, flops_of, load_start, make_plan
+from sparsekd.trainer.student.setup import Plan, build, flops_of, load_start, make_plan, prove_student
 from sparsekd.trainer.student.speed import Speed
 from sparsekd.trainer.student.spikes import Spikes
 from sparsekd.trainer.student.step import NEVER, State, own_sums, take_step
@@ -251,8 +251,13 @@ def _save(
     life: _Life,
     here: Ranks,
 ) -> None:
-    """Has a checkpoint written; the steps go on as soon as it is copied to the host."""
+    """Has a checkpoint written; the steps go on as soon as it is copied to the host.
+
+    Before the first one the student is proved once more, with what it has learnt.
+    """
     with paused(state, plan, here):
+        if state.saved == 0:
+            prove_student(engine, plan, here)
         tell_left_out(tracker, state, here)
         on_first(here, tracker.sync)
         sums = gather(here, lambda: tuple(state.sums.tolist()))

@@ -1,14 +1,13 @@
 """The student to train: loaded or made from a configuration, and checked against its store."""
 
-from pathlib import Path
-
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from sparsekd.logit_store.manifest import Manifest
+from sparsekd.logit_store.protocol.reader import LogitStore
 from sparsekd.trainer.config.schema import StudentConfig
+from sparsekd.trainer.data.used_ids import UsedIds
 from sparsekd.trainer.models.causal_lm import ModelSource, load_causal_lm
 from sparsekd.trainer.models.opened import check_fit
 from sparsekd.trainer.models.tokenizers import check_tokenizer
@@ -16,32 +15,42 @@ from sparsekd.trainer.run.errors import ModelError
 
 
 def check_student(
-    config: PretrainedConfig, source: ModelSource, *, manifest: Manifest, tokenizer_path: Path
-) -> None:
+    config: PretrainedConfig, source: ModelSource, store: LogitStore, *, reads_records: bool
+) -> int:
     """Checks that the student can predict every id of the store, means the same by it, and takes its rows.
+
+    Args:
+        config: The student's configuration.
+        source: Where it comes from.
+        store: What it learns from.
+        reads_records: Whether it learns from the teacher's records, which speak of the whole vocabulary.
+
+    Returns:
+        Over how many ids its distribution is.
 
     Raises:
         ModelError: The vocabulary is too small, the rows are too long, or the student's own tokenizer differs
             from the store's.
     """
     made = source.path is None
-    check_fit(
+    used = UsedIds(store)
+    size = check_fit(
         config,
         entries=config.get_text_config().vocab_size,
-        manifest=manifest,
-        store=tokenizer_path.parent,
+        used=used,
+        compared=reads_records,
         name="student.config" if made else source.named,
-        remedy="choose a student of the same tokenizer"
+        remedy="choose a student that has all of these ids"
         + (", or leave student.config.vocab_size out" if made else ""),
     )
-    if made:
-        return
-    check_tokenizer(
-        source,
-        store_tokenizer=tokenizer_path,
-        identity=manifest.tokenizer,
-        remedy="choose a student of the same tokenizer, or prepare and capture a store with this one",
-    )
+    if not made:
+        check_tokenizer(
+            source,
+            store=store,
+            used=used,
+            remedy="choose a student of the same tokenizer, or prepare and capture a store with this one",
+        )
+    return size
 
 
 def load_student(

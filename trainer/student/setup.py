@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import deepspeed
 import torch
@@ -19,8 +19,14 @@ from sparsekd.trainer.data.chunked import ChunkedOrder
 from sparsekd.trainer.data.mixed import MixedOrder, SourceOfRows, order_of
 from sparsekd.trainer.data.order import BatchShape, GlobalOrder, batch_shape
 from sparsekd.trainer.data.sources import Source, Sources, joined_digest
-from sparsekd.trainer.models.causal_lm import DTYPES, ModelSource, head_transform, load_config
-from sparsekd.trainer.models.probe import check_probe, probe_rows
+from sparsekd.trainer.models.causal_lm import (
+    DTYPES,
+    ModelSource,
+    head_transform,
+    load_config,
+    picked_attention,
+)
+from sparsekd.trainer.models.probe import check_probe, holds_several, probe_rows, watched_parts
 from sparsekd.trainer.models.router import is_routed, router_coefficient
 from sparsekd.trainer.models.source import student_source
 from sparsekd.trainer.models.twin import check_exportable
@@ -130,7 +136,10 @@ def _plan(
         of.store.read_row("heldout", number)
     impl = implementation_that_runs(config.objective.impl, here.device, key="objective.impl")
     model_config = load_config(source, "student")
-    check_student(model_config, source, manifest=manifest, tokenizer_path=store.tokenizer_path)
+    vocabulary = max(
+        check_student(model_config, source, each.store, reads_records=objective.kd_weight > 0)
+        for each in sources.members
+    )
     order = order_of(
         config.data,
         [SourceOfRows(each.name, each.store.rows("train"), each.weight) for each in sources.members],
@@ -144,15 +153,16 @@ def _plan(
         else []
     )
     router = router_coefficient(config.student, model_config)
+    attention = picked_attention(model_config, source)
     settings = settings_of(
-        config,
+        replace(config, student=replace(config.student, attention=attention)),
         objective,
         impl=impl,
         student_content=student_content,
         order=order.recorded(),
         router_coefficient=router,
     )
-    transform = head_transform(model_config, manifest.tokenizer.vocabulary_size)
+    transform = head_transform(model_config, vocabulary)
     memory = None
     cut = (config.objective.chunk_positions, config.objective.memory_gib)
     if impl == "reference" and cut != (None, None):
@@ -229,7 +239,7 @@ def build(config: Config, plan: Plan, here: Ranks) -> deepspeed.DeepSpeedEngine:
     model = load() if config.engine.zero_stage == 3 else together(here, load)
     del partitioning
     engine = build_engine(Student(model, plan.loss), settings, config.optimizer)
-    _check_probe(engine, plan, here)
+    prove_student(engine, plan, here)
     return engine
 
 
@@ -264,11 +274,18 @@ def flops_of(engine: deepspeed.DeepSpeedEngine, config: Config, plan: Plan) -> f
     )
 
 
-def _check_probe(engine: deepspeed.DeepSpeedEngine, plan: Plan, here: Ranks) -> None:
-    rows = together(here, lambda: probe_rows(plan.store, here.device))
+def prove_student(engine: deepspeed.DeepSpeedEngine, plan: Plan, here: Ranks) -> None:
+    """Proves the student's head, and that documents do not see one another; every rank calls it.
+
+    Raises:
+        ModelError: It is not so (on the first rank; the others exit).
+    """
+    packed = any(holds_several(each.store) for each in plan.sources.members)
+    size = plan.loss.transform.vocabulary_size
+    rows = together(here, lambda: probe_rows(plan.store, here.device, size, packed=packed))
     engine.eval()
-    with torch.no_grad():
+    with torch.no_grad(), watched_parts(engine.module.model, rows) as parts:
         own, ours = engine(Probe(rows.token_ids, rows.position_ids))
     engine.train()
     name = type(engine.module.model).__name__
-    together(here, lambda: check_probe(own, ours, rows, key="student", model_name=name))
+    together(here, lambda: check_probe(own, ours, parts, rows, key="student", model_name=name))

@@ -39,6 +39,8 @@ from sparsekd.logit_store.tools.inspect import RULE_NOTES
 from sparsekd.trainer.config.feature_requests import feature_requests, request_of
 from sparsekd.trainer.config.record import record_spec
 from sparsekd.trainer.config.schema import Config, StoreConfig, TeacherConfig, require
+from sparsekd.trainer.data.used_ids import UsedIds
+from sparsekd.trainer.models.causal_lm import AUTO_ATTENTION, attention_of
 from sparsekd.trainer.models.opened import OpenModel
 from sparsekd.trainer.run.errors import ConfigError, DataError, Stopped
 from sparsekd.trainer.run.lost import lost_ranks_named
@@ -133,7 +135,7 @@ def _begin(
         disable_progress_bar()  # of transformers: one bar for each rank, and none of use in a log
     if place.is_first:
         _announce(config, path, teacher_path, tokens, place)
-    teacher = together(place, lambda: _checked_teacher(settings, teacher_path, tokens, place))
+    teacher = together(place, lambda: _checked_teacher(config, teacher_path, tokens, place))
     identity = on_first(
         place,
         patiently(place, lambda: _identity(config, teacher_path, teacher, place), watch),
@@ -208,12 +210,24 @@ def _announce(config: Config, path: StorePath, teacher_path: str, tokens: LogitS
         )
 
 
-def _checked_teacher(settings: TeacherConfig, path: str, tokens: LogitStore, place: Ranks) -> OpenModel:
-    if place.is_first and not check_teacher_tokenizer(settings, path, tokens):
+def _checked_teacher(config: Config, path: str, tokens: LogitStore, place: Ranks) -> OpenModel:
+    settings, used = config.teacher, UsedIds(tokens)
+    if place.is_first and not check_teacher_tokenizer(settings, path, tokens, used=used):
         print(
             f"capture: {path} has no tokenizer files; that of {tokens.path} is taken for its own", flush=True
         )
-    return load_teacher(settings, path, tokens, place.device)
+    wanted = config.store.vocabulary_size
+    teacher = load_teacher(settings, path, tokens, place.device, used=used, vocabulary_size=wanted)
+    if place.is_first and settings.attention == AUTO_ATTENTION:
+        print(f"capture: attention {attention_of(teacher.model)}, which transformers picks", flush=True)
+    size, whole = teacher.transform.vocabulary_size, tokens.manifest.tokenizer.vocabulary_size
+    if place.is_first and size < whole:
+        print(
+            f"capture: records speak of the first {size:,} of the tokenizer's {whole:,} ids; the text has "
+            "none of the others",
+            flush=True,
+        )
+    return teacher
 
 
 def _identity(config: Config, teacher_path: str, teacher: OpenModel, place: Ranks) -> TeacherIdentity | None:
@@ -221,7 +235,7 @@ def _identity(config: Config, teacher_path: str, teacher: OpenModel, place: Rank
     if not place.is_first:
         return None
     return teacher_identity(
-        config.teacher,
+        replace(config.teacher, attention=attention_of(teacher.model)),
         teacher_path,
         device_type=place.device.type,
         threads=config.launch.threads_per_rank,
@@ -244,9 +258,10 @@ def _create(
     manifest = replace(
         tokens.manifest,
         dataset={**tokens.manifest.dataset, "token_store": tokens.digest},
+        tokenizer=replace(tokens.manifest.tokenizer, vocabulary_size=teacher.transform.vocabulary_size),
         record=record_spec(config.store),
         teacher=identity,
-        codec=_codec(config.store, tokens),
+        codec=_codec(config.store, tokens, teacher.transform.vocabulary_size),
         features=features,
     )
     create_store(path, manifest, tokens.tokenizer_path, files)
@@ -288,7 +303,7 @@ def _features(
 
 
 def _text(tokens: LogitStore, split: str, shard: int) -> list[Row]:
-    """The rows of a unit without a teacher; none where there is no such unit."""
+    """The rows of a shard without a teacher; none where there is no such shard."""
     if shard >= tokens.shards(split):
         return []
     return [tokens.read_text(split, index) for index in tokens.shard_rows(split, shard)]
@@ -303,11 +318,11 @@ def _missing_shards(path: StorePath, tokens: LogitStore) -> list[Shard]:
     return missing
 
 
-def _codec(settings: StoreConfig, tokens: LogitStore) -> CodecSpec:
+def _codec(settings: StoreConfig, tokens: LogitStore, vocabulary_size: int) -> CodecSpec:
     """The codec with its parameters: `compact` numbers ids by how often they occur in the tokens."""
     if settings.codec != "compact":
         return CodecSpec(settings.codec, {})
-    counts = np.zeros(tokens.manifest.tokenizer.vocabulary_size, np.int64)
+    counts = np.zeros(vocabulary_size, np.int64)
     for split in tokens.manifest.splits:
         for index in evenly(tokens.rows(split), FREQUENCY_ROWS):
             counts += np.bincount(tokens.read_text(split, index).token_ids, minlength=len(counts))

@@ -77,7 +77,8 @@ def run(config: Config, found: VerifyResult, *, reseal: bool) -> None:
                     f"--reseal would put records of another making under the manifest of {found.path} "
                     f"({'; '.join(differing)}): repair it as it was captured, or capture it again."
                 )
-        teacher = load_teacher(settings, path, tokens, place.device)
+        size = store.manifest.tokenizer.vocabulary_size
+        teacher = load_teacher(settings, path, tokens, place.device, vocabulary_size=size)
         print(f"repair: {len(found.damaged)} shards are captured again", flush=True)
         projections = read_projections(store.path, store.manifest)
         again = partial(_again, settings, store.manifest, tokens, teacher, projections)

@@ -14,9 +14,11 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from sparsekd.trainer.config.corpus import CorpusConfig
 from sparsekd.trainer.corpus import encoding
 from sparsekd.trainer.corpus.documents import Document
 from sparsekd.trainer.corpus.encoding import encode, tokenize_long
+from sparsekd.trainer.corpus.findings import Records
 from sparsekd.trainer.corpus.tokenizer import END_OF_TEXT, tokenize, train_tokenizer
 from sparsekd.trainer.run.errors import DataError
 
@@ -180,7 +182,7 @@ def test_documents_keep_their_order_and_their_numbers(monkeypatch: pytest.Monkey
     texts = [CODE[:900], CODE[:5000], "x", CODE[100:1500], CODE[:2000], CODE[:2001], CODE[7:9000]]
     numbered = [(7 * index, Document(text, text.encode(), 0, "")) for index, text in enumerate(texts)]
     found: dict[int, list[int]] = {}
-    for batch in encode(tokenizer, numbered):
+    for batch in encode(tokenizer, numbered, CorpusConfig(), Records()):
         for part in batch:
             found.setdefault(part.number, []).extend(part.token_ids.tolist())
     assert list(found) == [number for number, _ in numbered]

@@ -102,3 +102,38 @@ def test_weights_stand_in_runs_and_0_clears_the_mask(lengths: list[int], length:
         starts = row.optional["weight_starts"]
         assert len(starts) == (0 if (expected == 1).all() else 1 + int((np.diff(expected) != 0).sum()))
         assert np.array_equal(row.token_ids, unweighted.token_ids)
+
+
+@settings(deadline=None)
+@given(LENGTHS, st.integers(1, 16), st.integers(1, 7), st.booleans())
+def test_not_packed_each_document_has_rows_of_its_own(
+    lengths: list[int], length: int, batch: int, in_parts: bool
+) -> None:
+    documents = numbered(lengths)
+    # A long document comes in parts, one after another.
+    parts = [
+        (number, ids[start : start + step])
+        for number, ids in enumerate(documents)
+        for step in [5 if in_parts else len(ids)]
+        for start in range(0, len(ids), step)
+    ]
+    stream, rows = packing.EMPTY, []
+    for start in range(0, len(parts), batch):
+        chosen = parts[start : start + batch]
+        arrays = [np.asarray(ids, np.int32) for _, ids in chosen]
+        stream = packing.append(stream, arrays, [number for number, _ in chosen])
+        full, stream = packing.take_rows(stream, length, padding_id=0)
+        rows += full
+        assert len(stream.token_ids) < length
+    rows += packing.take_last_row(stream, length, padding_id=0)
+    expected = [
+        (number, ids[start : start + length])
+        for number, ids in enumerate(documents)
+        for start in range(0, len(ids), length)
+    ]
+    assert len(rows) == len(expected)
+    for row, (number, ids) in zip(rows, expected, strict=True):
+        filled = length - len(ids)
+        assert row.token_ids.tolist() == ids + [0] * filled
+        assert row.segment_documents.tolist() == [number] + [-1] * (filled > 0)
+        assert row.loss_mask.tolist() == [True] * (len(ids) - 1) + [False] * (filled + 1)

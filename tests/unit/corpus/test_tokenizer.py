@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sparsekd.trainer.corpus.tokenizer import (
     END_OF_TEXT,
+    end_token_id,
     load_tokenizer,
     save_tokenizer,
     tokenize,
@@ -92,5 +93,10 @@ def test_problems_of_loading_are_named(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path / "nothing"), None)
     tokenizer = train_tokenizer(TEXTS, 300)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path / "a")
-    with pytest.raises(DataError, match="has no end-of-text token"):
-        load_tokenizer(str(tmp_path / "a"), None)
+    bare = load_tokenizer(str(tmp_path / "a"), None)
+    with pytest.raises(DataError, match=r"has no end-of-text token.*corpus\.end_token"):
+        end_token_id(bare)
+    assert end_token_id(bare, END_OF_TEXT) == end_token_id(bare, "0") == end_token_id(tokenizer) == 0
+    for nothing in ("300", "<|im_end|>"):
+        with pytest.raises(DataError, match="is no token of the tokenizer"):
+            end_token_id(bare, nothing)

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from synthetic_stores import write_synthetic_store
 
+from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.synthetic import synthetic_manifest, write_synthetic_tokenizer
 from sparsekd.trainer.config.schema import StudentConfig
 from sparsekd.trainer.models.causal_lm import load_causal_lm, load_config
@@ -26,14 +28,16 @@ SIZES: dict[str, Any] = {
 }
 
 
-def check(student: StudentConfig, store_tokenizer: Path) -> None:
+def check(student: StudentConfig, store: LogitStore) -> None:
     source = student_source(student, TOKENIZER)
-    check_student(load_config(source, "student"), source, manifest=MANIFEST, tokenizer_path=store_tokenizer)
+    check_student(load_config(source, "student"), source, store, reads_records=True)
 
 
-@pytest.fixture
-def stored(tmp_path: Path) -> Path:
-    return write_synthetic_tokenizer(tmp_path / "stored", 97)
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> LogitStore:
+    path = tmp_path_factory.mktemp("stored") / "store"
+    write_synthetic_store(path, MANIFEST, {"train": 20, "heldout": 1}, seed=0)
+    return open_store(path)
 
 
 @pytest.fixture
@@ -46,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
     return place
 
 
-def test_a_configuration_takes_the_store_s_vocabulary(stored: Path) -> None:
+def test_a_configuration_takes_the_store_s_vocabulary(stored: LogitStore) -> None:
     source = student_source(StudentConfig(config=dict(SIZES)), TOKENIZER)
     config = load_config(source, "student")
     assert config.vocab_size == 97 and config.eos_token_id == TOKENIZER.eos_token_id
@@ -54,14 +58,14 @@ def test_a_configuration_takes_the_store_s_vocabulary(stored: Path) -> None:
     check(StudentConfig(config={**SIZES, "vocab_size": 104}), stored)
 
 
-def test_a_smaller_vocabulary_is_refused(stored: Path) -> None:
+def test_a_smaller_vocabulary_is_refused(stored: LogitStore) -> None:
     with pytest.raises(
-        ModelError, match=r"has 96 vocabulary entries, but .* 97 ids.*leave student\.config\.vocab_size out"
+        ModelError, match=r"has 96 vocabulary entries, .* 97 ids .*leave student\.config\.vocab_size out"
     ):
         check(StudentConfig(config={**SIZES, "vocab_size": 96}), stored)
 
 
-def test_the_student_s_own_tokenizer_is_compared_by_content(folder: Path, stored: Path) -> None:
+def test_the_student_s_own_tokenizer_is_compared_by_content(folder: Path, stored: LogitStore) -> None:
     student = StudentConfig(path=str(folder))
     check(student, stored)  # it has none
     write_synthetic_tokenizer(folder, 97)
@@ -74,17 +78,22 @@ def test_the_student_s_own_tokenizer_is_compared_by_content(folder: Path, stored
     vocabulary = description["model"]["vocab"]
     swapped = {**vocabulary, "w5": 6, "w6": 5}
     place.write_text(json.dumps({**description, "model": {**description["model"], "vocab": swapped}}))
-    with pytest.raises(ModelError, match="id 5 is 'w6' in it and 'w5' in the store's"):
+    with pytest.raises(ModelError, match=r"id ([56]) is 'w[56]' in it and 'w\1' in the store's \("):
         check(student, stored)
     write_synthetic_tokenizer(folder, 98)
-    with pytest.raises(ModelError, match=r"98 entries and the store's 97, and id 97 is 'w97' in it and None"):
+    check(student, stored)  # one more than the store's, which its text cannot have
+    write_synthetic_tokenizer(folder, 60)
+    with pytest.raises(
+        ModelError,
+        match=r"60 entries and the store's 97, and id (\d+) is None in it and 'w\1' in the store's \(",
+    ):
         check(student, stored)
     place.write_text(json.dumps({**description, "pre_tokenizer": {"type": "WhitespaceSplit"}}))
     with pytest.raises(ModelError, match=r"the same ids, but cuts text differently \(its pre_tokenizer\)"):
         check(student, stored)
 
 
-def test_rows_longer_than_the_student_s_positions_are_refused(stored: Path) -> None:
+def test_rows_longer_than_the_student_s_positions_are_refused(stored: LogitStore) -> None:
     length = MANIFEST.sequence_length
     check(StudentConfig(config={**SIZES, "max_position_embeddings": length}), stored)
     with pytest.raises(
@@ -100,7 +109,7 @@ def test_an_attention_that_does_not_run_here_is_one_sentence(attention: str) -> 
         load_causal_lm(source, "student", dtype=torch.float32)
 
 
-def test_a_field_that_the_model_type_does_not_know_is_refused(stored: Path) -> None:
+def test_a_field_that_the_model_type_does_not_know_is_refused(stored: LogitStore) -> None:
     with pytest.raises(ModelError, match=r"student\.config\.num_layers .* did you mean num_hidden_layers"):
         check(StudentConfig(config={**SIZES, "num_layers": 1}), stored)
     # Consumed by transformers under another name, so it has an effect.
@@ -116,7 +125,7 @@ def test_a_field_that_the_model_type_does_not_know_is_refused(stored: Path) -> N
     ],
 )
 def test_a_field_that_the_model_reads_is_taken_though_its_class_has_none(
-    model_type: str, fields: dict[str, Any], stored: Path
+    model_type: str, fields: dict[str, Any], stored: LogitStore
 ) -> None:
     """What the model is made of decides, and the misspelt neighbour is refused as before."""
     student = {**SIZES, "model_type": model_type, **fields}

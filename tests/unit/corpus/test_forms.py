@@ -1,0 +1,230 @@
+"""What records hold: by their fields, in every format, and in the spellings that people have."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from sparsekd.trainer.config.corpus import CorpusConfig
+from sparsekd.trainer.corpus.bodies import Body, Conversation, Pair, TokenIds
+from sparsekd.trainer.corpus.documents import Document, read_documents
+from sparsekd.trainer.corpus.fields import RecordError
+from sparsekd.trainer.corpus.forms import Forms, filled
+from sparsekd.trainer.run.errors import ConfigError, DataError
+
+
+def documents(path: Path, format: str = "jsonl", **keys: Any) -> list[Document]:
+    return list(read_documents(CorpusConfig(paths=[str(path)], format=format, tokenizer="any", **keys)))
+
+
+def bodies(folder: Path, *records: Any, **keys: Any) -> list[Body | None]:
+    (folder / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return [document.body for document in documents(folder / "a.jsonl", **keys)]
+
+
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+CHAT = Conversation([USER, ANSWER], None)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [USER, ANSWER]},
+        {"messages": [USER | {"name": None}, ANSWER | {"tool_calls": None}], "tools": None},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"conversations": [USER, ANSWER]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, ANSWER], "id": 3},
+        {"messages": json.dumps([USER, ANSWER])},
+    ],
+)
+def test_spellings_of_one_conversation(tmp_path: Path, record: dict[str, Any]) -> None:
+    assert bodies(tmp_path, record) == [CHAT]
+    assert bodies(tmp_path, {"data": record}, messages_field=f"data.{next(iter(record))}") == [CHAT]
+
+
+def test_pairs(tmp_path: Path) -> None:
+    both = {"prompt": "q", "completion": "a"}
+    alpaca = {"instruction": "q", "input": "", "output": "a"}
+    assert bodies(tmp_path, both) == [Pair("q", "a")]
+    assert bodies(tmp_path, alpaca, alpaca | {"input": "x"}) == [Pair("q\n\n", "a"), Pair("q\n\nx\n\n", "a")]
+    assert bodies(tmp_path, both, kind="conversation") == [CHAT]
+    assert bodies(tmp_path, alpaca, kind="conversation") == [CHAT]
+    assert bodies(tmp_path, {"prompt": [USER], "completion": [ANSWER]}) == [
+        Conversation([USER, ANSWER], None, given=1)
+    ]
+    asked = {"question": "q", "answer": "a"}
+    assert bodies(tmp_path, asked, prompt_field="question", completion_field="answer") == [Pair("q", "a")]
+    made = bodies(tmp_path, asked, template=r"Q: {question}\nA:", completion_field="answer")
+    assert made == [Pair("Q: q\nA:", "a")]
+
+
+ALPACA = "Below is a task.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+
+
+def test_templates_leave_paragraphs_of_empty_fields_away() -> None:
+    for value in ("", None, " "):
+        record = {"instruction": "Go", "input": value}
+        assert filled(ALPACA, record, "") == "Below is a task.\n\n### Instruction:\nGo\n\n### Response:\n"
+    assert filled(ALPACA, {"instruction": "Go", "input": "x\n\ny"}, "") == (
+        "Below is a task.\n\n### Instruction:\nGo\n\n### Input:\nx\n\ny\n\n### Response:\n"
+    )
+    assert filled("{{{a}}}", {"a": "x"}, "") == "{x}"
+    assert filled("{a} {b}", {"a": "", "b": "y"}, "") == " y"
+    with pytest.raises(RecordError, match="'a' is of type int, expected text"):
+        filled("{a}", {"a": 3}, "here")
+
+
+def test_ids_with_labels_and_masks(tmp_path: Path) -> None:
+    ids = {"input_ids": [5, 6, 7, 0]}
+    for record, expected in (
+        (ids, [True] * 4),
+        (ids | {"labels": [-100, 6, 7, -100]}, [False, True, True, False]),
+        (ids | {"loss_mask": [0, 0, 1, 1]}, [False, False, True, True]),
+        (ids | {"completion_mask": [False, True, True, True]}, [False, True, True, True]),
+        (ids | {"labels": [-100, 6, 7, 0], "assistant_masks": [1, 1, 0, 1]}, [False, True, False, True]),
+    ):
+        (body,) = bodies(tmp_path, record)
+        assert isinstance(body, TokenIds) and body.token_ids.dtype == np.int32
+        assert (body.token_ids.tolist(), body.counted.tolist()) == ([5, 6, 7, 0], expected)
+    (padded,) = bodies(tmp_path, ids | {"attention_mask": [0, 1, 1, 0], "labels": [-100, -100, 7, -100]})
+    assert isinstance(padded, TokenIds)
+    assert (padded.token_ids.tolist(), padded.counted.tolist()) == ([6, 7], [False, True])
+
+
+@pytest.mark.parametrize(
+    ("record", "sentence"),
+    [
+        ({"messages": []}, "'messages' holds no messages"),
+        ({"messages": None}, "'messages' is of type NoneType, expected a list"),
+        ({"messages": {"role": "user"}}, "'messages' is of type dict, expected a list"),
+        ({"messages": "hello"}, r"'messages' is a text but no JSON \("),
+        ({"messages": [USER]}, r"has no message of the assistant.*corpus\.invalid=skip"),
+        ({"messages": ["hello"]}, "message 1 of 'messages' is of type str, expected an object"),
+        (
+            {"messages": [USER, {"role": "robot", "content": "x"}]},
+            "message 2 .* has the role 'robot', expected",
+        ),
+        ({"messages": [USER, {"content": "x"}]}, "message 2 .* has the role None"),
+        ({"messages": [USER, ANSWER | {"content": " \n"}]}, r"message 2 .*\(assistant\) is empty"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, r"\(assistant\) is empty"),
+        ({"messages": [USER | {"content": 3}, ANSWER]}, "has content of type int, expected text"),
+        (
+            {"messages": [USER | {"content": [{"type": "image_url", "url": "x"}]}, ANSWER]},
+            "has content of the type image_url, expected text alone",
+        ),
+        ({"messages": [USER, ANSWER], "tools": [3]}, "a tool is no object"),
+        ({"messages": [USER, ANSWER | {"score": float("nan")}]}, "mend the record"),
+        ({"prompt": "q", "completion": ""}, "'completion' is empty"),
+        ({"prompt": ["q"], "completion": [ANSWER]}, "is of type str, expected an object"),
+        ({"prompt": 3, "completion": "a"}, "'prompt' is of type int, expected text"),
+        ({"input_ids": [1, -2]}, "input_ids hold -2"),
+        ({"input_ids": [1, 2**40]}, f"input_ids hold {2**40}"),
+        ({"input_ids": [1, 2**70]}, "too large a number"),
+        ({"input_ids": [1, 2.5]}, "something else than integers"),
+        ({"input_ids": [1, 2], "labels": [1]}, "2 input_ids and 1 labels, expected equal numbers"),
+        ({"input_ids": [1, 2], "labels": [2, -100]}, r"labels\[0\] is 2 where input_ids have 1.*not shifted"),
+        ({"input_ids": [1, 2], "loss_mask": [0, 2]}, "loss_mask hold other numbers"),
+        ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "attention_mask is 0 between tokens"),
+    ],
+)
+def test_records_that_cannot_be_used(tmp_path: Path, record: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1" + ".*" + sentence):
+        bodies(tmp_path, record)
+    sound = {
+        name: {
+            "messages": [USER, ANSWER],
+            "prompt": "q",
+            "completion": "a",
+            "input_ids": [1],
+            "labels": [1],
+            "loss_mask": [1],
+        }.get(name)
+        for name in record
+    }
+    skipped: list[tuple[str, str]] = []
+    (tmp_path / "b.jsonl").write_text(f'{json.dumps(record)}\n{{"mess\n{json.dumps(sound)}\n')
+    config = CorpusConfig(paths=[str(tmp_path / "b.jsonl")], format="jsonl", invalid="skip", tokenizer="any")
+    kept = list(read_documents(config, skipped=lambda reason, place: skipped.append((reason, place))))
+    assert [document.place for document in kept] == ["b.jsonl:3"]
+    assert [place for _, place in skipped] == ["b.jsonl:1", "b.jsonl:2"] and skipped[1][0] == "no JSON"
+
+
+def test_a_table_fills_with_nulls_what_a_message_has_not(tmp_path: Path) -> None:
+    call = [
+        {"function": {"name": "f", "arguments": {"x": 1}}},
+        {"function": {"name": "g", "arguments": {"y": 2}}},
+    ]
+    messages = [USER, {"role": "assistant", "content": None, "tool_calls": call}]
+    records = [{"messages": messages, "tools": [{"name": "f"}], "other": 1}, {"messages": [USER, ANSWER]}]
+    (expected,) = bodies(tmp_path, records[0])
+    assert isinstance(expected, Conversation) and expected.messages[1]["tool_calls"] == call
+    datasets = pytest.importorskip("datasets")
+    parquet.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    datasets.Dataset.from_list(records).save_to_disk(tmp_path / "saved")
+    for format, name in (("parquet", "a.parquet"), ("dataset", "saved")):
+        first, second = documents(tmp_path / name, format)
+        assert (first.body, second.body) == (expected, CHAT)
+    cells = [json.dumps(value).replace('"', '""') for value in (messages, records[0]["tools"])]
+    (tmp_path / "a.csv").write_text(f'messages,tools\n"{cells[0]}","{cells[1]}"\n')
+    assert documents(tmp_path / "a.csv", "csv")[0].body == expected
+
+
+def test_what_records_hold_is_told_by_the_first(tmp_path: Path) -> None:
+    def forms_of(record: dict[str, Any], **keys: Any) -> Forms:
+        (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
+        config = CorpusConfig(paths=[str(tmp_path / "a.jsonl")], format="jsonl", tokenizer="any", **keys)
+        forms = Forms(config)
+        list(read_documents(config, forms=forms))
+        return forms
+
+    assert forms_of({"text": "x"}).lines() == []
+    assert forms_of({"messages": [USER, ANSWER]}).lines() == [
+        "records are read as corpus.kind=conversation, by messages"
+    ]
+    both = forms_of({"text": "x", "messages": [USER, ANSWER]})
+    assert both.kind == "text"
+    assert both.lines() == ["records are read as corpus.kind=text, by text, and not by messages"]
+    assert forms_of({"text": "x", "messages": [USER, ANSWER]}, kind="conversation").lines() == []
+    with pytest.raises(DataError, match=r"line 1 has no field 'text', found the fields \['body'\]"):
+        forms_of({"body": "x"})
+    with pytest.raises(DataError, match=r"neither messages .*\['text'\]; set corpus\.messages_field"):
+        forms_of({"text": "x"}, kind="conversation")
+    with pytest.raises(RecordError, match=r"line 2 has neither messages nor a prompt"):
+        bodies(tmp_path, {"messages": [USER, ANSWER]}, {"text": "x"})
+
+
+def test_equal_contents_are_one_document_to_the_held_out_choice(tmp_path: Path) -> None:
+    record = {"messages": [USER, ANSWER], "id": 1}
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps(record | {"id": n, "x": n}) + "\n" for n in range(2))
+    )
+    first, second = documents(tmp_path / "a.jsonl")
+    assert first.content == second.content
+    other = json.dumps({"messages": [USER, ANSWER, USER]})
+    (tmp_path / "b.jsonl").write_text(other + "\n")
+    assert documents(tmp_path / "b.jsonl")[0].content != first.content
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"kind": "pair", "format": "text"}, "a text file has no fields"),
+        ({"kind": "conversation", "tokenizer": None}, r"needs corpus\.tokenizer, whose chat template"),
+        ({"template": "{a"}, r"corpus\.template='\{a' cannot be read"),
+        ({"template": "no fields"}, "expected names of fields in braces"),
+        ({"template": "{a!r}"}, "expected names of fields in braces"),
+        ({"template": "{}"}, "expected names of fields in braces"),
+        ({"template": "{a}", "prompt_field": "b"}, "both say what the prompt is"),
+        ({"chat_template_kwargs": {"messages": 1}}, "has the name 'messages'"),
+        ({"heldout_split": "test"}, "only datasets have splits"),
+        ({"heldout_split": "train", "format": "dataset"}, "contradict each other"),
+    ],
+)
+def test_keys_that_do_not_fit(keys: dict[str, Any], sentence: str) -> None:
+    config = CorpusConfig(**{"paths": ["x"], "format": "jsonl", "tokenizer": "any"} | keys)
+    with pytest.raises(ConfigError, match=sentence):
+        list(read_documents(config))

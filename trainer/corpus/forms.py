@@ -1,0 +1,236 @@
+"""What the records of a corpus hold, by their fields: a text, or one of the bodies that `bodies` knows."""
+
+from collections.abc import Mapping
+from string import Formatter
+from typing import Any
+
+from sparsekd.trainer.config.corpus import CorpusConfig, with_escapes
+from sparsekd.trainer.corpus.bodies import MASKS, Body, Conversation, Pair, conversation_of, tokens_of
+from sparsekd.trainer.corpus.fields import RecordError, lookup, missing_field, require_fields
+
+SHAREGPT_FIELD = "conversations"
+ALPACA_TEMPLATE = "{instruction}\n\n{input}\n\n"
+TOKEN_FIELDS = ("input_ids", "labels", *MASKS, "attention_mask")
+
+
+class Forms:
+    """Says what records hold, the same of all.
+
+    Attributes:
+        kind: As `corpus.kind`; where that is null, None until the first record was seen.
+        others: Fields of the first record by which it could have been of another kind.
+    """
+
+    def __init__(self, config: CorpusConfig) -> None:
+        self._config = config
+        self.kind = "text" if config.format == "text" else config.kind
+        self.others: list[str] = []
+        self._by = ""
+
+    def begin(self, found: Mapping[str, Any], where: str, noun: str) -> None:
+        """Looks at the fields of a table, or of the first record.
+
+        Raises:
+            DataError: One that is needed is missing.
+        """
+        if self.kind is None:
+            kinds = _kinds(found, self._config)
+            self.kind = next(iter(kinds), "text")
+            self.others = [name for kind, name in kinds.items() if kind != self.kind]
+            self._by = kinds.get(self.kind, "")
+        require_fields(found, self._config, where, noun, with_text=self.kind == "text")
+        needed = {
+            "conversation": _conversation_fields(found, self._config) or _pair_fields(found, self._config),
+            "pair": _pair_fields(found, self._config),
+            "tokens": ("input_ids",) if _has(found, "input_ids") else (),
+        }
+        if self.kind in needed and not needed[self.kind]:
+            wanted = {
+                "conversation": self._config.messages_field,
+                "pair": "prompt and completion",
+                "tokens": "input_ids",
+            }
+            raise missing_field(found, wanted[self.kind], where, noun, _REMEDIES[self.kind])
+
+    def lines(self) -> list[str]:
+        """What is to be said where the configuration does not say what records hold."""
+        if self._config.kind is not None or (self.kind in (None, "text") and not self.others):
+            return []
+        could = f", and not by {' or '.join(self.others)}" if self.others else ""
+        return [f"records are read as corpus.kind={self.kind}, by {self._by}{could}"]
+
+    def fields(self) -> list[str]:
+        """The fields that records of this kind may have."""
+        config = self._config
+        names = [] if config.weight_field is None else [config.weight_field]
+        if self.kind == "text":
+            return [config.text_field, *names]
+        if self.kind == "tokens":
+            return [*TOKEN_FIELDS, *names]
+        names += [name for name in (config.prompt_field, config.completion_field) if name is not None]
+        names += ["prompt", "completion", "output", *_named(config.template or ALPACA_TEMPLATE)]
+        names += [] if config.tools_field is None else [config.tools_field]
+        return [*names, config.messages_field, SHAREGPT_FIELD]
+
+    def body(self, record: Mapping[str, Any], where: str, *, is_table: bool) -> Body:
+        """What a record holds that is no text.
+
+        Raises:
+            RecordError: A field is not there, or cannot be used.
+        """
+        if self.kind == "tokens":
+            if not _has(record, "input_ids"):
+                raise RecordError("a field that is missing", f"{where} has no input_ids.")
+            return tokens_of(record, where)
+        name = _conversation_fields(record, self._config)
+        if self.kind == "conversation" and name:
+            return conversation_of(
+                lookup(record, name[0]), self._tools(record), where, name[0], is_table=is_table
+            )
+        return self._pair(record, where, is_table)
+
+    def _tools(self, record: Mapping[str, Any]) -> Any:
+        name = self._config.tools_field
+        return None if name is None or not _has(record, name) else lookup(record, name)
+
+    def _pair(self, record: Mapping[str, Any], where: str, is_table: bool) -> Body:
+        names = _pair_fields(record, self._config)
+        if not names:
+            raise RecordError(
+                "a field that is missing",
+                f"{where} has neither messages nor a prompt with its completion, found the fields "
+                f"[{', '.join(map(repr, record))}]; set corpus.messages_field, or corpus.prompt_field (or "
+                "corpus.template) and corpus.completion_field.",
+            )
+        first, last = names[0], names[-1]
+        completion = lookup(record, last)
+        template, _ = _prompt(record, self._config)
+        if template is None:
+            prompt = lookup(record, first)
+            if isinstance(prompt, list) or isinstance(completion, list):
+                return self._joined(record, prompt, completion, where, is_table)
+            prompt = _text(prompt, first, where)
+        else:
+            prompt = filled(template, record, where)
+        answer = _text(completion, last, where)
+        if not answer:
+            raise RecordError(
+                "an empty completion", f"{where}: {last!r} is empty; mend or remove the record."
+            )
+        if self.kind == "pair":
+            return Pair(prompt, answer)
+        messages = [
+            {"role": "user", "content": prompt.strip()},
+            {"role": "assistant", "content": answer},
+        ]
+        return conversation_of(messages, self._tools(record), where, "messages")
+
+    def _joined(
+        self, record: Mapping[str, Any], prompt: Any, completion: Any, where: str, is_table: bool
+    ) -> Conversation:
+        """Prompt and completion as messages, or a text for one message of the user and of the assistant."""
+        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        after = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        if not isinstance(before, list) or not isinstance(after, list):
+            raise RecordError(
+                "prompt of another form", f"{where}: prompt and completion are no lists of messages."
+            )
+        return conversation_of(
+            before + after,
+            self._tools(record),
+            where,
+            "prompt and completion",
+            given=len(before),
+            is_table=is_table,
+        )
+
+
+_REMEDIES = {
+    "conversation": "corpus.messages_field to the messages'",
+    "pair": "corpus.prompt_field or corpus.template, and corpus.completion_field",
+    "tokens": "corpus.kind to what the records hold",
+}
+
+
+def _kinds(found: Mapping[str, Any], config: CorpusConfig) -> dict[str, str]:
+    """The kinds of which a record with these fields may be, most certain first, each with a field."""
+    pair = _pair_fields(found, config)
+    named = {
+        "text": [config.text_field] if _has(found, config.text_field) else [],
+        "conversation": _conversation_fields(found, config),
+        "tokens": ["input_ids"] if _has(found, "input_ids") else [],
+        "pair": pair,
+    }
+    return {kind: ", ".join(names) for kind, names in named.items() if names}
+
+
+def _has(found: Mapping[str, Any], name: str) -> bool:
+    try:
+        lookup(found, name)
+    except KeyError:
+        return False
+    return True
+
+
+def _conversation_fields(found: Mapping[str, Any], config: CorpusConfig) -> list[str]:
+    return [name for name in (config.messages_field, SHAREGPT_FIELD) if _has(found, name)][:1]
+
+
+def _prompt(found: Mapping[str, Any], config: CorpusConfig) -> tuple[str | None, list[str]]:
+    """The template that makes a pair's prompt, None where it is a field as it stands, and its fields."""
+    if config.template is not None:
+        return config.template, _named(config.template)
+    if config.prompt_field is not None or _has(found, "prompt"):
+        return None, [config.prompt_field or "prompt"]
+    return ALPACA_TEMPLATE, ["instruction"]
+
+
+def _pair_fields(found: Mapping[str, Any], config: CorpusConfig) -> list[str]:
+    """The fields of which a prompt is made, and behind them that of the completion; none where one lacks."""
+    completions = ("completion", "output") if config.completion_field is None else (config.completion_field,)
+    prompts = [name for name in _prompt(found, config)[1] if _has(found, name)]
+    last = [name for name in completions if _has(found, name)][:1]
+    return [*prompts, *last] if prompts and last else []
+
+
+def _named(template: str) -> list[str]:
+    return [name for _, name, _, _ in Formatter().parse(template) if name]
+
+
+def filled(template: str, record: Mapping[str, Any], where: str) -> str:
+    r"""A template with a record's fields in it, without the paragraphs whose fields are all empty.
+
+    Args:
+        template: Text with names in braces; paragraphs end at blank lines, and `\n` stands for a line break.
+        record: The record; a field that it lacks is empty.
+        where: The record, for messages.
+
+    Raises:
+        RecordError: A field holds something else than text.
+    """
+    made, paragraph, names, values = [], "", 0, 0
+    for literal, name, _, _ in Formatter().parse(with_escapes(template)):
+        *ended, rest = literal.split("\n\n")
+        for part in ended:
+            if values or not names:
+                made.append(f"{paragraph}{part}\n\n")
+            paragraph, names, values = "", 0, 0
+        paragraph += rest
+        if name is not None:
+            value = _text(lookup(record, name) if _has(record, name) else None, name, where)
+            paragraph, names, values = paragraph + value, names + 1, values + bool(value.strip())
+    if values or not names:
+        made.append(paragraph)
+    return "".join(made)
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise RecordError(
+            f"{name} of another form",
+            f"{where}: {name!r} is of type {type(value).__name__}, expected text; mend it, or name another "
+            "field (corpus.prompt_field, corpus.completion_field, corpus.template).",
+        )
+    return value
