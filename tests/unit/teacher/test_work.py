@@ -317,6 +317,18 @@ def test_whoever_is_asked_to_stop_ends_its_unit_and_holds_nothing(
     assert tree(store) == quiet
 
 
+def test_whoever_is_asked_to_stop_while_it_starts_begins_nothing(store: Path) -> None:
+    watch = StopWatch()
+    watch.note_signal(signal.SIGUSR2)
+    before = tree(store)
+
+    def never(unit: Unit) -> Sequence[Row]:
+        raise AssertionError(unit)
+
+    assert worker_of(store, never, watch=watch).work() == watch.request
+    assert tree(store) == before
+
+
 def test_whoever_waits_for_others_can_be_stopped(store: Path) -> None:
     living = forge(store, "train/000000/000002-000003", silent=0)
     watch = StopWatch()
