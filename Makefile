@@ -46,8 +46,15 @@ copy: setup
 types: copy  ## Types, on a non-editable copy.
 	cd .check && MYPYPATH=.:../benchmarks $(BIN)/mypy --config-file ../pyproject.toml -p sparsekd $(SCRIPTS)
 
-pytest: setup  ## All tests but most of `make cluster`; those that need a GPU or Slurm skip with a reason.
-	$(BIN)/python -m pytest tests -m "not slurm or ci"
+# Tests of one process run beside one another, with one thread each; then, one by one, those that start several
+# processes, signal them, or measure a device.
+JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+ALONE := tests/distributed tests/gpu tests/integration tests/slurm
+pytest: setup  ## All tests but most of `make cluster`; those that need a GPU or Slurm skip with a reason (JOBS).
+	@failed=0; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/numerics -n $(JOBS) --dist loadfile || failed=1; \
+	$(BIN)/python -m pytest $(ALONE) -m "not slurm or ci" || failed=1; \
+	exit $$failed
 
 cluster: setup  ## Jobs on a Slurm cluster of two nodes on this machine; needs slurm-wlm, munge and root.
 	$(BIN)/python -m pytest tests/slurm

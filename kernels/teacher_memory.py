@@ -7,9 +7,12 @@ import math
 
 from sparsekd.kernels.memory import row_stride
 
-# `torch`: float32 logits of a chunk, of which four to six copies exist; and positions at most.
-TORCH_BYTES = 256 * 1024 * 1024
+# `torch`: float32 logits of a chunk; and positions at most.
+TORCH_BYTES = 128 * 1024 * 1024
 TORCH_POSITIONS = (128, 1024)
+# On the CPU the record of so many float32 logits is made at a time: more fall out of the cache, and fewer are
+# dear by the calls.
+SLICE_BYTES = 4 * 1024 * 1024
 # `triton`: the float32 logits of a chunk exist once; 1024 to 2048 positions keep a GPU busy.
 TRITON_BYTES = 1024 * 1024 * 1024
 TRITON_POSITIONS = (256, 2048)
@@ -27,6 +30,11 @@ def positions_rule(impl: str, vocabulary_size: int) -> int:
     )
     fitting = budget // (4 * row_stride(vocabulary_size))
     return min(max(fitting // 128 * 128, least), most)
+
+
+def slice_positions(vocabulary_size: int) -> int:
+    """C of `torch` on the CPU."""
+    return max(SLICE_BYTES // (4 * vocabulary_size), 1)
 
 
 def list_room(k: int) -> int:
@@ -51,8 +59,9 @@ def peak_bytes(
 ) -> int:
     """Most bytes alive at one time in `teacher_statistics`, beyond its arguments; its result is counted.
 
-    For inputs of bfloat16 on CUDA, or of float32; other bfloat16 inputs are widened once beside it. Chunks
-    that `triton` does again with `torch` are an eighth as long and stay below it.
+    For inputs of bfloat16 on CUDA, or of float32; other bfloat16 inputs are widened once beside it. That of
+    `torch` is for the CPU; elsewhere a slice is a whole chunk. Chunks that `triton` does again with `torch`
+    are an eighth as long and stay below it.
 
     Args:
         impl: "torch" or "triton".
@@ -67,9 +76,11 @@ def peak_bytes(
     chunk = min(chunk_positions or positions_rule(impl, vocabulary_size), max(positions, 1))
     result = positions * (8 * k + 12 * n + 4 * (grid + 3))
     if impl == "torch":
-        # Logits, powers, those over T, and the cumulative sums in float64.
-        slabs = 2 + (draw_temperature != 1.0) + (2 if n else 1)
-        return 4 * slabs * chunk * vocabulary_size + result
+        # The logits; powers and their products of a slice; and of each position the entries among which its
+        # draws or its largest entries are, with their columns.
+        rows = min(slice_positions(vocabulary_size), chunk)
+        ranked = min((k + 2) * PART, vocabulary_size) if k else 0
+        return 4 * vocabulary_size * (chunk + 2 * rows) + rows * max(24 * n * PART, 16 * ranked) + result
     stride, parts = row_stride(vocabulary_size), math.ceil(vocabulary_size / PART)
     # The logits, the list of keys before and after its sorting (values and places), masses and their sums.
     of_chunk = chunk * (4 * stride + 24 * list_room(k) + 12 * parts)

@@ -4,6 +4,7 @@ N positions, V vocabulary (true), H hidden, k head, n draws, G grid temperatures
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,35 @@ class TeacherInputs(NamedTuple):
     draw_temperature: float
     uniforms: Tensor
     chunk_positions: int
+
+
+class SumsOfRest(NamedTuple):
+    """Which sums over the rest are made.
+
+    Attributes:
+        temperatures: descending, each once: the grid's, 1 and the draw temperature.
+        squares: whether each is half of the one before: then its power is the square of that one's.
+        entropies: indices of 1 and the draw temperature among them.
+        drawn: index of the draw temperature.
+    """
+
+    temperatures: tuple[float, ...]
+    squares: tuple[bool, ...]
+    entropies: tuple[int, ...]
+    drawn: int
+
+    @property
+    def number(self) -> int:
+        """S."""
+        return len(self.temperatures) + len(self.entropies)
+
+
+def sums_of_rest(temperatures: Sequence[float], draw_temperature: float) -> SumsOfRest:
+    """The sums for a grid and a draw temperature."""
+    ordered = tuple(sorted({*temperatures, 1.0, draw_temperature}, reverse=True))
+    squares = (False, *(a == 2 * b for a, b in pairwise(ordered)))
+    entropies = tuple(dict.fromkeys((ordered.index(1.0), ordered.index(draw_temperature))))
+    return SumsOfRest(ordered, squares, entropies, ordered.index(draw_temperature))
 
 
 def coalesce_draws(drawn: Tensor) -> tuple[Tensor, Tensor]:

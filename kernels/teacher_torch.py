@@ -1,10 +1,12 @@
 """The `torch` implementation of the teacher's record: any device, any dtype, a chunk of logits at a time.
 
-N positions, C positions of a chunk, V vocabulary (true), k head, n draws, G grid temperatures.
-"""
+A product wants many rows, as it reads the whole weight each time; what is made of their logits wants few, as
+it reads them a dozen times and they stay in the cache. So a chunk of logits is made at once, and its record
+in slices. Neither a row's largest entries nor its draws need an order of the row: both are looked for in the
+few parts of it that can hold them.
 
-from collections.abc import Sequence
-from typing import NamedTuple
+N positions, C positions of a slice, V vocabulary (true), k head, n draws, G grid temperatures.
+"""
 
 import torch
 from torch import Tensor
@@ -16,139 +18,165 @@ from sparsekd.kernels.gemm import (
     wide_dtype,
     wide_product,
 )
-from sparsekd.kernels.teacher_record import TeacherInputs, TeacherStatistics, coalesce_draws, whole_entropy
+from sparsekd.kernels.teacher_memory import PART, slice_positions
+from sparsekd.kernels.teacher_record import (
+    SumsOfRest,
+    TeacherInputs,
+    TeacherStatistics,
+    coalesce_draws,
+    sums_of_rest,
+    whole_entropy,
+)
 
 
 def torch_statistics(inputs: TeacherInputs) -> TeacherStatistics:
     """The record of N positions."""
     hidden, size = inputs.hidden, inputs.head.vocabulary_size
-    count, chunk = hidden.shape[0], inputs.chunk_positions
-    bias = None if inputs.bias is None else inputs.bias[:size].to(wide_dtype(hidden.dtype))
-    chunks = []
+    count, dtype = hidden.shape[0], wide_dtype(hidden.dtype)
+    chunk = min(inputs.chunk_positions, max(count, 1))
+    # A GPU has no cache that holds a slice, and wants few launches.
+    step = chunk if hidden.is_cuda else min(slice_positions(size), chunk)
+    bias = None if inputs.bias is None else inputs.bias[:size].to(dtype)
+    sums = sums_of_rest(inputs.temperatures, inputs.draw_temperature)
+    slices = []
     with plain_precision(hidden.device, hidden.dtype):
         matrix = prepare_operand(inputs.weight[:size])
+        # Kept for all chunks: the system gives large memory page by page, dearer than a pass over it.
+        room = torch.empty(chunk, size, dtype=dtype, device=hidden.device)
+        scratch = torch.empty(2, step, size, dtype=dtype, device=hidden.device)
         # One empty chunk where there are no positions, so that shapes and dtypes come out all the same.
         for start in range(0, max(count, 1), chunk):
-            rows = slice(start, min(start + chunk, count))
-            products = wide_product(prepare_operand(hidden[rows]), matrix.T)
-            logits, _ = transform_logits(products, bias, inputs.head)
-            chunks.append(
-                _one_chunk(
-                    logits,
-                    inputs.labels[rows],
-                    inputs.k,
-                    inputs.temperatures,
-                    inputs.draw_temperature,
-                    inputs.uniforms[rows],
+            length = min(chunk, count - start)
+            rows = hidden[start : start + length]
+            products = wide_product(prepare_operand(rows), matrix.T, out=room[:length])
+            for first in range(0, max(length, 1), step):
+                logits, _ = transform_logits(products[first : first + step], bias, inputs.head)
+                here = slice(start + first, start + min(first + step, length))
+                slices.append(
+                    _one_slice(logits, inputs.labels[here], inputs.uniforms[here], inputs, sums, scratch)
                 )
-            )
-    return TeacherStatistics(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+    return TeacherStatistics(*(torch.cat(parts) for parts in zip(*slices, strict=True)))
 
 
-def _one_chunk(
+def _one_slice(
     logits: Tensor,
     labels: Tensor,
-    k: int,
-    temperatures: Sequence[float],
-    draw_temperature: float,
     uniforms: Tensor,
+    inputs: TeacherInputs,
+    sums: SumsOfRest,
+    scratch: Tensor,
 ) -> TeacherStatistics:
-    """The record of C positions; uses up `logits` [C, V]."""
-    # Ranked after normalisation: two logits may round to one log-probability, and the tie rule is of those.
-    logprobs = logits.sub_(logits.logsumexp(1, keepdim=True))
-    true_logprob = logprobs.gather(1, labels.clamp_min(0)[:, None])[:, 0]
-    head_ids = top_ids(logprobs, k)
-    head_logprobs = logprobs.gather(1, head_ids)
-    rest = logprobs.scatter_(1, head_ids, -torch.inf)
-    maximum = rest.amax(1)
-    some = maximum > -torch.inf
-    rest.sub_(torch.where(some, maximum, 0.0)[:, None])  # now the largest of each rest is 0
-    # The entropies are wanted at 1 and at the draw temperature, the mass at every temperature of the grid.
-    masses = {
-        temperature: _rest_mass(
-            rest,
-            maximum,
-            temperature,
-            wants_entropy=temperature in (1.0, draw_temperature),
-            uniforms=uniforms if temperature == draw_temperature else uniforms[:, :0],
-        )
-        for temperature in dict.fromkeys((*temperatures, 1.0, draw_temperature))
-    }
-    log_rest = [masses[temperature].log_sum for temperature in temperatures]
-    drawn = masses[draw_temperature]
-    tail_columns = drawn.tail_ids.clamp_min(0).long()
-    tail_logprobs = rest.gather(1, tail_columns) + torch.where(some, maximum, 0.0)[:, None]
+    """The record of C positions; uses up `logits` [C, V], and `scratch` [2, C or more, V]."""
+    powers, products = scratch[:, : logits.shape[0]]
+    normaliser = _logsumexp(logits, powers)
+    true_logprob = (logits.gather(1, labels.clamp_min(0)[:, None]) - normaliser)[:, 0]
+    head_ids = top_ids(logits, normaliser, inputs.k)
+    head_logprobs = logits.gather(1, head_ids) - normaliser
+    rest = logits.scatter_(1, head_ids, -torch.inf)
+    maximum = rest.amax(1, keepdim=True)
+    reference = torch.where(maximum > -torch.inf, maximum, 0.0)  # an empty rest has no largest entry
+    # Now the largest of each rest is 0; NaN stays. What is outside is held finite: 0 times -inf is NaN.
+    rest.sub_(reference + 0.0 * normaliser).clamp_(min=torch.finfo(rest.dtype).min)
+    offset = (reference - normaliser)[:, 0]
+    log_sums, entropies = {}, {}
+    tail = coalesce_draws(uniforms.int()[:, :0])
+    for index, temperature in enumerate(sums.temperatures):
+        if sums.squares[index]:
+            powers.square_()
+        else:
+            torch.div(rest, temperature, out=powers).exp_()
+        total = powers.sum(1)
+        some = total != 0  # NaN is no empty rest
+        log_total = torch.where(some, total, 1.0).log()
+        log_sums[temperature] = torch.where(some, log_total + offset / temperature, -torch.inf)
+        if index in sums.entropies:
+            # -sum p log p = log total - sum of powers * rest / T / total.
+            weighted = torch.mul(powers, rest, out=products).sum(1) / temperature
+            entropies[temperature] = torch.where(
+                some, log_total - weighted / torch.where(some, total, 1.0), 0.0
+            )
+        if index == sums.drawn:
+            tail = draw_tail(powers, uniforms)
+    tail_ids, tail_counts = tail
+    tail_logprobs = rest.gather(1, tail_ids.clamp_min(0).long()) + offset[:, None]
+    log_rest = [log_sums[temperature] for temperature in inputs.temperatures]
+    drawn_at = inputs.draw_temperature
     return TeacherStatistics(
         head_ids=head_ids.int(),
         head_logprobs=head_logprobs.float(),
-        tail_ids=drawn.tail_ids,
-        tail_counts=drawn.tail_counts,
+        tail_ids=tail_ids,
+        tail_counts=tail_counts,
         log_rest=torch.stack(log_rest, 1).float() if log_rest else rest.new_empty(rest.shape[0], 0).float(),
-        rest_entropy=masses[1.0].entropy.float(),
+        rest_entropy=entropies[1.0].float(),
         true_logprob=torch.where(labels >= 0, true_logprob, 0.0).float(),
-        entropy=whole_entropy(head_logprobs, drawn.log_sum, drawn.entropy, draw_temperature).float(),
-        tail_logprobs=torch.where(drawn.tail_ids >= 0, tail_logprobs, -torch.inf).float(),
+        entropy=whole_entropy(head_logprobs, log_sums[drawn_at], entropies[drawn_at], drawn_at).float(),
+        tail_logprobs=torch.where(tail_ids >= 0, tail_logprobs, -torch.inf).float(),
     )
 
 
-class _RestMass(NamedTuple):
-    """The rest of C positions at one temperature."""
+def _logsumexp(logits: Tensor, scratch: Tensor) -> Tensor:
+    """torch.logsumexp over V, [C, 1], without memory of its own; uses up `scratch`, both [C, V].
 
-    log_sum: Tensor  # [C], log of the sum of exp(l / T); -inf where the rest is empty
-    entropy: Tensor  # [C], nats, of the rest renormalised; 0 where it is empty or was not wanted
-    tail_ids: Tensor  # int32 [C, n], see draw_tail; n = 0 where no draws are wanted
-    tail_counts: Tensor  # int32 [C, n]
-
-
-def _rest_mass(
-    rest: Tensor, maximum: Tensor, temperature: float, *, wants_entropy: bool, uniforms: Tensor
-) -> _RestMass:
-    """Mass, entropy and draws of the rest at T in few passes over memory.
-
-    Args:
-        rest: [C, V] log-probabilities less their `maximum`, -inf outside the rest; kept as it is.
-        maximum: [C], -inf where the rest is empty.
-        temperature: T.
-        wants_entropy: whether `entropy` is made; else it is 0.
-        uniforms: float64 [C, n], n = 0 where no draws are wanted.
+    NaN where the largest entry is no finite number: such a row is no distribution, and every plane says so.
     """
-    scaled = rest if temperature == 1.0 else rest / temperature
-    powers = scaled.exp()
-    total = powers.sum(1)
-    some = total != 0  # NaN is no empty rest
-    log_total = torch.where(some, total, 1.0).log()
-    log_sum = torch.where(some, log_total + torch.where(some, maximum, 0.0) / temperature, -torch.inf)
-    ids, counts = draw_tail(powers, uniforms)
-    entropy = torch.zeros_like(total)
-    if wants_entropy:
-        # -sum p log p = log total - sum powers * scaled / total; 0 * -inf is NaN: the factor is held finite.
-        weighted = powers.mul_(scaled.clamp_min(torch.finfo(rest.dtype).min)).sum(1)
-        entropy = torch.where(some, log_total - weighted / torch.where(some, total, 1.0), 0.0)
-    return _RestMass(log_sum, entropy, ids, counts)
+    maximum = logits.amax(1, keepdim=True)
+    return torch.sub(logits, maximum, out=scratch).exp_().sum(1, keepdim=True).log_().add_(maximum)
 
 
-def top_ids(values: Tensor, k: int) -> Tensor:
-    """Ids of the k largest values of each row, descending, ties by ascending id: int64 [C, k] from [C, V].
+def top_ids(logits: Tensor, normaliser: Tensor, k: int) -> Tensor:
+    """Ids of the k most likely entries of each row, descending, ties by ascending id: int64 [C, k].
 
+    Ranked after normalisation: two logits may round to one log-probability, and the tie rule is of those.
     `torch.topk` leaves the order of equal values open, and which of them it takes at the edge. So it is asked
     for one more; rows whose edge is tied are sorted whole.
+
+    Args:
+        logits: [C, V].
+        normaliser: [C, 1], their logsumexp.
+        k: 0 to V.
     """
-    size = values.shape[1]
+    size = logits.shape[1]
     if k == 0:
-        return torch.empty(values.shape[0], 0, dtype=torch.int64, device=values.device)
-    top, ids = values.topk(min(k + 1, size), dim=1)
+        return torch.empty(logits.shape[0], 0, dtype=torch.int64, device=logits.device)
+    candidates = _largest_parts(logits, k + 1)
+    top, places = (logits.gather(1, candidates) - normaliser).topk(min(k + 1, size), dim=1)
     edge_tied = top[:, k - 1] == top[:, k] if k < size else torch.zeros_like(top[:, 0], dtype=torch.bool)
-    ids = ids[:, :k].sort(dim=1).values
-    order = values.gather(1, ids).sort(dim=1, descending=True, stable=True).indices
-    ids = ids.gather(1, order)
+    ids = candidates.gather(1, places[:, :k]).sort(dim=1).values
+    values = logits.gather(1, ids) - normaliser
+    ids = ids.gather(1, values.sort(dim=1, descending=True, stable=True).indices)
     tied = edge_tied.nonzero()[:, 0]
     if tied.numel():
-        ids[tied] = values[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+        whole = logits[tied] - normaliser[tied]
+        ids[tied] = whole.sort(dim=1, descending=True, stable=True).indices[:, :k]
     return ids
+
+
+def _largest_parts(logits: Tensor, number: int) -> Tensor:
+    """Columns among which are the `number` largest entries of each row, or others of equal value.
+
+    The parts with the largest maxima: an entry of another part is no larger than `number` of theirs.
+
+    Args:
+        logits: [C, V].
+        number: 1 or more.
+
+    Returns:
+        int64 [C, M].
+    """
+    count, size = logits.shape
+    parts = size // PART
+    columns = torch.arange(size, device=logits.device)
+    if 2 * number > parts:
+        return columns.expand(count, size)
+    maxima = logits[:, : parts * PART].unflatten(1, (parts, PART)).amax(2)
+    chosen = maxima.topk(number, dim=1).indices[:, :, None] * PART + columns[:PART]
+    return torch.cat([chosen.flatten(1), columns[parts * PART :].expand(count, -1)], dim=1)
 
 
 def draw_tail(powers: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draws with replacement from powers / their sum by inverse CDF, coalesced.
+
+    A draw finds its part by the parts' cumulative sums, and its entry by those inside of the part.
 
     Args:
         powers: [C, V] unnormalised probabilities, the largest of a row 1; a row of zeros gives no draws.
@@ -159,12 +187,35 @@ def draw_tail(powers: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """
     if uniforms.numel() == 0:
         return coalesce_draws(uniforms.int())
+    size = powers.shape[1]
+    whole = size // PART * PART
+    masses = torch.cat(
+        [powers[:, :whole].unflatten(1, (size // PART, PART)).sum(2), powers[:, whole:].sum(1, keepdim=True)],
+        dim=1,
+    )
     # float64: in float32 a cumulative sum over 10^5 entries loses those below its 10^-7.
-    cumulative = powers.to(torch.float64, copy=True)
-    cumulative.cumsum_(1)
-    total = cumulative[:, -1:].contiguous()
-    # The first id whose cumulative sum exceeds the point has probability > 0. A point that rounds up to the
-    # total itself has none such; it belongs to the last id of probability > 0.
-    last = torch.searchsorted(cumulative, total)
-    drawn = torch.searchsorted(cumulative, uniforms * total, right=True)
-    return coalesce_draws(torch.where(total > 0, torch.minimum(drawn, last), -1))
+    cumulative = masses.double().cumsum_(1)
+    points = uniforms * cumulative[:, -1:]
+    part = _first_above(cumulative, points)  # (C, n)
+    before = torch.where(part > 0, cumulative.gather(1, (part - 1).clamp_min(0)), 0.0)
+    columns = part[:, :, None] * PART + torch.arange(PART, device=powers.device)  # (C, n, PART)
+    entries = powers.gather(1, columns.clamp_max(size - 1).flatten(1)).view(columns.shape)
+    inside = torch.where(columns < size, entries, 0.0).double().cumsum_(2)
+    drawn = part * PART + _first_above(inside, (points - before)[:, :, None])[:, :, 0]
+    return coalesce_draws(torch.where(cumulative[:, -1:] > 0, drawn, -1))
+
+
+def _first_above(cumulative: Tensor, points: Tensor) -> Tensor:
+    """Index of the first sum that exceeds a point: its own summand is above 0.
+
+    A point that rounds up to the total has none such; it belongs to the last summand above 0.
+
+    Args:
+        cumulative: float64 [..., S], sums of what is 0 or more.
+        points: float64 [..., n].
+
+    Returns:
+        int64 [..., n].
+    """
+    last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous())
+    return torch.minimum(torch.searchsorted(cumulative, points.contiguous(), right=True), last)

@@ -10,8 +10,6 @@ row (triton_teacher_rows.py).
 """
 
 import math
-from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +20,11 @@ from sparsekd.kernels.gemm import plain_precision, prepare_operand, wide_product
 from sparsekd.kernels.memory import row_stride
 from sparsekd.kernels.teacher_memory import MOST_ENTRIES, PART, list_room
 from sparsekd.kernels.teacher_record import (
+    SumsOfRest,
     TeacherInputs,
     TeacherStatistics,
     coalesce_draws,
+    sums_of_rest,
     values_of_draws,
     whole_entropy,
 )
@@ -47,35 +47,6 @@ EMPTY = -(2**63)  # a place of the list that nothing was written to: below every
 
 # Sums count from an entry of the rest, so they are 1 at least; and float32 ends at 3e38.
 SOUND_SUMS = (0.5, 1e30)
-
-
-class SumsOfRest(NamedTuple):
-    """Which sums over the rest are made.
-
-    Attributes:
-        temperatures: descending, each once: the grid's, 1 and the draw temperature.
-        squares: whether each is half of the one before: then its power is the square of that one's.
-        entropies: indices of 1 and the draw temperature among them.
-        drawn: index of the draw temperature.
-    """
-
-    temperatures: tuple[float, ...]
-    squares: tuple[bool, ...]
-    entropies: tuple[int, ...]
-    drawn: int
-
-    @property
-    def number(self) -> int:
-        """S."""
-        return len(self.temperatures) + len(self.entropies)
-
-
-def sums_of_rest(temperatures: Sequence[float], draw_temperature: float) -> SumsOfRest:
-    """The sums for a grid and a draw temperature."""
-    ordered = tuple(sorted({*temperatures, 1.0, draw_temperature}, reverse=True))
-    squares = (False, *(a == 2 * b for a, b in pairwise(ordered)))
-    entropies = tuple(dict.fromkeys((ordered.index(1.0), ordered.index(draw_temperature))))
-    return SumsOfRest(ordered, squares, entropies, ordered.index(draw_temperature))
 
 
 class _Rows(NamedTuple):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import capture as benchmark_capture
 import kernel_cases
 import loader_contestants
 import loader_report
@@ -120,6 +121,15 @@ def test_save(tmp_path: Path) -> None:
     # All write the same state.
     assert cells[save_worker.BEHIND][-1][:2] == cells[save_worker.TORCH][-1][:2]
     assert "other sizes" in page
+
+
+def test_capture(tmp_path: Path) -> None:
+    run("capture.py", tmp_path)
+    page = page_of(tmp_path, "capture_cpu.md")
+    assert NO_CACHE in page and "other sizes" in page
+    cells = {row[0]: row for row in tables(page)}
+    for name in (benchmark_capture.FORWARD, benchmark_capture.TOPK, benchmark_capture.CAPTURE):
+        assert int(cells[name][1].replace(",", "")) > 0
 
 
 @pytest.mark.usefixtures("own_environment")

@@ -59,24 +59,38 @@ ORACLE_CASES = [
 ]
 
 
+# Rows of one part, of parts without and with a rest, and of so many that few can hold the head.
+SIZES = [67, 256, 700, 1999]
+
+
 @pytest.mark.parametrize(("impl", "dtype", "k", "draw_temperature"), ORACLE_CASES, ids=str)
 def test_record_against_the_oracle(impl, dtype, k, draw_temperature):
-    hidden, weight, bias, labels, generator = inputs(dtype=dtype)
-    head = HeadTransform(vocabulary_size=67, scale=0.9, softcap=8.0)
+    against_the_oracle(67, impl, dtype, k, draw_temperature)
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_record_of_longer_rows_against_the_oracle(size, k):
+    against_the_oracle(size, "torch", torch.float32, k, 1.0)
+
+
+def against_the_oracle(size, impl, dtype, k, draw_temperature):
+    hidden, weight, bias, labels, generator = inputs(vocabulary=size, dtype=dtype)
+    head = HeadTransform(vocabulary_size=size, scale=0.9, softcap=8.0)
     uniforms = torch.rand(9, 5, generator=generator, dtype=torch.float64)
     found = statistics(
         hidden, weight, bias, labels, uniforms, k=k, head=head, draw_temperature=draw_temperature, impl=impl
     )
-    logits = 0.9 * (hidden.double() @ weight[:67].double().T + bias[:67].double())
+    logits = 0.9 * (hidden.double() @ weight[:size].double().T + bias[:size].double())
     logits = 8.0 * torch.tanh(logits / 8.0)
     for t in range(9):
         l = logits[t].log_softmax(0)  # noqa: E741, the design's name of a log-probability
-        order = sorted(range(67), key=lambda v: -float(l[v]))
+        order = sorted(range(size), key=lambda v: -float(l[v]))
         assert found.head_ids[t].tolist() == order[:k]
         assert torch.allclose(found.head_logprobs[t].double(), l[order[:k]], rtol=0, atol=3e-6)
         rest = l[order[k:]]
         for g, temperature in enumerate(GRID):
-            if k == 67:
+            if k == size:
                 assert found.log_rest[t, g] == -math.inf
             else:
                 expected = (rest / temperature).exp().sum().log()
@@ -92,13 +106,13 @@ def test_record_against_the_oracle(impl, dtype, k, draw_temperature):
         counts = found.tail_counts[t].tolist()
         assert drawn == sorted(set(drawn)) and not set(drawn) & set(order[:k])
         assert found.tail_ids[t, len(drawn) :].eq(-1).all() and not any(counts[len(drawn) :])
-        assert sum(counts) == (0 if k == 67 else 5) and all(counts[: len(drawn)])
+        assert sum(counts) == (0 if k == size else 5) and all(counts[: len(drawn)])
         there = found.tail_logprobs[t, : len(drawn)].double()
         assert torch.allclose(there, l[drawn], rtol=0, atol=3e-6)
         assert found.tail_logprobs[t, len(drawn) :].eq(-math.inf).all()
         # Inverse CDF over ascending ids.
-        law = torch.tensor([0.0 if v in order[:k] else float(p[v]) for v in range(67)], dtype=torch.float64)
-        if k < 67:
+        law = torch.tensor([0.0 if v in order[:k] else float(p[v]) for v in range(size)], dtype=torch.float64)
+        if k < size:
             edges = (law / law.sum()).cumsum(0)
             wanted = sorted(int((edges <= u).sum()) for u in uniforms[t])
             assert wanted == [v for v, c in zip(drawn, counts, strict=False) for _ in range(c)]
@@ -134,7 +148,8 @@ def test_types_shapes_and_no_positions(impl):
 
 
 @pytest.mark.parametrize(("impl", "chunks"), [("torch", (1, 4, 100)), ("triton", (3,))])
-def test_chunks_do_not_matter(impl, chunks):
+def test_chunks_do_not_matter(impl, chunks, monkeypatch):
+    monkeypatch.setattr("sparsekd.kernels.teacher_torch.slice_positions", lambda size: 3)
     count = 23 if impl == "torch" else 8
     hidden, weight, bias, labels, generator = inputs(count=count)
     head = HeadTransform(vocabulary_size=67, scale=1.0, softcap=None)
@@ -152,11 +167,24 @@ def test_chunks_do_not_matter(impl, chunks):
 def test_ties_go_to_the_smaller_id():
     generator = torch.Generator().manual_seed(1)
     # Few distinct values, so that ties lie inside the head and across its edge.
-    values = torch.randint(0, 4, (50, 40), generator=generator).float()
-    for k in (1, 3, 7, 20, 39, 40):
-        found = top_ids(values, k)
-        for row, ids in zip(values.tolist(), found.tolist(), strict=True):
-            assert ids == sorted(range(40), key=lambda v: (-row[v], v))[:k]
+    for size, most in ((40, 4), (1999, 600), (1999, 4)):
+        values = torch.randint(0, most, (50, size), generator=generator).float()
+        normaliser = values.logsumexp(1, keepdim=True)
+        for k in (1, 3, 7, 20, 39, 40):
+            found = top_ids(values, normaliser, k)
+            logprobs = (values - normaliser).tolist()
+            for row, ids in zip(logprobs, found.tolist(), strict=True):
+                assert ids == sorted(range(size), key=lambda v: (-row[v], v))[:k]
+
+
+def test_ties_are_those_of_log_probabilities():
+    """Two logits far above 0 that differ by their last bit are one log-probability."""
+    values = torch.full((1, 1999), 0.0)
+    values[0, 1500], values[0, 3] = 2.0, 2.0 - 2**-23
+    values[0, 800] = 1000.0
+    normaliser = values.logsumexp(1, keepdim=True)
+    assert (values - normaliser)[0, 1500] == (values - normaliser)[0, 3]
+    assert top_ids(values, normaliser, 2).tolist() == [[800, 3]]
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -177,6 +205,11 @@ def test_uniforms_at_the_ends():
     ends = torch.tensor([[0.0, 1 - 2**-53]], dtype=torch.float64)
     ids, counts = draw_tail(rest.exp(), ends)
     assert ids.tolist() == [[1, 4]] and counts.tolist() == [[1, 1]]
+    # The same in parts: none of them whole, some empty.
+    long = torch.full((1, 1999), -math.inf)
+    long[0, [300, 301, 1400]] = torch.tensor([0.0, -1.0, -2.0])
+    ids, counts = draw_tail(long.exp(), ends)
+    assert ids.tolist() == [[300, 1400]] and counts.tolist() == [[1, 1]]
 
 
 @pytest.mark.parametrize("draw_temperature", [1.0, 2.0])

@@ -20,6 +20,7 @@ SIZE = 20_000
         ("torch", 64, 0, 1.0, 32),
         ("torch", 64, 8, 1.0, 32),
         ("torch", 64, 8, 2.0, 32),
+        ("torch", 96, 8, 1.0, 96),  # a chunk of two slices
         ("triton", 6, 8, 1.0, 3),
     ],
 )
@@ -67,11 +68,16 @@ def test_chunks_and_memory():
     assert teacher_memory.positions_rule("triton", 128256) == 2048
     assert teacher_memory.positions_rule("triton", 262144) == 1024
     assert teacher_memory.positions_rule("torch", 2048) == 1024
-    assert teacher_memory.positions_rule("torch", 128256) == 512
+    assert teacher_memory.positions_rule("torch", 128256) == 256
     shape = {"vocabulary_size": 128256, "k": 64, "n": 32, "grid": 3, "draw_temperature": 1.0}
     peak = teacher_memory.peak_bytes("triton", positions=8192, chunk_positions=None, **shape)
     # One slab and a little: a quarter of the whole logits in float32, and less where chunks are shorter.
     assert 1 < peak / (4 * 2048 * 128256) < 1.1
     assert teacher_memory.peak_bytes("triton", positions=8192, chunk_positions=512, **shape) < 0.3 * peak
-    assert teacher_memory.peak_bytes("torch", positions=8192, chunk_positions=2048, **shape) > 3.5 * peak
+    assert (
+        1
+        < teacher_memory.peak_bytes("torch", positions=8192, chunk_positions=2048, **shape)
+        / (4 * 2048 * 128256)
+        < 1.1
+    )
     assert all(teacher_memory.list_room(k) > 1.4 * k + 60 for k in range(teacher_memory.MOST_ENTRIES + 1))

@@ -83,8 +83,10 @@ def test_nothing_is_recorded_anywhere(oracle, impl, mode):
     case, alone = without_records(oracle, mode, "forward_kl")
     case = case.change(kd_weights=torch.zeros_like(case.kd_weights))
     found, expected = oracle.measured(case, impl), oracle.measured(alone, impl)
-    for name in ("loss", "kd", "ce", "hidden", "weight", "bias"):
+    for name in ("kd", "ce", "hidden", "weight", "bias"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    # One of the two may be summed inside of a kernel: the order is the processor's.
+    assert torch.allclose(found.loss, expected.loss, rtol=3e-7, atol=0)
 
 
 @pytest.mark.parametrize(("impl", "mode", "divergence"), QUICK)

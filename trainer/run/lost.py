@@ -79,8 +79,8 @@ class _Deaths:
 
     def _watch(self) -> None:
         while not self._ends.wait(_SECONDS_BETWEEN_LOOKS):
-            ranks = _of_this_machine(self._here)
-            if dead := [rank for rank in ranks if life_of(self._here.processes[rank]) == "dead"]:
+            ranks, processes = self._here.on_this_machine, self._here.processes
+            if dead := [rank for rank in ranks if life_of(processes[rank]) == "dead"]:
                 self._dead = dead
                 self._ends.wait(_SECONDS_UNTIL_SEEN)
                 self._is_over.set()
@@ -90,7 +90,7 @@ class _Deaths:
 def _tell(here: Ranks, dead: list[int], goes_on: str, error: RuntimeError) -> NoReturn:
     """Says it, or leaves it to the first that is left on this machine."""
     first = (str(error).strip().splitlines() or [""])[0][:200]
-    if here.rank != min(rank for rank in _of_this_machine(here) if rank not in dead):
+    if here.rank != min(rank for rank in here.on_this_machine if rank not in dead):
         if not dead:  # then it may be this rank's own error
             print(f"rank {here.rank}: {first}", file=sys.stderr, flush=True)
         raise SystemExit(2)
@@ -106,8 +106,3 @@ def _tell(here: Ranks, dead: list[int], goes_on: str, error: RuntimeError) -> No
         "though no rank of its machine is dead: look at what those of other machines say, and at the network "
         f"between {hosts}. The same command {goes_on}."
     ) from error
-
-
-def _of_this_machine(here: Ranks) -> list[int]:
-    machine = here.processes[here.rank].machine
-    return [rank for rank, process in enumerate(here.processes) if process.machine == machine]

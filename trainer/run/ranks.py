@@ -50,6 +50,12 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def on_this_machine(self) -> list[int]:
+        """Ranks of this one's machine, itself among them."""
+        machine = self.processes[self.rank].machine
+        return [rank for rank, process in enumerate(self.processes) if process.machine == machine]
+
 
 @contextmanager
 def ranks(launch: LaunchConfig, *, timeout_minutes: float, watch: StopWatch | None = None) -> Iterator[Ranks]:

@@ -86,30 +86,42 @@ def meet(place: Place, *, minutes: float, watch: StopWatch | None = None) -> tup
     except UserError as error:
         _leave_if_asked(watch, error)
         raise
-    store.set(f"rank/{place.rank}", json.dumps(asdict(me)))
-    if place.rank == 0:
-        verdict, problem = _attendance(store, place, minutes, watch)
-        store.set("verdict", verdict)
-        if problem is not None:
-            time.sleep(1.0)  # the others read it from this process
-            raise problem
-    else:
-        try:
-            store.set_timeout(timedelta(minutes=minutes, seconds=30))
-            verdict = store.get("verdict").decode()
-        except DistError as error:
-            _leave_if_asked(watch, error)
-            raise UserError(
-                f"{me} met rank 0 at {place.host}:{place.port} and lost it ({first_line(error)[:200]}); its "
-                "output says why."
-            ) from error
-        if not verdict:
-            raise SystemExit(2)
-        if verdict.startswith(_STOPPED):
-            raise Stopped(verdict)
+    try:
+        verdict = _verdict(store, place, me, minutes, watch)
+    except (DistError, RuntimeError) as error:  # RuntimeError: what torch before 2.9 raises
+        _leave_if_asked(watch, error)
+        host = "torchrun" if _is_launchers() else "rank 0"
+        raise UserError(
+            f"{me} met {host} at {place.host}:{place.port} and lost it ({first_line(error)[:200]}); its "
+            "output says why."
+        ) from error
+    if not verdict:
+        raise SystemExit(2)
+    if verdict.startswith(_STOPPED):
+        raise Stopped(verdict)
     processes = [typed(Process, part, "a rank") for part in parse_json(verdict.encode(), "the ranks")]
     lasting = _own_store(place, store, minutes) if _is_launchers() else store
     return PrefixStore("group", lasting), processes
+
+
+def _verdict(store: Store, place: Place, me: Process, minutes: float, watch: StopWatch) -> str:
+    """Who came, as JSON; or what a first rank that leaves tells the others, empty for an error of its own.
+
+    Raises:
+        DistError or RuntimeError: The store cannot be reached any more.
+        Stopped: The first rank, which is this one, was asked to stop.
+        UserError: Others did not come in time to this one, the first.
+    """
+    store.set(f"rank/{place.rank}", json.dumps(asdict(me)))
+    if place.rank != 0:
+        store.set_timeout(timedelta(minutes=minutes, seconds=30))
+        return store.get("verdict").decode()
+    verdict, problem = _attendance(store, place, minutes, watch)
+    store.set("verdict", verdict)
+    if problem is not None:
+        time.sleep(1.0)  # the others read it from this process
+        raise problem
+    return verdict
 
 
 def _is_launchers() -> bool:

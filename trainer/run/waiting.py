@@ -109,6 +109,7 @@ def _wait(here: Ranks, store: Store, is_over: threading.Event, watch: StopWatch 
     except (DistError, RuntimeError) as error:
         if watch is not None and watch.request is not None:
             raise StopAsked(watch.request) from error
+        signs.leave_it_to_another()
         raise signs.of_broken_store(error) from error
     if verdict == _LOST:
         raise SystemExit(2)
@@ -192,6 +193,19 @@ class _Signs:
             elif now - since > limit:
                 return self._sentence(rank, f"gives no sign of life since {now - since:.0f} s")
         return None
+
+    def leave_it_to_another(self) -> None:
+        """Of those whose store is gone one on each machine says so, who stays until the others have left.
+
+        Raises:
+            SystemExit: With 2, on the others.
+        """
+        if not self._here.processes:
+            return
+        living = [rank for rank in self._here.on_this_machine if rank != 0 and not self._is_dead(rank)]
+        if self._here.rank != min(living, default=self._here.rank):
+            raise SystemExit(2)
+        time.sleep(_SECONDS_TO_BE_HEARD)
 
     def of_broken_store(self, error: Exception) -> RankLostError:
         """The sentence for a store that cannot be reached any more: it is in the first rank's memory."""

@@ -4,6 +4,8 @@ import itertools
 import os
 import signal
 import socket
+import subprocess
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -69,6 +71,20 @@ def test_a_request_to_stop_ends_the_wait_of_all() -> None:
         second = pool.submit(meet, place(1, 3, port), minutes=5)
         for future in (first, second):
             with pytest.raises(Stopped, match=said):
+                future.result(60)
+
+
+def test_a_launcher_that_dies_in_the_meeting_is_said(
+    monkeypatch: pytest.MonkeyPatch, served_store: tuple["subprocess.Popen[str]", int]
+) -> None:
+    """torchrun serves the store in which its ranks meet; the third does not come."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    launcher, port = served_store
+    threading.Timer(1.5, launcher.kill).start()
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(meet, place(rank, 3, port), minutes=0.5) for rank in range(2)]
+        for future in futures:
+            with pytest.raises(UserError, match=r"met torchrun at 127\.0\.0\.1:\d+ and lost it"):
                 future.result(60)
 
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
+from functools import partial
 from signal import SIGUSR2
 from typing import Any
 
@@ -132,26 +132,25 @@ def test_a_silent_rank_elsewhere_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         found[0].result()
 
 
-def test_a_first_rank_that_is_gone_is_named(tmp_path: Path) -> None:
+def test_a_first_rank_that_is_gone_is_named_once(served_store: tuple["subprocess.Popen[str]", int]) -> None:
     """With it goes the store, by which the others wait."""
-    code = (
-        "import sys, time\n"
-        "from torch.distributed import TCPStore\n"
-        "store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)\n"
-        "print(store.port, flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    first = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert first.stdout is not None
-    store = TCPStore("127.0.0.1", int(first.stdout.readline()), is_master=False)
-    processes = (Process("node1", "another machine", 5, 1), this_process())
-    here = Ranks(1, 1, 2, torch.device("cpu"), processes, store=store, timeout_seconds=60)
+    first, port = served_store
+    processes = (Process("node1", "another machine", 5, 1), this_process(), this_process())
+    ranks = [
+        Ranks(
+            *(rank, rank, 3, torch.device("cpu"), processes),
+            store=TCPStore("127.0.0.1", port, is_master=False),
+            timeout_seconds=60,
+        )
+        for rank in (1, 2)
+    ]
     threading.Timer(1.5, first.kill).start()
+    told, silent = all_of(*(partial(patiently, here, int) for here in ranks))
     with pytest.raises(RankLostError, match=r"Rank 0 \(process 5 on node1\) cannot be reached any more"):
-        patiently(here, int)
-    first.wait()
+        told.result()
+    with pytest.raises(SystemExit) as left:
+        silent.result()
+    assert left.value.code == 2
 
 
 def test_the_work_holds_no_collective() -> None:
