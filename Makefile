@@ -80,10 +80,12 @@ pyarrow-range: pyarrow-$(PYARROW_OLDEST) pyarrow-$(PYARROW_NEWEST)  ## Stores of
 # It goes on from what .soak/starts.jsonl counts: larger numbers add to it. The page keeps what older lines counted.
 KILLS ?= 300
 SIGNALS ?= 50
+COMPETING ?= 500
 SOAK_PAGE ?= benchmarks/results/soak.md
 SOAK := PYTHONPATH=tests:tests/distributed:benchmarks $(BIN)/python tests/distributed/soak.py
-soak: setup  ## Kills trainings and captures, or asks them to stop, at random (KILLS, SIGNALS): hours; then writers of a store.
+soak: setup  ## Kills trainings and captures, or asks them to stop, at random (KILLS, SIGNALS): hours; then workers and writers of a store.
 	$(SOAK) --kills $(KILLS) --signals $(SIGNALS) --page $(SOAK_PAGE)
+	$(SOAK:soak.py=soak_competing.py) --workers 4 --kills $(COMPETING)
 	SPARSEKD_SOAK_KILLS=160 $(BIN)/python -m pytest -s tests/unit/store/test_crash.py -k killed_writers
 
 MINUTES ?= 10

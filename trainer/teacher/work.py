@@ -221,14 +221,14 @@ class Worker:
                 self._give_others_time(2 * self._longest_unit)
             units = self._units[turn.shard]
             for unit in reversed(units) if turn.backwards else units:
+                if self._watch.request is not None:
+                    self._open = is_left + self._open[number:]
+                    return
                 if is_committed(self._path, *turn.shard):
                     break
                 release = self._claimed(unit, judge=judge)
                 if release is not None:
                     yield unit, release
-                if self._watch.request is not None:
-                    self._open = is_left + self._open[number:]
-                    return
             else:
                 is_left.append(turn)
                 if (

@@ -230,6 +230,28 @@ def test_work_is_cleared_but_what_links_lead_to_is_not(store: tuple[Path, Manife
     assert (tmp_path / "precious" / "file").exists()
 
 
+def test_many_may_clear_the_same_work_at_one_moment(tmp_path: Path) -> None:
+    for _ in range(5):
+        for number in range(60):
+            (tmp_path / "work" / "train" / f"{number:06d}").mkdir(parents=True)
+            (tmp_path / "work" / "train" / f"{number:06d}" / "000000-000003.part").touch()
+        begin, problems = threading.Barrier(4), list[BaseException]()
+
+        def clear(begin: threading.Barrier = begin, problems: list[BaseException] = problems) -> None:
+            begin.wait()
+            try:
+                clear_work(tmp_path / "work")
+            except BaseException as error:
+                problems.append(error)
+
+        threads = [threading.Thread(target=clear) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert problems == [] and not (tmp_path / "work").exists()
+
+
 def test_verify_names_what_a_killed_worker_left(store: tuple[Path, Manifest]) -> None:
     path, manifest = store
     rows = synthetic_rows(manifest, ROWS, 0)

@@ -12,8 +12,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from pyarrow.fs import LocalFileSystem
 
 from sparsekd.logit_store.errors import StoreError
+from sparsekd.logit_store.places.paths import RemotePath, StorePath
+from sparsekd.logit_store.places.remote_files import RemoteFiles
 from sparsekd.logit_store.protocol.layout import INDEX_NAME, part_file
 from sparsekd.logit_store.protocol.parts import is_committed
 from sparsekd.logit_store.protocol.writer import create_store
@@ -32,6 +35,7 @@ TEXT = {(split, shard): synthetic_rows(MANIFEST, rows, shard, split) for (split,
 UNITS = {shard: units_of_shard(shard, rows, 2) for shard, rows in ROWS.items()}
 """4, 4, 3, and one that is a whole shard."""
 COUNT = sum(map(len, UNITS.values()))
+WHOLE = {shard: units_of_shard(shard, rows, 8) for shard, rows in ROWS.items()}
 
 
 def rows_of(unit: Unit) -> list[Row]:
@@ -65,15 +69,14 @@ def store(tmp_path: Path) -> Path:
 def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of a store that one worker made in whole shards, with nobody beside it."""
     path = new_store(tmp_path_factory.mktemp("quiet") / "store")
-    whole = {shard: units_of_shard(shard, rows, 8) for shard, rows in ROWS.items()}
-    worker = worker_of(path, units=whole)
+    worker = worker_of(path, units=WHOLE)
     assert worker.work() is None and worker.seal() is True
     assert verify_store(path).ok
     return tree(path)
 
 
 def worker_of(
-    path: Path,
+    path: StorePath,
     compute: Callable[[Unit], Sequence[Row]] = rows_of,
     *,
     share: int = 0,
@@ -314,6 +317,18 @@ def test_whoever_is_asked_to_stop_ends_its_unit_and_holds_nothing(
     assert tree(store) == quiet
 
 
+def test_whoever_is_asked_to_stop_while_it_starts_begins_nothing(store: Path) -> None:
+    watch = StopWatch()
+    watch.note_signal(signal.SIGUSR2)
+    before = tree(store)
+
+    def never(unit: Unit) -> Sequence[Row]:
+        raise AssertionError(unit)
+
+    assert worker_of(store, never, watch=watch).work() == watch.request
+    assert tree(store) == before
+
+
 def test_whoever_waits_for_others_can_be_stopped(store: Path) -> None:
     living = forge(store, "train/000000/000002-000003", silent=0)
     watch = StopWatch()
@@ -358,6 +373,44 @@ def test_a_disk_that_is_full_is_one_sentence_and_leaves_nothing_half_made(
         assert not [item for item in store.glob("work/**/*") if item.is_file()]
         assert not list(store.glob("shards/**/*.arrow"))
     worker = worker_of(store)
+    assert worker.work() is None and worker.seal() is True
+    assert tree(store) == quiet
+
+
+def remote(path: Path) -> RemotePath:
+    """The same folder as a place where nothing can be claimed."""
+    return RemotePath(RemoteFiles(LocalFileSystem()), "test://", str(path))
+
+
+def test_where_nothing_can_be_claimed_each_does_its_share(store: Path, quiet: dict[str, bytes]) -> None:
+    begun = threading.Barrier(2)  # each has a unit when the other takes its first
+    done: list[list[Unit]] = [[], []]
+
+    def work(share: int) -> None:
+        def compute(unit: Unit) -> Sequence[Row]:
+            done[share].append(unit)
+            if len(done[share]) <= 2:
+                begun.wait(60)
+            return rows_of(unit)
+
+        worker = worker_of(remote(store), compute, share=share, shares=2, units=WHOLE, is_first=share == 0)
+        assert worker.work() is None
+        assert worker.seal() is (share == 0)
+
+    threads = [threading.Thread(target=work, args=(share,)) for share in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert tree(store) == quiet and not (store / "work").exists()
+    units = [unit for each in WHOLE.values() for unit in each]
+    assert done[0][:2] == units[::2] and done[1][:2] == units[1::2]
+
+
+def test_where_nothing_can_be_claimed_a_dead_workers_share_is_done(
+    store: Path, quiet: dict[str, bytes]
+) -> None:
+    worker = worker_of(remote(store), share=1, shares=3, units=WHOLE, is_first=True)
     assert worker.work() is None and worker.seal() is True
     assert tree(store) == quiet
 
