@@ -95,8 +95,8 @@ class ChatTemplate:
         if "strftime_now" in self._template(None) and str(date.today().year) in turns:
             raise DataError(
                 "The chat template writes today's date, so that tomorrow's rows would be others; fix it "
-                "by corpus.chat_template_kwargs, which for most templates is {date_string: 26 Jul 2024}, or give "
-                "a template without it as the file corpus.chat_template."
+                "by corpus.chat_template_kwargs, for most templates {date_string: 26 Jul 2024}, or give a "
+                "template without it as the file corpus.chat_template."
             )
         self._spelled = "|".join(map(re.escape, longest_first)) or "(?!)"
 
