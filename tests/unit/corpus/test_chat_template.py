@@ -136,6 +136,15 @@ def test_tool_calls_and_thoughts_are_found_where_the_template_leaves_them() -> N
     assert learned(ending) == [f"<think>\n\n</think>\n\n{SPELLED_CALL}"] and not ending.rewritten
 
 
+def test_calls_are_written_where_the_template_wants_null() -> None:
+    assert "is none" in templates.NULL_CALLS
+    messages = [*WITH_TOOLS[:3], *say("assistant: It shines")]
+    assert learned(chat(templates.NULL_CALLS, messages)) == [
+        '{"name": "weather", "arguments": {"city": "Rome"}}<|im_end|>',
+        "It shines<|im_end|>",
+    ]
+
+
 def test_what_the_template_leaves_away_is_no_answer() -> None:
     with pytest.raises(RecordError, match=r"a:1: .* does not write the assistant's call of 'weather'"):
         chat(templates.CHATML, WITH_TOOLS)
