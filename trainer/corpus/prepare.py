@@ -421,6 +421,13 @@ def _report(
             f"{counts.tokens - counts.tokens_padding:,} tokens, {learned}{store.rows(split):,} rows of "
             f"{store.manifest.sequence_length:,}, padding {share:.2%}"
         )
+    pieces = sum(store.index(split).counts.segments - survey.documents[split] for split in SPLITS)
+    if pieces > 0 and survey.forms.kind != "text":
+        print(
+            f"prepare: {pieces:,} rows begin inside of a record, without what stood before; longer rows "
+            "(corpus.sequence_length) make them fewer, and corpus.packing=none with corpus.truncation=cut or "
+            "drop keeps every record whole"
+        )
     for line in (*survey.formats.lines(), *survey.records.lines(), *special.lines()):
         print(f"prepare: {line}")
     print(
