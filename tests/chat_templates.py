@@ -61,6 +61,10 @@ QWEN = (
     "{% if loop.first and tools %}{{ '\n' + (tools | tojson) }}{% endif %}{{ '<|im_end|>\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Calls are written only of messages whose content is null, as DeepSeek's template has it.
+NULL_CALLS = CHATML.replace(
+    "m.content +", "(m.tool_calls[0].function | tojson if m.content is none else m.content) +"
+)
 # The prompt opens a think block that histories do not have.
 THINKER = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
 # No control token at all.

@@ -132,6 +132,16 @@ def test_capture(tmp_path: Path) -> None:
         assert int(cells[name][1].replace(",", "")) > 0
 
 
+def test_models(tmp_path: Path) -> None:
+    run("models.py", tmp_path)
+    page = page_of(tmp_path, "models.md")
+    assert NO_CACHE in page
+    cells = {row[0]: row for row in tables(page)}
+    assert cells["llama"][1:] == ["packed", "sdpa", "yes", "yes", ""]
+    assert cells["mamba"][1:] == ["packing=none", "eager", "yes", "yes", ""]
+    assert cells["bert"][1] == "refused" and "sees the tokens" in cells["bert"][-1]
+
+
 @pytest.mark.usefixtures("own_environment")
 def test_demo_seeds(tokens: Path, llama: Path, tmp_path: Path) -> None:
     demo = tmp_path / "demo"

@@ -71,6 +71,14 @@ def rows_of(store: LogitStore, split: str = "train") -> list[Row]:
     return [store.read_row(split, index) for index in range(store.rows(split))]
 
 
+def with_earlier(rows: list[Row]) -> list[tuple[set[int], Row]]:
+    """Each row with the documents of the rows before it."""
+    return [
+        ({int(number) for before in rows[:index] for number in before.segment_documents}, row)
+        for index, row in enumerate(rows)
+    ]
+
+
 def learned_texts(rows: list[Row]) -> dict[int, str]:
     """By document the labels that the loss counts, one after the other."""
     tokenizer, found = chat_tokenizer(None), {}
@@ -108,6 +116,11 @@ def test_answers_alone_are_recorded_and_trained(
             whole += text == "".join(f"{answer}<|im_end|>" for answer in answers)
         assert f" {sum(row.loss_mask.sum() for row in rows):,} of them learned, " in printed
     assert whole >= 40 - boundaries
+    pieces = sum(int(row.segment_documents[0] in seen) for seen, row in with_earlier(rows_of(tokens)))
+    pieces += sum(
+        int(row.segment_documents[0] in seen) for seen, row in with_earlier(rows_of(tokens, "heldout"))
+    )
+    assert pieces > 0 and f"prepare: {pieces:,} rows begin inside of a record" in printed
 
     teacher = make_teacher(tmp_path / "teacher", "llama", tokenizer=tokenizer, vocab_size=440)
     capture(config_for(tmp_path / "tokens", teacher, tmp_path / "store"))
@@ -189,6 +202,17 @@ def test_long_documents_and_a_split_of_ones_own(
     assert "2 documents cut at a row's length, the first a.jsonl:4" in printed
     assert "1 left out: nothing to learn, the first a.jsonl:6" in printed
     assert "1 held out from places of their own" in printed
+
+
+def test_a_conversation_a_row(tmp_path: Path, tokenizer: Path) -> None:
+    records = conversations(12)
+    path = write_lines(tmp_path / "a.jsonl", records)
+    store = prepared(path, tokenizer, tmp_path / "tokens", packing="none", sequence_length=128)
+    rows = [*rows_of(store), *rows_of(store, "heldout")]
+    assert len(rows) == 12 and all(set(row.segment_documents.tolist()) - {-1} for row in rows)
+    for number, text in learned_texts(rows).items():
+        answers = [turn["content"] for turn in records[number]["messages"] if turn["role"] == "assistant"]
+        assert text == "".join(f"{answer}<|im_end|>" for answer in answers)
 
 
 def test_a_split_of_a_dataset_is_held_out(tmp_path: Path, tokenizer: Path) -> None:

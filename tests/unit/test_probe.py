@@ -131,6 +131,26 @@ def test_noise_of_a_kernel_is_no_leak(store: LogitStore) -> None:
     prove(model, store)
 
 
+class Scores(torch.nn.Module):
+    """Scores of all keys, of which an attention leaves the later ones out."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden @ hidden.transpose(1, 2)
+
+
+def test_scores_before_they_are_masked_are_no_leak(store: LogitStore) -> None:
+    model = model_of("llama", **LLAMA)
+    model.scores = Scores()
+    seen: list[torch.Size] = []
+
+    def score(module: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+        seen.append(model.scores(args[0]).shape)
+
+    model.model.layers[0].mlp.register_forward_pre_hook(score)
+    prove(model, store)
+    assert torch.Size([4, 15, 15]) in seen
+
+
 def test_a_decoder_is_found_by_its_embeddings(store: LogitStore) -> None:
     """The class of Llama 4's text model is made for a place within a larger model."""
     experts = {"num_local_experts": 2, "intermediate_size_mlp": 48, "head_dim": 8, "pad_token_id": None}

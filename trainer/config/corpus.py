@@ -190,18 +190,27 @@ def check_corpus(corpus: CorpusConfig) -> None:
             )
 
 
+def check_tokenizer_of(kind: str | None, corpus: CorpusConfig) -> None:
+    """Checks that there is a tokenizer for records of a kind, as `corpus.kind` names it.
+
+    Raises:
+        ConfigError: They need one that exists, and none is given.
+    """
+    if kind in ("conversation", "tokens") and corpus.tokenizer is None:
+        raise ConfigError(
+            f"corpus.kind={kind} needs corpus.tokenizer, whose "
+            f"{'chat template writes it' if kind == 'conversation' else 'ids these are'}; a tokenizer that "
+            "is trained here has none."
+        )
+
+
 def _check_kind(corpus: CorpusConfig) -> None:
     if corpus.format == "text" and corpus.kind not in (None, "text"):
         raise ConfigError(
             f"corpus.kind={corpus.kind} with corpus.format=text: a text file has no fields; use jsonl, csv, "
             "parquet or dataset."
         )
-    if corpus.kind in ("conversation", "tokens") and corpus.tokenizer is None:
-        raise ConfigError(
-            f"corpus.kind={corpus.kind} needs corpus.tokenizer, whose "
-            f"{'chat template writes it' if corpus.kind == 'conversation' else 'ids these are'}; a tokenizer "
-            "that is trained here has none."
-        )
+    check_tokenizer_of(corpus.kind, corpus)
     taken = {"messages", "tools", "documents", "conversations", "chat_template", "add_generation_prompt"}
     taken |= {"continue_final_message", "return_assistant_tokens_mask"}
     for name in corpus.chat_template_kwargs:

@@ -10,7 +10,7 @@ is the last one is its end. Where this does not fit exactly either, the conversa
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from itertools import pairwise
 from typing import Any
@@ -95,8 +95,8 @@ class ChatTemplate:
         if "strftime_now" in self._template(None) and str(date.today().year) in turns:
             raise DataError(
                 "The chat template writes today's date, so that tomorrow's rows would be others; fix it "
-                "by corpus.chat_template_kwargs, which for most templates is {date_string: 26 Jul 2024}, or give "
-                "a template without it as the file corpus.chat_template."
+                "by corpus.chat_template_kwargs, for most templates {date_string: 26 Jul 2024}, or give a "
+                "template without it as the file corpus.chat_template."
             )
         self._spelled = "|".join(map(re.escape, longest_first)) or "(?!)"
 
@@ -106,6 +106,21 @@ class ChatTemplate:
         Raises:
             RecordError: The template refuses it, or what the assistant wrote cannot be told for certain.
         """
+        try:
+            return self._rendered(conversation, where)
+        except RecordError:
+            # DeepSeek's template writes calls only of messages whose content is null, others fail at that.
+            empty = [{"content": None} if _only_calls(message) else {} for message in conversation.messages]
+            if not any(empty):
+                raise
+            messages = [message | other for message, other in zip(conversation.messages, empty, strict=True)]
+            try:
+                return self._rendered(replace(conversation, messages=messages), where)
+            except RecordError:
+                pass
+            raise
+
+    def _rendered(self, conversation: Conversation, where: str) -> Rendered:
         messages, tools = conversation.messages, conversation.tools
         try:
             text, marked = self._render_with_marks(messages, tools)
@@ -313,9 +328,13 @@ def _check_tools(conversation: Conversation, text: str, answers: str, where: str
         )
 
 
+def _only_calls(message: dict[str, Any]) -> bool:
+    return bool(message.get("tool_calls")) and not message["content"]
+
+
 def _said(message: dict[str, Any]) -> str:
     """The text of a message without the thinking in front, which templates leave away in earlier turns."""
-    content: str = message["content"]
+    content: str = message["content"] or ""
     return content.rpartition("</think>")[2] if message["role"] == "assistant" else content
 
 

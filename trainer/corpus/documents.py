@@ -9,8 +9,10 @@ files read the same corpus.
 
 import csv
 import hashlib
+import io
 import itertools
 import json
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from sparsekd.trainer.corpus.streams import (
     LARGEST_DOCUMENT,
     open_text,
     read_lines,
+    read_whole,
     without_compression,
 )
 from sparsekd.trainer.run.errors import DataError
@@ -38,6 +41,8 @@ from sparsekd.trainer.run.errors import DataError
 # beside a row group.
 BATCH_ROWS = 1024
 
+
+_BETWEEN_RECORDS = re.compile(r"\s*,?\s*")
 
 Skipped = Callable[[str, str], None]
 """Is told of each record that is left out: why, and where it stands."""
@@ -187,6 +192,9 @@ class _Reader:
 
     def _read_jsonl(self, file: SourceFile, source: int) -> Iterator[Document]:
         with open_text(file.path) as stream:
+            if stream.peek(1)[:1] == b"[":  # no record is a list
+                yield from self._read_json_list(stream, file, source)
+                return
             for number, line in enumerate(read_lines(stream, file.path), start=1):
                 if not line.strip():
                     continue
@@ -197,6 +205,31 @@ class _Reader:
                     self._leave_out(error, place)
                     continue
                 yield from self._document_of(record, where, "field", source, place)
+
+    def _read_json_list(self, stream: io.BufferedReader, file: SourceFile, source: int) -> Iterator[Document]:
+        """A file that is one list of records, as Alpaca's is; one of them is decoded at a time."""
+        text = _decoded(read_whole(stream, file.path), str(file.path))
+        decoder, number = json.JSONDecoder(), 0
+        begin = _BETWEEN_RECORDS.match(text, 1)
+        while begin is not None and not text.startswith("]", begin.end()):
+            number += 1
+            where = f"{file.path}, record {number}"
+            try:
+                record, end = decoder.raw_decode(text, begin.end())
+            except (ValueError, RecursionError) as error:
+                raise DataError(
+                    f"{where} is not JSON ({first_line(error)}), and the file a list of records that was "
+                    "perhaps cut short; mend it."
+                ) from error
+            if not isinstance(record, dict):
+                raise DataError(f"{where} is of type {type(record).__name__}, expected an object; mend it.")
+            yield from self._document_of(record, where, "field", source, f"{file.name}:{number}")
+            begin = _BETWEEN_RECORDS.match(text, end)
+        if begin is not None and text[begin.end() + 1 :].strip():
+            raise DataError(
+                f"{file.path} is a list of records with more text behind it, expected one list or one record "
+                "a line; mend it."
+            )
 
     def _read_csv(self, file: SourceFile, source: int) -> Iterator[Document]:
         config = self.config

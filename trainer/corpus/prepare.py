@@ -25,7 +25,7 @@ from sparsekd.logit_store.places.paths import StorePath, store_path
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import Row
-from sparsekd.trainer.config.corpus import CorpusConfig
+from sparsekd.trainer.config.corpus import CorpusConfig, check_tokenizer_of
 from sparsekd.trainer.config.schema import Config, StoreConfig, require
 from sparsekd.trainer.corpus import packing
 from sparsekd.trainer.corpus.documents import (
@@ -112,6 +112,7 @@ def run(config: Config) -> None:
             f"folders left out, the first {survey.left_out.first}; one that is text is taken by its name",
             flush=True,
         )
+    check_tokenizer_of(survey.forms.kind, corpus)
     tokenizer, name = _tokenizer(corpus)
     if survey.forms.kind != "text" or corpus.truncation != "split":
         survey = examined(corpus, survey, tokenizer)
@@ -420,6 +421,13 @@ def _report(
             f"prepare: {split:8} {survey.documents[split]:,} documents, "
             f"{counts.tokens - counts.tokens_padding:,} tokens, {learned}{store.rows(split):,} rows of "
             f"{store.manifest.sequence_length:,}, padding {share:.2%}"
+        )
+    pieces = sum(store.index(split).counts.segments - survey.documents[split] for split in SPLITS)
+    if pieces > 0 and survey.forms.kind != "text":
+        print(
+            f"prepare: {pieces:,} rows begin inside of a record, without what stood before; longer rows "
+            "(corpus.sequence_length) make them fewer, and corpus.packing=none with corpus.truncation=cut or "
+            "drop keeps every record whole"
         )
     for line in (*survey.formats.lines(), *survey.records.lines(), *special.lines()):
         print(f"prepare: {line}")

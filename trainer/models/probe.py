@@ -23,8 +23,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from sparsekd.logit_store.protocol.reader import LogitStore
+from sparsekd.trainer.models.causal_lm import decoder_and_head
 from sparsekd.trainer.run.errors import ModelError
 
 # Enough for attention over several tokens in each part, and small beside a forward pass. Odd, as no width is.
@@ -97,15 +99,20 @@ class Deviation(NamedTuple):
 
 
 @contextmanager
-def watched_parts(model: nn.Module, rows: ProbeRows) -> Iterator[list[Deviation]]:
-    """Fills a list with what the parts of a model make of the rows, while these go through it."""
+def watched_parts(model: PreTrainedModel, rows: ProbeRows) -> Iterator[list[Deviation]]:
+    """Fills a list with what the parts of a model make of the rows, while these go through it.
+
+    Looked at is what has the width of a hidden state, for nothing else goes from layer to layer. Scores of
+    attention, of which a part may leave some out only later, have other widths.
+    """
+    width = decoder_and_head(model)[1].in_features
     found: list[Deviation] = []
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             made = output[0] if isinstance(output, tuple) and output else output
             is_of_rows = isinstance(made, Tensor) and made.ndim == 3 and made.is_floating_point()
-            if is_of_rows and made.shape[:2] == rows.token_ids.shape:
+            if is_of_rows and made.shape == (*rows.token_ids.shape, width):
                 found.append(_deviation(name, made, rows))
 
         return hook

@@ -121,7 +121,7 @@ def _no_progress_bars() -> Iterator[None]:
 def _twin(config: PretrainedConfig, source: ModelSource, dtype: torch.dtype) -> PreTrainedModel | str:
     """The first that can be made of twins in the order of their likeness and size; where none can, why."""
     problem = "its sizes cannot be made small"
-    fewer_layers, tiny = _shrunk(config, widths=False), _shrunk(config, widths=True)
+    fewer_layers, tiny = shrunk(config, widths=False), shrunk(config, widths=True)
     for candidate, most in (
         (config, _SMALL_PARAMETERS),
         (tiny, _MOST_PARAMETERS),
@@ -145,7 +145,7 @@ def _twin(config: PretrainedConfig, source: ModelSource, dtype: torch.dtype) -> 
     return problem
 
 
-def _shrunk(config: PretrainedConfig, *, widths: bool) -> PretrainedConfig | None:
+def shrunk(config: PretrainedConfig, *, widths: bool) -> PretrainedConfig | None:
     """The configuration with few layers and, with `widths`, small sizes; None where that makes none."""
     fields = config.to_dict()
     text = fields

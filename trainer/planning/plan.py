@@ -11,7 +11,7 @@ from sparsekd.kernels import memory
 from sparsekd.logit_store.tools.inspect import RULE_NOTES, TARGET_NOTES
 from sparsekd.trainer.config.loss_memory import cut_text, loss_memory
 from sparsekd.trainer.config.schema import Config, PlanConfig, StoreConfig, StudentConfig, TrainConfig
-from sparsekd.trainer.planning.store_size import Corpus, StoreSize, corpus_of, store_size
+from sparsekd.trainer.planning.store_size import Corpus, StoreSize, corpus_of, store_size, token_store
 from sparsekd.trainer.run.console import readable_seconds, size_text
 from sparsekd.trainer.run.errors import ConfigError
 from sparsekd.trainer.state.room import checkpoint_size, most_kept
@@ -86,7 +86,7 @@ def run(config: Config) -> None:
         width = max(len(name) for name, _ in lines)
         for name, value in lines:
             print(f"  {name:<{width}}  {value}")
-    if config.store.tokens is None or not Path(config.store.tokens).is_dir():
+    if token_store(config.store) is None:
         print("next: sparsekd prepare corpus.paths=[...] store.tokens=FOLDER")
     else:
         path = config.store.path or "STORE"

@@ -136,6 +136,15 @@ def test_tool_calls_and_thoughts_are_found_where_the_template_leaves_them() -> N
     assert learned(ending) == [f"<think>\n\n</think>\n\n{SPELLED_CALL}"] and not ending.rewritten
 
 
+def test_calls_are_written_where_the_template_wants_null() -> None:
+    assert "is none" in templates.NULL_CALLS
+    messages = [*WITH_TOOLS[:3], *say("assistant: It shines")]
+    assert learned(chat(templates.NULL_CALLS, messages)) == [
+        '{"name": "weather", "arguments": {"city": "Rome"}}<|im_end|>',
+        "It shines<|im_end|>",
+    ]
+
+
 def test_what_the_template_leaves_away_is_no_answer() -> None:
     with pytest.raises(RecordError, match=r"a:1: .* does not write the assistant's call of 'weather'"):
         chat(templates.CHATML, WITH_TOOLS)
@@ -211,6 +220,18 @@ def test_what_cannot_be_told_for_certain_is_refused() -> None:
     with pytest.raises(RecordError, match=r"a:1: the chat template writes message 2 otherwise.*train_on=all"):
         chat(twice, TWO)
     assert chat(twice, TWO, train_on="all").counted.all()
+    # The last turn ends otherwise than the ones before.
+    ending = templates.CHATML.replace("'<|im_end|>' + '\n'", "('<|eot|>' if loop.last else '<|im_end|>\n')")
+    assert ending != templates.CHATML
+    with pytest.raises(RecordError, match="writes message 2 otherwise"):
+        chat(ending, TWO)
+    assert learned(chat(ending, TWO[:2])) == [LEARNED["CHATML"][0].replace("<|im_end|>", "<|eot|>")]
+    # What stands in front of an answer depends on it, and the prompt has something else there.
+    header = "'<|im_start|>' + m.role + (m.content | length | string) + '\n'"
+    measured = templates.CHATML.replace("'<|im_start|>' + m.role + '\n'", header)
+    assert measured != templates.CHATML
+    with pytest.raises(RecordError, match="writes message 2 otherwise"):
+        chat(measured, TWO)
     with pytest.raises(RecordError, match=r"refuses the conversation \(Conversation roles must alternate"):
         chat(templates.GEMMA, say("user: a", "user: b", "assistant: c"))
 

@@ -189,6 +189,30 @@ def test_documents_keep_their_order_and_their_numbers(monkeypatch: pytest.Monkey
     assert list(found.values()) == [tokenize(tokenizer, [text])[0].tolist() for text in texts]
 
 
+@pytest.mark.parametrize("truncation", ["split", "cut", "drop"])
+def test_documents_longer_than_a_row(truncation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "WINDOW_CHARACTERS", 2000)
+    monkeypatch.setattr(encoding, "OVERLAP_CHARACTERS", 400)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 3000)
+    tokenizer = TOKENIZERS["byte_level"]()
+    texts = [CODE[:9000], CODE[:90], CODE[:1500], CODE[7:9000], "x", CODE[:12_000]]
+    whole = [tokenize(tokenizer, [text])[0].tolist() for text in texts]
+    length = len(whole[2])  # exactly a row
+    records, config = Records(), CorpusConfig(truncation=truncation, sequence_length=length)
+    numbered = [(index, Document(text, text.encode(), 0, f"{index}")) for index, text in enumerate(texts)]
+    found: dict[int, list[int]] = {}
+    for batch in encode(tokenizer, numbered, config, records):
+        for part in batch:
+            found.setdefault(part.number, []).extend(part.token_ids.tolist())
+    if truncation == "drop":
+        assert found == {number: ids for number, ids in enumerate(whole) if len(ids) <= length}
+        assert list(found) == [1, 2, 4] and records.skipped == {"longer than a row": 3}
+    else:
+        limit = length if truncation == "cut" else None
+        assert found == {number: ids[:limit] for number, ids in enumerate(whole)}
+        assert (records.cut.count, records.cut.first) == ((3, "0") if truncation == "cut" else (0, ""))
+
+
 def test_a_tokenizer_without_places_encodes_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = TOKENIZERS["byte_level"]()
     monkeypatch.setattr(type(tokenizer), "is_fast", False)

@@ -73,7 +73,7 @@ def test_a_name_that_has_a_dot_wins(tmp_path: Path, format: str) -> None:
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("[" * 100_000, r"line 1 cannot be read as JSON \(.*recursion"),
+        ('{"text": ' + "[" * 100_000, r"line 1 cannot be read as JSON \(.*recursion"),
         ('{"text": ' + "9" * 5000 + "}", r"line 1 cannot be read as JSON \(Exceeds the limit"),
     ],
 )

@@ -197,6 +197,27 @@ def test_what_records_hold_is_told_by_the_first(tmp_path: Path) -> None:
         bodies(tmp_path, {"messages": [USER, ANSWER]}, {"text": "x"})
 
 
+def test_a_file_may_be_one_list_of_records(tmp_path: Path) -> None:
+    records = [{"instruction": f"q{n}", "input": "", "output": "a, ]["} for n in range(3)]
+    for name, text in (("a.json", json.dumps(records)), ("b.json", json.dumps(records, indent=2) + "\n")):
+        (tmp_path / name).write_text(text)
+        found = documents(tmp_path / name)
+        assert [document.body for document in found] == [Pair(f"q{n}\n\n", "a, ][") for n in range(3)]
+        assert [document.place for document in found] == [f"{name}:{n}" for n in (1, 2, 3)]
+    for text, sentence in (
+        (json.dumps(records)[:-9], r"record 3 is not JSON \(.*perhaps cut short"),
+        (json.dumps(records)[:-1], r"record 4 is not JSON"),
+        ("[" * 100_000, r"record 1 is not JSON \(.*recursion"),
+        ('[{"text": "x"}]\n{"text": "y"}', "is a list of records with more text behind it"),
+        ('[{"text": "x"}, 3]', "record 2 is of type int, expected an object"),
+    ):
+        (tmp_path / "c.json").write_text(text)
+        with pytest.raises(DataError, match=r"c\.json,? " + sentence):
+            documents(tmp_path / "c.json")
+    (tmp_path / "d.json").write_text("[]")
+    assert documents(tmp_path / "d.json") == []
+
+
 def test_equal_contents_are_one_document_to_the_held_out_choice(tmp_path: Path) -> None:
     record = {"messages": [USER, ANSWER], "id": 1}
     (tmp_path / "a.jsonl").write_text(

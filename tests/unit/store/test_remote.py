@@ -339,3 +339,26 @@ def test_a_third_writer_in_between_is_waited_for(
     assert refused
     seal(path, {"train": 1, "heldout": 0})
     assert verify_store(path).ok
+
+
+def test_a_plan_counts_tokens_that_are_elsewhere(
+    bucket: RemotePath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = synthetic_manifest(k=0, n=0)
+    write_synthetic_store(tmp_path / "tokens", manifest, ROWS, seed=0)
+    create_store(bucket / "tokens", manifest, tmp_path / "tokens-tokenizer")
+    for split, rows in ROWS.items():
+        content = synthetic_rows(manifest, rows, manifest.splits.index(split), split)
+        for shard in range(-(-rows // 3)):
+            write_shard(bucket / "tokens", manifest, split, shard, content[3 * shard : 3 * shard + 3])
+    seal(bucket / "tokens", {"train": 3, "heldout": 1})
+    printed = []
+    for place in (tmp_path / "tokens", bucket / "tokens"):
+        assert main(["plan", f"store.tokens={place}"]) == 0
+        printed.append(capsys.readouterr().out.replace(str(place), "TOKENS"))
+    assert printed[0] == printed[1] and "11 of 16 tokens" in printed[1] and "next: torchrun" in printed[1]
+    # One that is not there yet.
+    assert (
+        main(["plan", f"store.tokens={bucket}/nothing", "plan.tokens=1e6", "plan.vocabulary_size=300"]) == 0
+    )
+    assert "next: sparsekd prepare" in capsys.readouterr().out
