@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from caught_signals import send_when_caught
 from distributed_harness import TIMED_FIELDS, Workplace
 from jobs import command, ended, start, started, the_sentence, wait_for_lines
 
@@ -113,22 +114,13 @@ def test_a_job_that_is_stopped_while_it_starts_leaves_its_mark_and_begins_nothin
 ) -> None:
     """The signal comes to one rank while it loads libraries, long before there is a step to stop at."""
     jobs = start(workplace.root / "store", tmp_path, *LONG)
-    while not catches(jobs[1], signal.SIGUSR2) and jobs[1].poll() is None:
-        time.sleep(0.01)
-    jobs[1].send_signal(signal.SIGUSR2)
+    send_when_caught(jobs[1], signal.SIGUSR2)
     codes, output = ended(jobs)
     assert codes == [STOPPED_CODE] * 2, output[-6000:]
     # The folder of checkpoints is there or not, as the signal fell; a checkpoint is not.
     assert "student:" not in output and not any((tmp_path / "run" / "checkpoints").glob("*"))
     stopped = json.loads((tmp_path / "run" / "STOPPED.json").read_text())
     assert stopped == {"reason": "warning", "signal": "SIGUSR2", "requeue": True, "step": 0}
-
-
-def catches(job: "subprocess.Popen[str]", number: signal.Signals) -> bool:
-    """Whether a process handles a signal, as the kernel has it."""
-    status = Path(f"/proc/{job.pid}/status").read_text()
-    (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
-    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def test_the_end_of_slurms_time_is_a_signal(workplace: Workplace, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from caught_signals import send_when_caught
 from pyarrow import parquet
 from transformers import AutoTokenizer
 
@@ -321,6 +322,23 @@ def test_ended_and_started_again_gives_the_same_bytes(
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
     run(again)  # and once more, when there is nothing left to do
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+def test_stopped_from_its_first_moment_on_it_begins_nothing(texts: Path, tmp_path: Path) -> None:
+    """The signal comes while libraries are loaded, or the corpus is read for the first time."""
+    words = [
+        f"corpus.paths=[{texts}]",
+        "corpus.train_vocabulary_size=300",
+        f"store.tokens={tmp_path / 'tokens'}",
+    ]
+    command = [sys.executable, "-m", "sparsekd.trainer.door.cli", "prepare", *words]
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}
+    job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    send_when_caught(job, signal.SIGTERM)
+    said = job.communicate()[0]
+    assert job.returncode == STOPPED_CODE, said
+    assert "The corpus was being read when this was asked to stop (terminated, SIGTERM)" in said
+    assert not (tmp_path / "tokens").exists()
 
 
 def test_again_on_a_read_only_disk_it_says_what_is_there(

@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,12 @@ class Survey:
     records: Records
 
 
-def run(config: Config) -> None:
+def run(config: Config, watch: StopWatch | None = None) -> None:
     """Writes the token store of `corpus` to `store.tokens`.
+
+    Args:
+        config: The composed configuration.
+        watch: What asks this process to stop; None for one of its own.
 
     Raises:
         ConfigError: A needed key is missing, or two keys contradict each other.
@@ -92,11 +97,16 @@ def run(config: Config) -> None:
         StoreError: The store exists with another identity, or cannot be written.
         Stopped: It was asked to stop; the shards that were written stay.
     """
+    with ExitStack() as stack:
+        _prepare(config, watch or stack.enter_context(watched(os.environ)))
+
+
+def _prepare(config: Config, watch: StopWatch) -> None:
     corpus = config.corpus
     path = store_path(require(config.store.tokens, "store.tokens", "as the folder of the token store"))
     require(corpus.paths, "corpus.paths", "to find documents")
     started = time.monotonic()
-    survey = survey_documents(corpus)
+    survey = survey_documents(corpus, watch)
     how = "from places of their own" if has_own_heldout(corpus) else "by content hash"
     print(
         f"prepare: {sum(survey.documents.values()):,} documents, "
@@ -113,30 +123,42 @@ def run(config: Config) -> None:
             flush=True,
         )
     check_tokenizer_of(survey.forms.kind, corpus)
-    tokenizer, name = _tokenizer(corpus)
+    tokenizer, name = _tokenizer(corpus, watch)
     if survey.forms.kind != "text" or corpus.truncation != "split":
-        survey = examined(corpus, survey, tokenizer)
+        survey = examined(corpus, survey, tokenizer, watch)
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(tokenizer, Path(folder))
         manifest = _manifest(corpus, config.store, survey, tokenizer, Path(folder), name)
         create_store(path, manifest, Path(folder))
     special = SpecialTokens(tokenizer, corpus)
-    with watched(os.environ) as watch:
-        shards = write_rows(path, manifest, corpus, survey, tokenizer, special, watch)
+    shards = write_rows(path, manifest, corpus, survey, tokenizer, special, watch)
     seal(path, shards)
     _report(open_store(path), survey, special, path, time.monotonic() - started)
 
 
-def survey_documents(corpus: CorpusConfig) -> Survey:
+def _until_asked(watch: StopWatch, documents: Iterator[Document]) -> Iterator[Document]:
+    """The documents of a pass before anything is written.
+
+    Raises:
+        Stopped: This process was asked to stop.
+    """
+    for document in documents:
+        if watch.request is not None:
+            raise Stopped(f"The corpus was being read when this was asked to stop ({watch.request})")
+        yield document
+
+
+def survey_documents(corpus: CorpusConfig, watch: StopWatch) -> Survey:
     """Reads all documents once, for the corpus's identity and to see that there is something to do.
 
     Raises:
         DataError: No documents, none with text, or a split that has to have documents has none.
+        Stopped: `watch` was asked meanwhile.
     """
     sources = [CorpusDigest() for _ in sources_of(corpus)]
     documents = dict.fromkeys(SPLITS, 0)
     empty, left_out, formats, forms, records = 0, Tally(), Formats(corpus), Forms(corpus), Records()
-    for document in read_documents(corpus, left_out.add, records.skip, forms):
+    for document in _until_asked(watch, read_documents(corpus, left_out.add, records.skip, forms)):
         sources[document.source].add(document.content, _weight_of(document, corpus))
         if document.content:
             formats.look(document)
@@ -150,7 +172,9 @@ def survey_documents(corpus: CorpusConfig) -> Survey:
     return survey
 
 
-def examined(corpus: CorpusConfig, survey: Survey, tokenizer: PreTrainedTokenizerBase) -> Survey:
+def examined(
+    corpus: CorpusConfig, survey: Survey, tokenizer: PreTrainedTokenizerBase, watch: StopWatch
+) -> Survey:
     """The survey after all documents were encoded once, so that the manifest can say what was left out.
 
     Raises:
@@ -159,7 +183,7 @@ def examined(corpus: CorpusConfig, survey: Survey, tokenizer: PreTrainedTokenize
     documents, records = dict.fromkeys(SPLITS, 0), Records()
     numbered = (
         (number, document)
-        for number, document in enumerate(read_documents(corpus, skipped=records.skip))
+        for number, document in enumerate(_until_asked(watch, read_documents(corpus, skipped=records.skip)))
         if document.content
     )
     newest = -1
@@ -218,7 +242,7 @@ def _split_of(document: Document, corpus: CorpusConfig) -> str:
     return split_of(document.content, fraction=corpus.heldout_fraction, seed=corpus.seed)
 
 
-def _tokenizer(corpus: CorpusConfig) -> tuple[PreTrainedTokenizerBase, str]:
+def _tokenizer(corpus: CorpusConfig, watch: StopWatch) -> tuple[PreTrainedTokenizerBase, str]:
     """The tokenizer and its name for people."""
     if corpus.tokenizer is not None:
         tokenizer = load_tokenizer(corpus.tokenizer, corpus.tokenizer_revision)
@@ -231,7 +255,7 @@ def _tokenizer(corpus: CorpusConfig) -> tuple[PreTrainedTokenizerBase, str]:
     print(f"prepare: training a byte-level BPE with {size:,} entries on the training split", flush=True)
     train_texts = (
         document.text
-        for document in read_documents(corpus)
+        for document in _until_asked(watch, read_documents(corpus))
         if document.content and _split_of(document, corpus) == "train"
     )
     tokenizer = train_tokenizer(train_texts, size)

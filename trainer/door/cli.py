@@ -14,7 +14,7 @@ from sparsekd.logit_store.errors import StoreError
 from sparsekd.trainer.config.schema import Config, run_folder
 from sparsekd.trainer.run.ending import run_as_process
 from sparsekd.trainer.run.errors import ConfigError, FolderError, Stopped, TypedError, UserError, typed
-from sparsekd.trainer.run.stop import STOPPED_CODE
+from sparsekd.trainer.run.stop import STOPPED_CODE, watched
 
 VERBS = {
     "plan": "tokens, bytes, shards and memory, before money is spent",
@@ -151,10 +151,15 @@ def _doctor(words: list[str]) -> int:
 def _run(verb: str, config: Config, overrides: list[str]) -> None:
     if verb == "plan":
         from sparsekd.trainer.planning.plan import run as run_verb
-    elif verb == "prepare":
-        from sparsekd.trainer.corpus.prepare import run as run_verb
-    elif verb == "capture":
-        from sparsekd.trainer.teacher.capture import run as run_verb
+    elif verb in ("prepare", "capture"):
+        # Around the imports, too: a signal may come while libraries are loaded.
+        with watched(os.environ) as watch:
+            if verb == "prepare":
+                from sparsekd.trainer.corpus.prepare import run as run_watched
+            else:
+                from sparsekd.trainer.teacher.capture import run as run_watched
+            run_watched(config, watch)
+        return
     elif verb == "train":
         from sparsekd.trainer.student.train import run as run_train
 

@@ -8,6 +8,7 @@ outside of it: a killed capture is started again with the same command, on as ma
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -62,8 +63,12 @@ SUMMARY_ROWS = 256
 FREQUENCY_ROWS = 1024
 
 
-def run(config: Config) -> None:
+def run(config: Config, watch: StopWatch | None = None) -> None:
     """Writes the logit store of `teacher.path` over `store.tokens` to `store.path`.
+
+    Args:
+        config: The composed configuration.
+        watch: What asks this process to stop; None for one of its own.
 
     Raises:
         ConfigError: A needed key is missing, or two keys contradict each other.
@@ -80,7 +85,8 @@ def run(config: Config) -> None:
     teacher_path = require(config.teacher.path, "teacher.path", "as the model whose logits are kept")
     if path.resolve() == tokens_path.resolve():
         raise ConfigError(f"store.path and store.tokens are both {path}; name a new folder as store.path.")
-    with watched(os.environ) as watch:
+    with ExitStack() as stack:
+        watch = watch or stack.enter_context(watched(os.environ))
         with (
             ranks(config.launch, timeout_minutes=config.engine.timeout_minutes, watch=watch) as place,
             lost_ranks_named(place, "captures what is missing"),
