@@ -17,6 +17,10 @@ from sparsekd.trainer.corpus.documents import Document
 from sparsekd.trainer.corpus.examples import Example, ExampleEncoder
 from sparsekd.trainer.corpus.fields import RecordError
 
+FOLDER = os.environ.get("SPARSEKD_TOKENIZERS")
+if FOLDER is None:
+    pytest.skip("SPARSEKD_TOKENIZERS names no folder of real tokenizers", allow_module_level=True)
+
 ENDS = {
     "smollm2": "<|im_end|>",
     "qwen3": "<|im_end|>",
@@ -40,9 +44,10 @@ WITH_TOOLS = {"qwen3", "deepseek_v3", "mistral_nemo"}
 
 @pytest.fixture(params=ENDS)
 def named(request: pytest.FixtureRequest) -> tuple[str, PreTrainedTokenizerBase]:
-    folder = Path(os.environ.get("SPARSEKD_TOKENIZERS", "")) / request.param
-    if "SPARSEKD_TOKENIZERS" not in os.environ or not folder.is_dir():
-        pytest.skip(f"needs the tokenizer {request.param} in the folder SPARSEKD_TOKENIZERS")
+    assert FOLDER is not None
+    folder = Path(FOLDER) / request.param
+    if not folder.is_dir():
+        pytest.skip(f"SPARSEKD_TOKENIZERS has no tokenizer {request.param}")
     return request.param, AutoTokenizer.from_pretrained(folder)
 
 
