@@ -43,9 +43,11 @@ def compete(
     while living and time.monotonic() < deadline:
         held = run.held()
         if next_kill is None and held:
-            next_kill = time.monotonic() + chance.uniform(0, seconds / 2)
+            # The first at once, so that one falls however fast the machine is.
+            next_kill = time.monotonic() + (chance.uniform(0, seconds / workers) if killed else 0.0)
         if killed < kills and next_kill is not None and time.monotonic() >= next_kill:
-            job = chance.choice(living)
+            at_work = [job for job in living if job.pids[0] in held]
+            job = chance.choice(at_work if at_work and (not killed or chance.random() < 0.5) else living)
             if not job.is_over():
                 job.send(signal.SIGKILL, 0)
                 job.wait(10)

@@ -169,7 +169,8 @@ def _store(place: Place, minutes: float) -> PrefixStore:
     try:
         store = TCPStore(
             place.host,
-            place.port,
+            # One process alone is found by nobody: of many that start at once each gets a port of its own.
+            0 if listens and place.world_size == 1 else place.port,
             is_master=listens,
             wait_for_workers=False,
             timeout=timedelta(seconds=seconds),

@@ -141,6 +141,15 @@ def test_a_port_that_another_program_has_is_said() -> None:
             meet(place(0, 2, port), minutes=0.05)
 
 
+def test_one_process_alone_needs_no_port() -> None:
+    """Of many that start at one moment, each by itself, none takes another's."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        _, processes = meet(place(0, 1, int(other.getsockname()[1])), minutes=1)
+    assert [process.pid for process in processes] == [os.getpid()]
+
+
 def test_variables_that_no_launcher_sets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "x"}.items():
         monkeypatch.setenv(name, value)
