@@ -123,6 +123,22 @@ def test_a_job_that_is_stopped_while_it_starts_leaves_its_mark_and_begins_nothin
     assert stopped == {"reason": "warning", "signal": "SIGUSR2", "requeue": True, "step": 0}
 
 
+def test_a_start_that_is_stopped_while_it_reads_a_checkpoint_leaves_its_mark(
+    workplace: Workplace, tmp_path: Path
+) -> None:
+    """At the step of that checkpoint, and no earlier mark is taken for its own."""
+    words = ("train.steps=6", "train.checkpoint_every=2", "train.evaluate_rows=0")
+    codes, output = started(workplace.root / "store", tmp_path, *words)
+    assert codes == [0, 0], output[-6000:]
+    jobs = start(workplace.root / "store", tmp_path, *words, "train.steps=9", "train.allow=[schedule]")
+    send_when_caught(jobs[0], signal.SIGUSR2)
+    codes, output = ended(jobs)
+    assert codes == [STOPPED_CODE] * 2, output[-6000:]
+    stopped = json.loads((tmp_path / "run" / "STOPPED.json").read_text())
+    assert stopped == {"reason": "warning", "signal": "SIGUSR2", "requeue": True, "step": 6}
+    assert not (tmp_path / "run" / "DONE.json").exists()
+
+
 def test_the_end_of_slurms_time_is_a_signal(workplace: Workplace, tmp_path: Path) -> None:
     """The first checkpoint's time is not known yet, and taken for a minute."""
     before = os.environ.get("SLURM_JOB_END_TIME")

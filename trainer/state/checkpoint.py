@@ -144,7 +144,8 @@ def newest_verified(
     return None, problems
 
 
-def _step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step of a published checkpoint, as its folder is named."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -164,7 +165,7 @@ class Kept:
         """Those of the given ones, oldest first, that stay."""
         stay = set(sound[-self.newest :])
         if self.every:
-            stay |= {path for path in sound if _step_of(path) % self.every == 0}
+            stay |= {path for path in sound if step_of(path) % self.every == 0}
         losses = {path: self._loss(path) for path in sound} if self.best else {}
         measured = [path for path, loss in losses.items() if loss is not None and math.isfinite(loss)]
         measured.sort(key=lambda path: (losses[path], path.name))
@@ -176,7 +177,7 @@ class Kept:
             recorded = read_commit(checkpoint).heldout_loss
         except CheckpointError:
             return None
-        return self.losses.get(_step_of(checkpoint)) if recorded is None else recorded
+        return self.losses.get(step_of(checkpoint)) if recorded is None else recorded
 
 
 def prune(folder: Path, *, step: int, after: int, keep: Kept) -> dict[Path, str]:

@@ -36,6 +36,7 @@ from sparsekd.trainer.state.record import Commit
 from sparsekd.trainer.state.resume import Start, choose_start
 from sparsekd.trainer.state.save import Saver
 from sparsekd.trainer.student.announcement import announce, room_for_checkpoints, what_runs
+from sparsekd.trainer.student.early_stop import stopped_early, unless_asked
 from sparsekd.trainer.student.evaluation import heldout_figures, heldout_losses, is_evaluated, owes_evaluation
 from sparsekd.trainer.student.feed import steps_ahead
 from sparsekd.trainer.student.lines import log_step, paused, tell_left_out
@@ -65,10 +66,14 @@ def train_on(
     folder = Path(run_folder(config))
     with ExitStack() as stack:
         watch = watch or stack.enter_context(watched(os.environ))
-        plan = make_plan(config, here, watch)
+        plan = unless_asked(lambda: make_plan(config, here, watch))
         token = on_first(here, lambda: uuid.uuid4().hex)
         claim = together(here, lambda: stack.enter_context(owned(folder, os.environ, here, token)))
-        start = choose_start(folder, config, plan.fresh_commit, here, watch)
+        if isinstance(plan, StopRequest):
+            return stopped_early(folder, plan, claim, here)
+        start = unless_asked(lambda: choose_start(folder, config, plan.fresh_commit, here, watch))
+        if isinstance(start, StopRequest):
+            return stopped_early(folder, start, claim, here)
         if start.step == config.train.steps and not owes_evaluation(folder, config, plan, start.step, here):
             # Also where a run was killed between its last checkpoint and this mark.
             on_first(here, functools.partial(_make_up_for_end, folder, start.step, config, plan, claim))
