@@ -46,8 +46,8 @@ copy: setup
 types: copy  ## Types, on a non-editable copy.
 	cd .check && MYPYPATH=.:../benchmarks $(BIN)/mypy --config-file ../pyproject.toml -p sparsekd $(SCRIPTS)
 
-# Tests of one process run beside one another, with one thread each; then, one by one, those that start several
-# processes, signal them, or measure a device.
+# Units and numerics run beside one another, with one thread each; then, one by one, whole commands and jobs of
+# several processes, and what measures a device.
 JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 ALONE := tests/distributed tests/gpu tests/integration tests/slurm
 pytest: setup  ## All tests but most of `make cluster`; those that need a GPU or Slurm skip with a reason (JOBS).

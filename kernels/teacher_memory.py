@@ -37,6 +37,11 @@ def slice_positions(vocabulary_size: int) -> int:
     return max(SLICE_BYTES // (4 * vocabulary_size), 1)
 
 
+def draw_bytes(n: int, vocabulary_size: int) -> int:
+    """Of `torch` for the draws of a position: its parts with their columns, or the sums of its whole row."""
+    return 24 * n * PART if n * PART < vocabulary_size else 8 * vocabulary_size * (n > 0) + 32 * n
+
+
 def list_room(k: int) -> int:
     """Entries that `triton` can list for a row before it takes the k largest of them.
 
@@ -80,7 +85,11 @@ def peak_bytes(
         # draws or its largest entries are, with their columns.
         rows = min(slice_positions(vocabulary_size), chunk)
         ranked = min((k + 2) * PART, vocabulary_size) if k else 0
-        return 4 * vocabulary_size * (chunk + 2 * rows) + rows * max(24 * n * PART, 16 * ranked) + result
+        return (
+            4 * vocabulary_size * (chunk + 2 * rows)
+            + rows * max(draw_bytes(n, vocabulary_size), 16 * ranked)
+            + result
+        )
     stride, parts = row_stride(vocabulary_size), math.ceil(vocabulary_size / PART)
     # The logits, the list of keys before and after its sorting (values and places), masses and their sums.
     of_chunk = chunk * (4 * stride + 24 * list_room(k) + 12 * parts)

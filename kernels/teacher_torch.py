@@ -18,7 +18,7 @@ from sparsekd.kernels.gemm import (
     wide_dtype,
     wide_product,
 )
-from sparsekd.kernels.teacher_memory import PART, slice_positions
+from sparsekd.kernels.teacher_memory import PART, draw_bytes, slice_positions
 from sparsekd.kernels.teacher_record import (
     SumsOfRest,
     TeacherInputs,
@@ -34,8 +34,10 @@ def torch_statistics(inputs: TeacherInputs) -> TeacherStatistics:
     hidden, size = inputs.hidden, inputs.head.vocabulary_size
     count, dtype = hidden.shape[0], wide_dtype(hidden.dtype)
     chunk = min(inputs.chunk_positions, max(count, 1))
-    # A GPU has no cache that holds a slice, and wants few launches.
-    step = chunk if hidden.is_cuda else min(slice_positions(size), chunk)
+    # A GPU has no cache that holds a slice, and wants few launches; what draws take is bounded by the chunk.
+    draws = draw_bytes(inputs.uniforms.shape[1], size)
+    most = 4 * chunk * size // max(draws, 1) if hidden.is_cuda else slice_positions(size)
+    step = min(max(most, 1), chunk)
     bias = None if inputs.bias is None else inputs.bias[:size].to(dtype)
     sums = sums_of_rest(inputs.temperatures, inputs.draw_temperature)
     slices = []
@@ -176,7 +178,8 @@ def _largest_parts(logits: Tensor, number: int) -> Tensor:
 def draw_tail(powers: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draws with replacement from powers / their sum by inverse CDF, coalesced.
 
-    A draw finds its part by the parts' cumulative sums, and its entry by those inside of the part.
+    A draw finds its part by the parts' cumulative sums, and its entry by those inside of the part; where the
+    parts of all draws are no less than the row, by those of the row.
 
     Args:
         powers: [C, V] unnormalised probabilities, the largest of a row 1; a row of zeros gives no draws.
@@ -188,6 +191,10 @@ def draw_tail(powers: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     if uniforms.numel() == 0:
         return coalesce_draws(uniforms.int())
     size = powers.shape[1]
+    if uniforms.shape[1] * PART >= size:
+        cumulative = powers.to(torch.float64, copy=True).cumsum_(1)
+        drawn = _first_above(cumulative, uniforms * cumulative[:, -1:])
+        return coalesce_draws(torch.where(cumulative[:, -1:] > 0, drawn, -1))
     whole = size // PART * PART
     masses = torch.cat(
         [powers[:, :whole].unflatten(1, (size // PART, PART)).sum(2), powers[:, whole:].sum(1, keepdim=True)],

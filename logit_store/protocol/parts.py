@@ -25,6 +25,7 @@ from sparsekd.logit_store.places.files import (
     TEMPORARY_PREFIX,
     HashingFile,
     exists,
+    explained,
     make_folder,
     publish,
     read_range,
@@ -167,7 +168,8 @@ def join_parts(path: Path, manifest: Manifest, split: str, shard: int, parts: Se
             write_shard(path, manifest, split, shard, OneByOne(rows, range(rows.count)))
     except _PartError as error:
         if not is_committed(path, split, shard):  # else another has joined and removed them
-            rows.current.unlink(missing_ok=True)
+            with explained(rows.current):
+                rows.current.unlink(missing_ok=True)
             return f"{rows.current} is not as it was written ({error}): its rows are made again"
     clear_work(work_folder(path, split, shard))
     return None
@@ -213,8 +215,10 @@ class _Parts:
         length = int(record.lengths[place])
         try:
             message = read_range(self.current, offsets[place], length)
+        except FileNotFoundError as error:
+            raise _PartError("it is gone") from error
         except OSError as error:
-            raise _PartError(error.strerror or str(error)) from error
+            raise _unreadable(self.current, error) from error
         row = self._shard * self._manifest.rows_per_shard + index
         where = row_place(self._path, self._split, row, self._manifest.rows_per_shard)
         if len(message) != length or zlib.crc32(message) != record.crc32[place]:
@@ -229,8 +233,10 @@ class _Parts:
         if number not in self._records:
             try:
                 record = self._read_record(self._parts[number])
+            except FileNotFoundError as error:
+                raise _PartError("it is gone") from error
             except OSError as error:
-                raise _PartError(error.strerror or str(error)) from error
+                raise _unreadable(self.current, error) from error
             except StoreError as error:
                 raise _PartError(str(error).rstrip(".")) from error
             self._records[number] = record, [0, *np.cumsum(record.lengths).tolist()]
@@ -255,6 +261,11 @@ class _Parts:
         if int(record.lengths.sum()) != begin:
             raise _PartError(f"it has {begin} bytes of rows, its record says {int(record.lengths.sum())}")
         return record
+
+
+def _unreadable(part: Path, error: OSError) -> StoreError:
+    """Of a part that may be as it was written: it is not made again."""
+    return StoreError(f"{part} cannot be read ({error.strerror or error}); mend the disk, and run again.")
 
 
 def clear_work(folder: Path) -> None:

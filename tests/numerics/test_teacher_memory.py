@@ -21,6 +21,7 @@ SIZE = 20_000
         ("torch", 64, 8, 1.0, 32),
         ("torch", 64, 8, 2.0, 32),
         ("torch", 96, 8, 1.0, 96),  # a chunk of two slices
+        ("torch", 64, 200, 1.0, 32),  # draws from sums of whole rows
         ("triton", 6, 8, 1.0, 3),
     ],
 )

@@ -197,8 +197,10 @@ def _message(message: Any, where: str, is_table: bool) -> dict[str, Any]:
             f"{where} has the weight {made['weight']!r}, expected 0 (not learned) or 1; corpus.weight_field "
             "weighs whole conversations.",
         )
-    if isinstance(made.get("tool_calls"), str):
+    if "tool_calls" in made:
         made["tool_calls"] = _list_of(made["tool_calls"], where, "tool_calls")
+        if not all(isinstance(call, Mapping) for call in made["tool_calls"]):
+            raise RecordError("tool_calls of another form", f"{where}: a call of a tool is no object.")
     content = made.get("content", "")
     if isinstance(content, list):
         content = _joined(content, where)
@@ -285,7 +287,7 @@ def tokens_of(record: Mapping[str, Any], where: str) -> TokenIds:
 
 
 MASKS = ("loss_mask", "completion_mask", "assistant_masks")
-"""Names of masks: Megatron's and NeMo's, TRL's, transformers'."""
+"""Names of masks: many tools', TRL's, transformers'."""
 
 
 def _integers(record: Mapping[str, Any], name: str, where: str) -> NDArray[np.int64]:

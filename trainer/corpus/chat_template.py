@@ -8,8 +8,9 @@ found by writing another text in its place: what changes is the turn, and what s
 is the last one is its end. Where this does not fit exactly either, the conversation is refused.
 """
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import pairwise
@@ -121,6 +122,7 @@ class ChatTemplate:
             raise
 
     def _rendered(self, conversation: Conversation, where: str) -> Rendered:
+        conversation = self._with_calls_as_it_wants(conversation, where)
         messages, tools = conversation.messages, conversation.tools
         try:
             text, marked = self._render_with_marks(messages, tools)
@@ -263,6 +265,28 @@ class ChatTemplate:
         except Exception:  # it may raise anything; the whole conversation it has taken
             return None
 
+    def _with_calls_as_it_wants(self, conversation: Conversation, where: str) -> Conversation:
+        """The conversation with calls' arguments as objects where the template writes JSON of them itself.
+
+        OpenAI's are JSON in a text. Some templates write that as it stands, others would quote it once more:
+        calls that nothing can read.
+        """
+        given = [text for text in map(_arguments, _calls(conversation)) if isinstance(text, str)]
+        if not given:
+            return conversation
+        text = self._part(conversation.messages, conversation.tools)
+        if text is None or not any(json.dumps(each, ensure_ascii=False) in text for each in given):
+            return conversation
+        try:
+            messages = [_with_read_arguments(message) for message in conversation.messages]
+        except (ValueError, RecursionError) as error:
+            raise RecordError(
+                "arguments that are no JSON",
+                f"{where}: the arguments of a call of a tool are a text but no JSON ({first_line(error)}), "
+                "and the chat template would quote it once more; mend them.",
+            ) from error
+        return replace(conversation, messages=messages)
+
     def _without_trailing_space(self, text: str, span: Span) -> Span:
         """A turn up to the control token that ends it: a line break behind it is never generated."""
         start, stop = span
@@ -318,8 +342,7 @@ def _check_tools(conversation: Conversation, text: str, answers: str, where: str
             f"{where}: the chat template does not write the tool {lost[0]!r}; give one that does as the file "
             "corpus.chat_template, or set corpus.tools_field=null to leave tools away.",
         )
-    calls = [call for message in conversation.messages for call in message.get("tool_calls") or []]
-    lost = [name for name in _tool_names(calls) if name not in answers]
+    lost = [name for name in _tool_names(_calls(conversation)) if name not in answers]
     if lost:
         raise RecordError(
             "tool calls that the chat template does not write",
@@ -330,6 +353,36 @@ def _check_tools(conversation: Conversation, text: str, answers: str, where: str
 
 def _only_calls(message: dict[str, Any]) -> bool:
     return bool(message.get("tool_calls")) and not message["content"]
+
+
+def _calls(conversation: Conversation) -> list[Any]:
+    return [call for message in conversation.messages for call in message.get("tool_calls") or []]
+
+
+def _arguments(call: Mapping[str, Any]) -> Any:
+    """Of a call, which is an object with arguments or with a function that has them."""
+    inner = call.get("function", call)
+    return inner.get("arguments") if isinstance(inner, Mapping) else None
+
+
+def _with_read_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose calls have the value of a JSON text for it.
+
+    Raises:
+        ValueError: One is no JSON.
+    """
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = _arguments(call)
+        if isinstance(arguments, str):
+            read = {"arguments": json.loads(arguments)}
+            call = (
+                {**call, "function": {**call["function"], **read}} if "function" in call else {**call, **read}
+            )
+        calls.append(call)
+    return message | {"tool_calls": calls}
 
 
 def _said(message: dict[str, Any]) -> str:

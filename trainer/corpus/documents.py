@@ -221,9 +221,12 @@ class _Reader:
                     f"{where} is not JSON ({first_line(error)}), and the file a list of records that was "
                     "perhaps cut short; mend it."
                 ) from error
-            if not isinstance(record, dict):
-                raise DataError(f"{where} is of type {type(record).__name__}, expected an object; mend it.")
-            yield from self._document_of(record, where, "field", source, f"{file.name}:{number}")
+            place = f"{file.name}:{number}"
+            if isinstance(record, dict):
+                yield from self._document_of(record, where, "field", source, place)
+            else:
+                found = f"{where} is of type {type(record).__name__}, expected an object; mend it."
+                self._leave_out(RecordError("no object", found), place)
             begin = _BETWEEN_RECORDS.match(text, end)
         if begin is not None and text[begin.end() + 1 :].strip():
             raise DataError(
@@ -255,10 +258,16 @@ class _Reader:
                         self._begin_table(header, where)
                     elif cells:
                         if len(cells) != len(header):
-                            raise DataError(
-                                f"{where} has {len(cells)} cells, the first line names {len(header)} "
-                                "columns; mend the row, or set corpus.delimiter to what stands between cells."
+                            self._leave_out(
+                                RecordError(
+                                    "a row of another length",
+                                    f"{where} has {len(cells)} cells, the first line names {len(header)} "
+                                    "columns; mend the row, or set corpus.delimiter to what stands between "
+                                    "cells.",
+                                ),
+                                place,
                             )
+                            continue
                         record: dict[str, Any] = dict(zip(header, cells, strict=True))
                         if config.weight_field is not None:
                             record[config.weight_field] = _as_number(record[config.weight_field])
@@ -321,14 +330,15 @@ def checked_text(text: str, where: str) -> str:
     """The text, if it is one in Unicode.
 
     Raises:
-        DataError: It holds half of a surrogate pair.
+        RecordError: It holds half of a surrogate pair.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(
+        raise RecordError(
+            "half of a surrogate pair",
             f"{where}: the text holds {text[error.start]!r} (half of a surrogate pair) at character "
-            f"{error.start}, which is no Unicode text; mend or remove this document."
+            f"{error.start}, which is no Unicode text; mend or remove this document.",
         ) from error
     return text
 
@@ -363,9 +373,10 @@ def _decoded(line: bytes, where: str) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(
+        raise RecordError(
+            "no UTF-8",
             f"{where} is not UTF-8: byte 0x{line[error.start]:02x} at offset {error.start} of the line "
-            "cannot be decoded; convert the file."
+            "cannot be decoded; convert the file.",
         ) from error
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from sparsekd.trainer.config.corpus import CorpusConfig, with_escapes
 from sparsekd.trainer.corpus.bodies import MASKS, Body, Conversation, Pair, conversation_of, tokens_of
 from sparsekd.trainer.corpus.fields import RecordError, lookup, missing_field, require_fields
+from sparsekd.trainer.run.errors import DataError
 
 SHAREGPT_FIELD = "conversations"
 ALPACA_TEMPLATE = "{instruction}\n\n{input}\n\n"
@@ -26,6 +27,8 @@ class Forms:
         self.kind = "text" if config.format == "text" else config.kind
         self.others: list[str] = []
         self._by = ""
+        self._filled = False
+        self._met: set[str] = set()  # fields of the template that a record had
 
     def begin(self, found: Mapping[str, Any], where: str, noun: str) -> None:
         """Looks at the fields of a table, or of the first record.
@@ -58,6 +61,20 @@ class Forms:
             return []
         could = f", and not by {' or '.join(self.others)}" if self.others else ""
         return [f"records are read as corpus.kind={self.kind}, by {self._by}{could}"]
+
+    def check(self) -> None:
+        """Looks, after all records were read, whether the user's template goes with them.
+
+        Raises:
+            DataError: It names a field that none of them has: each prompt would lack that paragraph.
+        """
+        template = self._config.template
+        lacking = [name for name in _named(template or "") if name not in self._met]
+        if self._filled and template is not None and lacking:
+            raise DataError(
+                f"corpus.template names the field {lacking[0]!r}, which no record has; correct the name, or "
+                "leave it away."
+            )
 
     def fields(self) -> list[str]:
         """The fields that records of this kind may have."""
@@ -111,6 +128,8 @@ class Forms:
                 return self._joined(record, prompt, completion, where, is_table)
             prompt = _text(prompt, first, where)
         else:
+            self._filled = True
+            self._met.update(name for name in _named(template) if _has(record, name))
             prompt = filled(template, record, where)
         answer = _text(completion, last, where)
         if not answer:

@@ -97,6 +97,7 @@ class OffsetTokenizer:
         """
         marks = unused_characters(text, 2)
         if marks not in self._with_names:
+            self._with_names.clear()  # each is a whole tokenizer; nearly all texts leave the same free
             self._with_names[marks] = self._renamed(marks, spellings)
         tokenizer, original, names = self._with_names[marks]
         pieces: list[str] = []

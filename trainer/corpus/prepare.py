@@ -167,6 +167,7 @@ def survey_documents(corpus: CorpusConfig, watch: StopWatch) -> Survey:
             empty += 1
     survey = Survey(sources, documents, empty, formats, left_out, forms, records)
     _check_any(survey, corpus)
+    forms.check()
     formats.check()
     _check_splits(survey, corpus)
     return survey

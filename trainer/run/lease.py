@@ -181,6 +181,8 @@ def read(place: Path) -> Found | None:
     except UnreadableError:
         raise
     except OSError as error:
+        if error.errno == errno.ESTALE:  # NFS: another machine has removed it while it was open here
+            return None
         raise UnreadableError(error.errno, error.strerror or str(error)) from error
     try:
         return Found(data, modified, typed(Holder, parse_json(data, place.name), place.name))

@@ -108,7 +108,8 @@ def _wait(here: Ranks, store: Store, is_over: threading.Event, watch: StopWatch 
                 _leave(here, store, lost)
     except (DistError, RuntimeError) as error:
         if watch is not None and watch.request is not None:
-            raise StopAsked(watch.request) from error
+            # Not StopAsked: the others did not agree on it, and no collective may follow.
+            raise Stopped(f"{StopAsked(watch.request)}") from error
         signs.leave_it_to_another()
         raise signs.of_broken_store(error) from error
     if verdict == _LOST:

@@ -22,8 +22,12 @@ def unless_asked(action: Callable[[], Result]) -> Result | StopRequest:
         return stopped.request
 
 
-def stopped_early(folder: Path, request: StopRequest, claim: Claim, here: Ranks) -> StopRequest:
+def stopped_early(
+    folder: Path, request: StopRequest, claim: Claim, here: Ranks, *, steps: int
+) -> StopRequest:
     """Leaves the mark of such a start: all is as it was before, at the step of the newest checkpoint.
+
+    A run that stands at its last of `steps` keeps the marks that it has.
 
     Raises:
         UserError: It cannot be written, or the folder is another job's by now.
@@ -31,7 +35,9 @@ def stopped_early(folder: Path, request: StopRequest, claim: Claim, here: Ranks)
 
     def mark() -> None:
         saved = published(folder / CHECKPOINTS_NAME)
-        write_stopped(folder, step_of(saved[-1]) if saved else 0, request, claim)
+        step = step_of(saved[-1]) if saved else 0
+        if step < steps:
+            write_stopped(folder, step, request, claim)
 
     on_first(here, mark)
     return request

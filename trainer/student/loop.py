@@ -70,10 +70,10 @@ def train_on(
         token = on_first(here, lambda: uuid.uuid4().hex)
         claim = together(here, lambda: stack.enter_context(owned(folder, os.environ, here, token)))
         if isinstance(plan, StopRequest):
-            return stopped_early(folder, plan, claim, here)
+            return stopped_early(folder, plan, claim, here, steps=config.train.steps)
         start = unless_asked(lambda: choose_start(folder, config, plan.fresh_commit, here, watch))
         if isinstance(start, StopRequest):
-            return stopped_early(folder, start, claim, here)
+            return stopped_early(folder, start, claim, here, steps=config.train.steps)
         if start.step == config.train.steps and not owes_evaluation(folder, config, plan, start.step, here):
             # Also where a run was killed between its last checkpoint and this mark.
             on_first(here, functools.partial(_make_up_for_end, folder, start.step, config, plan, claim))

@@ -123,8 +123,10 @@ class Leases:
 def _taken(place: Path, holder: Holder, now: Callable[[], int]) -> Lease:
     """`take`, in a folder that is made, and made again where another worker has just removed it."""
     for _ in range(4):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
+        with suppress(
+            FileNotFoundError, FileExistsError
+        ):  # the latter: it went while mkdir looked what it is
+            place.parent.mkdir(parents=True, exist_ok=True)
             return take(place, holder, now)
     return take(place, holder, now)
 
