@@ -155,6 +155,14 @@ def test_what_cannot_be_used_is_refused_or_counted(
     printed = capsys.readouterr().out
     assert "prepare: 1 left out: no JSON, the first a.jsonl:32" in printed
     assert "prepare: 1 left out: no assistant turn, the first a.jsonl:31" in printed
+    # So is text that is none, in a line of bytes, in JSON's own way, and rows of tables.
+    (tmp_path / "bytes.jsonl").write_bytes(
+        b"".join(json.dumps(record).encode() + b"\n" for record in records)
+        + b'{"messages": "\xff"}\n'
+        + b'{"prompt": "\\ud800", "completion": "a"}\n'
+    )
+    store = prepared(tmp_path / "bytes.jsonl", tokenizer, tmp_path / "decoded", invalid="skip")
+    assert store.manifest.dataset["left_out"] == {"half of a surrogate pair": 1, "no UTF-8": 1}
     # What the template refuses is found before the store is begun.
     shutil.copytree(tokenizer, tmp_path / "strict")
     (tmp_path / "alternating.jinja").write_text(templates.GEMMA)

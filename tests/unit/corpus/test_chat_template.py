@@ -1,5 +1,6 @@
 """Conversations through chat templates: transformers' ids, and the loss on what the assistant wrote alone."""
 
+import json
 from typing import Any
 
 import chat_templates as templates
@@ -143,6 +144,23 @@ def test_calls_are_written_where_the_template_wants_null() -> None:
         '{"name": "weather", "arguments": {"city": "Rome"}}<|im_end|>',
         "It shines<|im_end|>",
     ]
+
+
+def test_arguments_of_calls_may_be_json_in_a_text() -> None:
+    """As OpenAI has them. A template that writes them as they stand gets them so."""
+    text = json.dumps(CALL["function"]["arguments"])
+    function = {"name": "weather", "arguments": text}
+    messages = [WITH_TOOLS[0], {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}]
+    assert learned(chat(templates.QWEN, messages)) == [f"<think>\n\n</think>\n\n{SPELLED_CALL}"]
+    as_it_stands = templates.CHATML.replace(
+        "m.content +",
+        "m.content + (m.tool_calls[0].function.name + ' ' + m.tool_calls[0].function.arguments "
+        "if m.tool_calls else '') +",
+    )
+    assert learned(chat(as_it_stands, messages)) == ['weather {"city": "Rome"}<|im_end|>']
+    function["arguments"] = "Rome, please"
+    with pytest.raises(RecordError, match=r"a:1: the arguments of a call .* are a text but no JSON"):
+        chat(templates.QWEN, messages)
 
 
 def test_what_the_template_leaves_away_is_no_answer() -> None:

@@ -78,6 +78,23 @@ def test_templates_leave_paragraphs_of_empty_fields_away() -> None:
         filled("{a}", {"a": 3}, "here")
 
 
+def test_a_template_that_names_no_field_of_any_record_is_refused(tmp_path: Path) -> None:
+    """`input` may be empty in some; a name that was misspelled lacks in all."""
+    (tmp_path / "a.jsonl").write_text(
+        '{"instruction": "q", "input": "x", "output": "a"}\n{"instruction": "q", "input": "", "output": "a"}\n'
+    )
+    for template, lacking in (("{instruction}\n\n{input}", None), ("{instrution}\n\n{input}", "instrution")):
+        config = CorpusConfig(paths=[str(tmp_path / "a.jsonl")], format="jsonl", template=template)
+        forms = Forms(config)
+        made = list(read_documents(config, skipped=lambda reason, place: None, forms=forms))
+        if lacking is None:
+            assert len(made) == 2
+            forms.check()
+        else:
+            with pytest.raises(DataError, match=f"names the field '{lacking}', which no record has"):
+                forms.check()
+
+
 def test_ids_with_labels_and_masks(tmp_path: Path) -> None:
     ids = {"input_ids": [5, 6, 7, 0]}
     for record, expected in (
@@ -117,6 +134,12 @@ def test_ids_with_labels_and_masks(tmp_path: Path) -> None:
             "has content of the type image_url, expected text alone",
         ),
         ({"messages": [USER, ANSWER], "tools": [3]}, "a tool is no object"),
+        (
+            {"messages": [USER, ANSWER | {"tool_calls": True}]},
+            "'tool_calls' is of type bool, expected a list",
+        ),
+        ({"messages": [USER, ANSWER | {"tool_calls": {"name": "x"}}]}, "'tool_calls' is of type dict"),
+        ({"messages": [USER, ANSWER | {"tool_calls": ["x"]}]}, "a call of a tool is no object"),
         ({"messages": [USER, ANSWER | {"score": float("nan")}]}, "mend the record"),
         ({"prompt": "q", "completion": ""}, "'completion' is empty"),
         ({"prompt": ["q"], "completion": [ANSWER]}, "is of type str, expected an object"),
