@@ -81,7 +81,8 @@ def test_templates_leave_paragraphs_of_empty_fields_away() -> None:
 def test_a_template_that_names_no_field_of_any_record_is_refused(tmp_path: Path) -> None:
     """`input` may be empty in some; a name that was misspelled lacks in all."""
     (tmp_path / "a.jsonl").write_text(
-        '{"instruction": "q", "input": "x", "output": "a"}\n{"instruction": "q", "input": "", "output": "a"}\n'
+        '{"instruction": "q", "input": "x", "output": "a"}\n'
+        '{"instruction": "q", "input": "", "output": "a"}\n'
     )
     for template, lacking in (("{instruction}\n\n{input}", None), ("{instrution}\n\n{input}", "instrution")):
         config = CorpusConfig(paths=[str(tmp_path / "a.jsonl")], format="jsonl", template=template)

@@ -15,7 +15,7 @@ import torch
 from torch.distributed import PrefixStore, TCPStore
 
 from sparsekd.trainer.run import waiting
-from sparsekd.trainer.run.errors import RankLostError, UserError
+from sparsekd.trainer.run.errors import RankLostError, Stopped, UserError
 from sparsekd.trainer.run.process import Process, this_process
 from sparsekd.trainer.run.ranks import Ranks, broadcast_object
 from sparsekd.trainer.run.stop import StopRequest, StopWatch
@@ -151,6 +151,23 @@ def test_a_first_rank_that_is_gone_is_named_once(served_store: tuple["subprocess
     with pytest.raises(SystemExit) as left:
         silent.result()
     assert left.value.code == 2
+
+
+def test_a_request_that_the_others_have_not_heard_is_no_agreement(
+    served_store: tuple["subprocess.Popen[str]", int],
+) -> None:
+    """The first rank is dead: a collective behind it would wait for it."""
+    first, port = served_store
+    store = TCPStore("127.0.0.1", port, is_master=False)
+    processes = (Process("node1", "another machine", 5, 1), this_process())
+    here = Ranks(1, 1, 2, torch.device("cpu"), processes, store=store, timeout_seconds=60)
+    first.kill()
+    first.wait()
+    watch = StopWatch()
+    watch.note_signal(SIGUSR2)
+    with pytest.raises(Stopped, match="asked to stop") as caught:
+        patiently(here, int, watch)
+    assert not isinstance(caught.value, StopAsked)
 
 
 def test_the_work_holds_no_collective() -> None:
