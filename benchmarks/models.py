@@ -131,7 +131,7 @@ def tried(model_type: str, store: LogitStore) -> Outcome:
         step = trained(Student(model, settings), store, settings.objective)
     except TimeoutError:
         raise
-    except Exception as error:
+    except Exception as error:  # ours or the model's own: the page says which
         return Outcome(REFUSED, attention, why=first_line(error))
     try:
         said = check_exportable(config, source, store, dtype=torch.float32)

@@ -77,7 +77,7 @@ def test_the_running_code_is_the_package_that_python_finds(monkeypatch: pytest.M
 def test_a_page_begins_with_code_and_cache() -> None:
     code = page.Code("of commit `abc`, unchanged", "0123")
     words = {"machine": "a machine", "packages": ["numpy", "no-such-package"]}
-    made, _, cache = page.made_by("store.py", ["--cache", "/home/me/cache"], code, cache="", **words)
+    made, _, cache = page.made_by("store.py", ["--cache", "/somewhere/cache"], code, cache="", **words)
     assert made.startswith("Written by `benchmarks/store.py --cache cache` on ")
     assert "code of commit `abc`, unchanged, digest `0123`: a machine; numpy " in made
     assert "no-such-package not installed, Python 3." in made

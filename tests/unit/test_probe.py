@@ -62,6 +62,14 @@ def test_a_scale_that_is_not_read_is_refused(store: LogitStore) -> None:
         prove(model_of("granite", **LLAMA, logits_scaling=4.0), store, scale=False)
 
 
+def test_a_head_that_reads_no_hidden_states_is_refused(store: LogitStore) -> None:
+    """ELECTRA's comes behind a projection to the width of its embeddings."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = model_of("electra", embedding_size=16, is_decoder=True, **sizes)
+    with pytest.raises(ModelError, match="takes 16 values a position, and its decoder makes 32"):
+        prove(model, store)
+
+
 def mamba() -> PreTrainedModel:
     return model_of("mamba", hidden_size=16, num_hidden_layers=2, state_size=4)
 

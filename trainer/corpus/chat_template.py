@@ -189,7 +189,7 @@ class ChatTemplate:
         """
         try:
             text, marks = self._render_with_marks(PROBE, None)
-        except Exception as error:
+        except Exception as error:  # a template may raise anything
             raise DataError(
                 "The tokenizer's chat template cannot write a plain conversation "
                 f"({first_line(error)}); give another as the file corpus.chat_template."

@@ -274,7 +274,17 @@ def dense_logits(
     head: nn.Linear,
     transform: HeadTransform,
 ) -> Tensor:  # (..., vocabulary_size) float32
-    """The model's logits over the true vocabulary, in float32. Gathers [..., V]: for small batches only."""
+    """The model's logits over the true vocabulary, in float32. Gathers [..., V]: for small batches only.
+
+    Raises:
+        ModelError: The head takes something else than what the decoder makes.
+    """
+    if hidden.shape[-1] != head.in_features:
+        raise ModelError(
+            f"The head of the model takes {head.in_features:,} values a position, and its decoder makes "
+            f"{hidden.shape[-1]:,}: something stands between them that sparsekd does not know (ELECTRA and "
+            "RoFormer are so); choose a model whose head reads the decoder's hidden states."
+        )
     logits = torch.nn.functional.linear(hidden.float(), head.weight.float())
     if head.bias is not None:
         logits = logits + head.bias.float()
