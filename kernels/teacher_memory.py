@@ -59,7 +59,6 @@ def peak_bytes(
     k: int,
     n: int,
     grid: int,
-    draw_temperature: float,
     chunk_positions: int | None,
 ) -> int:
     """Most bytes alive at one time in `teacher_statistics`, beyond its arguments; its result is counted.
@@ -75,7 +74,6 @@ def peak_bytes(
         k: entries of the head.
         n: draws.
         grid: temperatures of the grid, 1 and the draw temperature among them.
-        draw_temperature: T_d.
         chunk_positions: C; None takes `positions_rule`.
     """
     chunk = min(chunk_positions or positions_rule(impl, vocabulary_size), max(positions, 1))

@@ -163,7 +163,6 @@ def test_peak_memory_is_the_formula(impl):
         k=k,
         n=draws,
         grid=len(GRID),
-        draw_temperature=1.0,
         chunk_positions=None,
     )
     assert 0.9 * formula < transient < 1.1 * formula

@@ -59,7 +59,6 @@ def test_peak_is_the_formula(impl, count, n, draw_temperature, chunk, tmp_path):
         k=8,
         n=n,
         grid=3,
-        draw_temperature=draw_temperature,
         chunk_positions=chunk,
     )
     assert 0.95 * formula < peak < 1.05 * formula
@@ -70,7 +69,7 @@ def test_chunks_and_memory():
     assert teacher_memory.positions_rule("triton", 262144) == 1024
     assert teacher_memory.positions_rule("torch", 2048) == 1024
     assert teacher_memory.positions_rule("torch", 128256) == 256
-    shape = {"vocabulary_size": 128256, "k": 64, "n": 32, "grid": 3, "draw_temperature": 1.0}
+    shape = {"vocabulary_size": 128256, "k": 64, "n": 32, "grid": 3}
     peak = teacher_memory.peak_bytes("triton", positions=8192, chunk_positions=None, **shape)
     # One slab and a little: a quarter of the whole logits in float32, and less where chunks are shorter.
     assert 1 < peak / (4 * 2048 * 128256) < 1.1
