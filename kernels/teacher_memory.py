@@ -42,6 +42,16 @@ def draw_bytes(n: int, vocabulary_size: int) -> int:
     return 24 * n * PART if n * PART < vocabulary_size else 8 * vocabulary_size * (n > 0) + 32 * n
 
 
+def torch_slice(chunk: int, n: int, vocabulary_size: int, *, on_cpu: bool) -> int:
+    """Positions whose record `torch` makes at a time, of a chunk.
+
+    A GPU has no cache that holds a slice, and wants few launches; what draws take is bounded by the chunk.
+    """
+    draws = max(draw_bytes(n, vocabulary_size), 1)
+    most = slice_positions(vocabulary_size) if on_cpu else 4 * chunk * vocabulary_size // draws
+    return min(max(most, 1), chunk)
+
+
 def list_room(k: int) -> int:
     """Entries that `triton` can list for a row before it takes the k largest of them.
 
@@ -60,12 +70,12 @@ def peak_bytes(
     n: int,
     grid: int,
     chunk_positions: int | None,
+    on_cpu: bool = True,
 ) -> int:
     """Most bytes alive at one time in `teacher_statistics`, beyond its arguments; its result is counted.
 
-    For inputs of bfloat16 on CUDA, or of float32; other bfloat16 inputs are widened once beside it. That of
-    `torch` is for the CPU; elsewhere a slice is a whole chunk. Chunks that `triton` does again with `torch`
-    are an eighth as long and stay below it.
+    For inputs of bfloat16 on CUDA, or of float32; other bfloat16 inputs are widened once beside it. Chunks
+    that `triton` does again with `torch` are an eighth as long and stay below it.
 
     Args:
         impl: "torch" or "triton".
@@ -75,13 +85,14 @@ def peak_bytes(
         n: draws.
         grid: temperatures of the grid, 1 and the draw temperature among them.
         chunk_positions: C; None takes `positions_rule`.
+        on_cpu: where `torch` runs.
     """
     chunk = min(chunk_positions or positions_rule(impl, vocabulary_size), max(positions, 1))
     result = positions * (8 * k + 12 * n + 4 * (grid + 3))
     if impl == "torch":
         # The logits; powers and their products of a slice; and of each position the entries among which its
         # draws or its largest entries are, with their columns.
-        rows = min(slice_positions(vocabulary_size), chunk)
+        rows = torch_slice(chunk, n, vocabulary_size, on_cpu=on_cpu)
         ranked = min((k + 2) * PART, vocabulary_size) if k else 0
         return (
             4 * vocabulary_size * (chunk + 2 * rows)

@@ -18,7 +18,7 @@ from sparsekd.kernels.gemm import (
     wide_dtype,
     wide_product,
 )
-from sparsekd.kernels.teacher_memory import PART, draw_bytes, slice_positions
+from sparsekd.kernels.teacher_memory import PART, torch_slice
 from sparsekd.kernels.teacher_record import (
     SumsOfRest,
     TeacherInputs,
@@ -34,10 +34,7 @@ def torch_statistics(inputs: TeacherInputs) -> TeacherStatistics:
     hidden, size = inputs.hidden, inputs.head.vocabulary_size
     count, dtype = hidden.shape[0], wide_dtype(hidden.dtype)
     chunk = min(inputs.chunk_positions, max(count, 1))
-    # A GPU has no cache that holds a slice, and wants few launches; what draws take is bounded by the chunk.
-    draws = draw_bytes(inputs.uniforms.shape[1], size)
-    most = 4 * chunk * size // max(draws, 1) if hidden.is_cuda else slice_positions(size)
-    step = min(max(most, 1), chunk)
+    step = torch_slice(chunk, inputs.uniforms.shape[1], size, on_cpu=not hidden.is_cuda)
     bias = None if inputs.bias is None else inputs.bias[:size].to(dtype)
     sums = sums_of_rest(inputs.temperatures, inputs.draw_temperature)
     slices = []

@@ -164,5 +164,6 @@ def test_peak_memory_is_the_formula(impl):
         n=draws,
         grid=len(GRID),
         chunk_positions=None,
+        on_cpu=False,
     )
     assert 0.9 * formula < transient < 1.1 * formula

@@ -149,7 +149,7 @@ def test_types_shapes_and_no_positions(impl):
 
 @pytest.mark.parametrize(("impl", "chunks"), [("torch", (1, 4, 100)), ("triton", (3,))])
 def test_chunks_do_not_matter(impl, chunks, monkeypatch):
-    monkeypatch.setattr("sparsekd.kernels.teacher_torch.slice_positions", lambda size: 3)
+    monkeypatch.setattr("sparsekd.kernels.teacher_memory.slice_positions", lambda size: 3)
     count = 23 if impl == "torch" else 8
     hidden, weight, bias, labels, generator = inputs(count=count)
     head = HeadTransform(vocabulary_size=67, scale=1.0, softcap=None)
