@@ -1,8 +1,9 @@
 """A lease: a file that says who works at a place, told without trusting any machine's clock.
 
-It is created exclusively and touched again and again by whoever holds it. One that has not been touched for
-long, as the file system's own times say, or whose process is known to be dead, is taken over. A holder that
-was only asleep finds out when it reads the file again; so a lease saves work, and alone keeps nothing safe.
+It comes into its place whole, never over another, and is touched again and again by whoever holds it. One that
+has not been touched for long, as the file system's own times say, or whose process is known to be dead, is
+taken over. A holder that was only asleep finds out when it reads the file again; so a lease saves work, and
+alone keeps nothing safe.
 """
 
 import contextlib
@@ -209,7 +210,29 @@ def now_at(folder: Path, name: str) -> int:
 
 
 def _created(place: Path, data: bytes) -> bool:
-    """Creates a lease's file, unless there is one."""
+    """Creates a lease's file, whole from its first moment on, unless there is one.
+
+    One that is created and filled afterwards names nobody where its maker is killed in between, and only its
+    age could tell that it is free.
+    """
+    if os.path.lexists(place):
+        return False
+    whole = place.with_name(f".{place.name}.new-{uuid.uuid4().hex[:12]}")
+    try:
+        whole.write_bytes(data)
+        try:
+            os.link(whole, place)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            return _created_in_place(place, data)
+        return True
+    finally:
+        whole.unlink(missing_ok=True)
+
+
+def _created_in_place(place: Path, data: bytes) -> bool:
+    """Creates a lease's file and fills it, unless there is one."""
     try:
         with place.open("xb") as file:
             try:

@@ -248,3 +248,49 @@ def test_an_owners_file_that_could_not_be_written_goes_again(tmp_path: Path) -> 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
+
+
+KILLED_AT_EACH_LINE = """
+import os, signal, sys
+from pathlib import Path
+from sparsekd.trainer.run import lease
+place, me = Path(sys.argv[1]), lease.Holder.of_this_process({})
+
+def killed_at(last):
+    def look(frame, event, argument):
+        if frame.f_code.co_filename != lease.__file__:
+            return None
+        if event == "line":
+            killed_at.lines += 1
+            if killed_at.lines == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return look
+    killed_at.lines = 0
+    sys.settrace(look)
+    lease.take(place, lease.Holder.of_this_process({}))
+    sys.settrace(None)
+    os._exit(0)
+
+last, status = 1, 1
+while status:
+    if (child := os.fork()) == 0:
+        killed_at(last)
+    status = os.waitpid(child, 0)[1]
+    lease.take(place, me).release()
+    last += 1
+print(last)
+"""
+
+
+@pytest.mark.parametrize("links", ["", "def _none(*_): raise OSError(95, 'none')\nos.link = _none"])
+def test_one_that_is_killed_while_it_takes_a_lease_is_followed_at_once(tmp_path: Path, links: str) -> None:
+    """At whatever line: a file that names nobody would hold all others up until it is old."""
+    program = KILLED_AT_EACH_LINE.replace("place, me", f"{links}\nplace, me", 1)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "lease")], capture_output=True, text=True
+    )
+    if links:  # without hard links it may, and says so
+        assert "HeldError" in done.stderr
+    else:
+        assert done.returncode == 0 and int(done.stdout) > 10, done.stderr
+        assert not (tmp_path / "lease").exists()
