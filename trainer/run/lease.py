@@ -1,9 +1,9 @@
 """A lease: a file that says who works at a place, told without trusting any machine's clock.
 
-It comes into its place whole, never over another, and is touched again and again by whoever holds it. One that
-has not been touched for long, as the file system's own times say, or whose process is known to be dead, is
-taken over. A holder that was only asleep finds out when it reads the file again; so a lease saves work, and
-alone keeps nothing safe.
+It comes into its place whole, never over another, and is touched again and again by whoever holds it. One
+that has not been touched for long, as the file system's own times say, or whose process is known to be dead,
+is taken over. A holder that was only asleep finds out when it reads the file again; so a lease saves work,
+and alone keeps nothing safe.
 """
 
 import contextlib
