@@ -10,7 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SHARED = ("config", "run", "models", "data", "state")
 ROOMS = ("corpus", "teacher", "student", "quality", "report", "export", "planning")
-PLAIN = {"sparsekd.trainer.quality.result", "sparsekd.trainer.quality.table"}
+PLAIN = {
+    "sparsekd.trainer.quality.result",
+    "sparsekd.trainer.quality.table",
+    "sparsekd.trainer.planning.measured",
+}
 """Data types, and how they print: what a room may know of another."""
 GROUND_FLOOR = {
     "kernels": {"torch", "triton", "numpy"},

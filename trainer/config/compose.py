@@ -176,9 +176,16 @@ def _check_prepare(config: Config) -> None:
 
 
 def _check_capture(config: Config) -> None:
+    _check_teacher_pass(config)
+    require(config.store.path, "store.path", "to know where the logit store goes")
+
+
+def _check_teacher_pass(config: Config) -> None:
+    """Of a teacher over tokens, wherever its records go."""
     store = config.store
-    check_store(store.tokens, "store.tokens", "as the token store that capture reads (written by `prepare`)")
-    require(store.path, "store.path", "to know where the logit store goes")
+    check_store(
+        store.tokens, "store.tokens", "as the token store that the teacher reads (written by `prepare`)"
+    )
     _check_model_path(
         require(config.teacher.path, "teacher.path", "to know which teacher to run"), "teacher.path"
     )
@@ -235,6 +242,8 @@ def _check_plan(config: Config) -> None:
             f"plan speaks of one store, but data.mixture names {len(config.data.mixture)}: call it for each, "
             "with its store.tokens, and leave data.mixture out."
         )
+    if config.plan.probe_rows:
+        _check_teacher_pass(config)
 
 
 def _check_evaluate(config: Config) -> None:

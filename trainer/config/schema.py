@@ -1,5 +1,5 @@
-"""The typed configuration: the one home of every default but a corpus's (`corpus.py`), with the
-comments that `--help` shows.
+"""The typed configuration: the one home of every default but a corpus's (`corpus.py`) and a plan's
+(`plan.py`), with the comments that `--help` shows.
 
 YAML groups in `conf/` only override what stands here. This module and `compose.py` stay free of torch, so
 that `--help`, `plan` and a mistyped key answer at once.
@@ -14,6 +14,7 @@ from sparsekd.logit_store.manifest_checks import POSITION_RULES
 from sparsekd.logit_store.places.access import KINDS as ACCESS_KINDS
 from sparsekd.trainer.config.corpus import CorpusConfig
 from sparsekd.trainer.config.option import option
+from sparsekd.trainer.config.plan import PlanConfig
 from sparsekd.trainer.run.errors import ConfigError
 
 
@@ -407,24 +408,6 @@ class ReportConfig:
     title: str = option("Distillation report", "Heading of the page.")
     continuations: int = option(3, "Held-out prompts that every model continues.", minimum=0)
     continuation_tokens: int = option(48, "Tokens in each continuation.", minimum=1)
-
-
-@dataclass
-class PlanConfig:
-    tokens: float | None = option(None, "Tokens of the corpus, where no token store is given.", minimum=1)
-    vocabulary_size: int | None = option(None, "Vocabulary, where no token store is given.", minimum=2)
-    hidden_size: int | None = option(
-        None, "Width of the student's head, where student.config has none.", minimum=1
-    )
-    teacher_hidden_size: int | None = option(
-        None,
-        "Width of the teacher's hidden states, where store.features keeps them whole and teacher.path is no "
-        "folder.",
-        minimum=1,
-    )
-    teacher_tokens_per_second: float | None = option(
-        None, "Measured speed of the teacher pass, for its hours."
-    )
 
 
 @dataclass

@@ -35,15 +35,27 @@ def compose(overrides: Sequence[str] = (), *, config_directory: str | None = Non
 
 
 def plan(settings: Settings) -> None:
-    """Prints tokens, bytes, shards and memory, before money is spent.
+    """Prints tokens, bytes, shards, memory, hours and money, before any is spent.
+
+    With `plan.probe_rows` the teacher records some rows for it.
 
     Raises:
         UserError: Something that the user can put right, as for every verb.
         StoreError: A store cannot be read, likewise.
     """
+    plan_of(_ready("plan", settings))
+
+
+def plan_of(config: Config) -> None:
+    """`plan`, of a configuration that is checked."""
     from sparsekd.trainer.planning.plan import run
 
-    run(_ready("plan", settings))
+    if not config.plan.probe_rows:
+        run(config)
+        return
+    from sparsekd.trainer.teacher.trial import measured
+
+    run(config, measured(config))
 
 
 def prepare(settings: Settings) -> str:

@@ -17,7 +17,7 @@ from sparsekd.trainer.run.errors import ConfigError, FolderError, Stopped, Typed
 from sparsekd.trainer.run.stop import STOPPED_CODE, watched
 
 VERBS = {
-    "plan": "tokens, bytes, shards and memory, before money is spent",
+    "plan": "tokens, bytes, shards, memory, hours and money, before any is spent (--probe measures)",
     "doctor": "versions and problems of this environment, each with its remedy",
     "prepare": "text -> tokenized rows with document boundaries (a token store)",
     "capture": "teacher pass: token store -> logit store, by any number of ranks",
@@ -27,6 +27,9 @@ VERBS = {
     "evaluate": "teacher, student and baseline side by side on held-out rows",
     "report": "one HTML page: what was won, where, and how it was made",
 }
+
+PROBE = "plan.probe_rows=16"
+"""What `plan --probe` says."""
 
 EXAMPLES = """examples:
   sparsekd prepare corpus=jsonl 'corpus.paths=[data/*.jsonl]' corpus.tokenizer=models/teacher \\
@@ -105,9 +108,13 @@ def _dispatch(verb: str, words: list[str]) -> int:
     parser.add_argument("--cfg", action="store_true")
     parser.add_argument("--run-folder", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
+    if verb == "plan":
+        parser.add_argument("--probe", action="store_true")
     parser.add_argument("-m", "--multirun", action="store_true")
     with typed():
         flags, overrides = _parse(parser, words)
+        if verb == "plan" and flags.probe:
+            overrides.insert(0, PROBE)  # whoever types the key as well means that
         if flags.multirun:
             from sparsekd.trainer.door.sweep import run_sweep
 
@@ -150,7 +157,7 @@ def _doctor(words: list[str]) -> int:
 
 def _run(verb: str, config: Config, overrides: list[str]) -> None:
     if verb == "plan":
-        from sparsekd.trainer.planning.plan import run as run_verb
+        from sparsekd.trainer.door.api import plan_of as run_verb
     elif verb in ("prepare", "capture"):
         # Around the imports, too: a signal may come while libraries are loaded.
         with watched(os.environ) as watch:
@@ -213,7 +220,7 @@ def _overview() -> str:
 
 # The sections of the configuration that each verb reads, or the keys, where it reads few of a section.
 SECTIONS = {
-    "plan": ("corpus", "store", "teacher.path", "student", "objective", "train", "engine", "plan"),
+    "plan": ("corpus", "store", "teacher", "student", "objective", "train", "engine", "launch", "plan"),
     "doctor": ("run.root",),
     "prepare": ("corpus", "store"),
     "capture": ("store", "teacher", "launch", "launch.slurm", "engine.timeout_minutes"),

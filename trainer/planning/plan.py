@@ -1,4 +1,6 @@
-"""`plan`: how large, how long and how much memory, before money is spent. Torch-free: it answers at once.
+"""`plan`: how large, how long, how much memory and money, before any is spent.
+
+Torch-free: it answers at once. What a teacher says of some rows is measured elsewhere and given to it.
 
 Shapes: C positions of a chunk, N positions of a micro-batch, H hidden, V vocabulary.
 """
@@ -10,7 +12,9 @@ from typing import Any
 from sparsekd.kernels import memory
 from sparsekd.logit_store.tools.inspect import RULE_NOTES, TARGET_NOTES
 from sparsekd.trainer.config.loss_memory import cut_text, loss_memory
-from sparsekd.trainer.config.schema import Config, PlanConfig, StoreConfig, StudentConfig, TrainConfig
+from sparsekd.trainer.config.schema import Config, StoreConfig, StudentConfig, TrainConfig
+from sparsekd.trainer.planning.measured import Measured
+from sparsekd.trainer.planning.money import Work, money_lines, time_lines
 from sparsekd.trainer.planning.store_size import Corpus, StoreSize, corpus_of, store_size, token_store
 from sparsekd.trainer.run.console import readable_seconds, size_text
 from sparsekd.trainer.run.errors import ConfigError
@@ -72,16 +76,32 @@ def model_state_bytes(parameters: int, *, stage: int, dtype: str, ranks: int) ->
     return parameters * sum(share)
 
 
-def run(config: Config) -> None:
-    """Prints the plan."""
+def run(config: Config, measured: Measured | None = None) -> None:
+    """Prints the plan.
+
+    Args:
+        config: The composed configuration.
+        measured: Some rows of these tokens that the teacher has recorded; None to estimate.
+    """
     corpus = corpus_of(config)
-    size = store_size(config, corpus)
+    size = store_size(config, corpus, measured)
+    works = _works(config, corpus, measured)
+    keys = {
+        works[0].name: "plan.teacher_tokens_per_second=..., or --probe",
+        works[1].name: "plan.student_tokens_per_second=...",
+    }
+    records = "estimated on text-like rows" if measured is None else "of records as they were measured"
     for title, lines in (
-        ("corpus", _corpus_lines(config.train, config.plan, corpus)),
-        ("store, estimated on text-like rows", _store_lines(config.store, corpus, size)),
+        ("corpus", _corpus_lines(config.train, corpus)),
+        ("measured", _measured_lines(measured, size)),
+        ("time", time_lines(works, keys)),
+        ("money", money_lines(config.plan, works)),
+        (f"store, {records}", _store_lines(config.store, corpus, size)),
         ("student", _student_lines(config, corpus)),
         ("loss of one micro-batch", _loss_lines(config, corpus)),
     ):
+        if not lines:
+            continue
         print(title)
         width = max(len(name) for name, _ in lines)
         for name, value in lines:
@@ -89,18 +109,30 @@ def run(config: Config) -> None:
     if token_store(config.store) is None:
         print("next: sparsekd prepare corpus.paths=[...] store.tokens=FOLDER")
     else:
-        path = config.store.path or "STORE"
+        path, teacher = config.store.path or "STORE", config.teacher.path or "MODEL"
         print(
             "next: torchrun --nproc-per-node RANKS --no-python sparsekd capture "
-            f"store.tokens={config.store.tokens} store.path={path} teacher.path=MODEL",
+            f"store.tokens={config.store.tokens} store.path={path} teacher.path={teacher}",
             flush=True,
         )
 
 
-def _corpus_lines(train: TrainConfig, plan: PlanConfig, corpus: Corpus) -> list[tuple[str, str]]:
+def _works(config: Config, corpus: Corpus, measured: Measured | None) -> list[Work]:
+    """The teacher pass and the trainings."""
+    plan, train = config.plan, config.train
+    each = plan.teacher_tokens_per_second or (measured.tokens_per_second if measured is not None else None)
+    trainings = "training" if plan.trainings == 1 else f"{plan.trainings} trainings"
+    trained = train.steps * train.global_batch_rows * corpus.sequence_length * plan.trainings
+    return [
+        Work("teacher pass", corpus.tokens, each and each * plan.workers, plan.workers),
+        Work(trainings, trained, plan.student_tokens_per_second, plan.student_devices),
+    ]
+
+
+def _corpus_lines(train: TrainConfig, corpus: Corpus) -> list[tuple[str, str]]:
     batch = train.global_batch_rows
     read = train.steps * batch
-    lines = [
+    return [
         ("tokens", f"{corpus.tokens:,} ({corpus.source})"),
         ("rows", f"{corpus.rows:,} of {corpus.sequence_length:,} tokens"),
         ("vocabulary", f"{corpus.vocabulary_size:,}"),
@@ -110,11 +142,37 @@ def _corpus_lines(train: TrainConfig, plan: PlanConfig, corpus: Corpus) -> list[
             f"{read / max(corpus.train_rows, 1):.2f} times the training rows",
         ),
     ]
-    speed = plan.teacher_tokens_per_second
-    if speed is None:
-        lines.append(("teacher pass", "time unknown; give plan.teacher_tokens_per_second=..."))
-    else:
-        lines.append(("teacher pass", f"{readable_seconds(corpus.tokens / speed)} at {speed:,.0f} tokens/s"))
+
+
+def _measured_lines(measured: Measured | None, size: StoreSize) -> list[tuple[str, str]]:
+    """What the teacher said of some rows, and how fast."""
+    if measured is None:
+        return []
+    record, speed = measured.manifest.record, measured.tokens_per_second
+    share = measured.encode_seconds / measured.pass_seconds
+    lines = [
+        (
+            "speed",
+            f"{speed:,.0f} tokens/s on one {measured.where}, over {len(measured.rows)} rows, after "
+            f"{readable_seconds(measured.loading_seconds)} of loading; store.features are left out",
+        ),
+        ("encoding", f"{share:.1%} of that time, beside it"),
+        ("writing", f"{size_text((sum(size.planes.values()) + size.around) * speed)}/s of each worker"),
+    ]
+    if measured.loss is None or measured.tail is None:
+        return [*lines, ("teacher", "no position of these rows counts in the loss")]
+    lines += [
+        ("teacher", f"{measured.loss:.3f} nats per token"),
+        ("tail", f"{measured.tail:.4f} of the probability lies outside the {record.k} largest, on the mean"),
+    ]
+    if measured.noise is not None:
+        lines.append(
+            (
+                "draws",
+                f"{record.n} of them know a tail's part of the loss at one position to {measured.noise:.4f} "
+                "nats for each nat by which log p - log q spreads there; batches average it out",
+            )
+        )
     return lines
 
 
@@ -133,7 +191,7 @@ def _store_lines(store: StoreConfig, corpus: Corpus, size: StoreSize) -> list[tu
     lines += [
         ("all planes", f"{sum(size.planes.values()):8.2f} bytes per token"),
         ("around them", f"{size.around:8.2f} bytes per token"),
-        ("size", f"{size_text(size.total)} in {corpus.shards:,} shards"),
+        ("size", f"{size_text(size.total)} in {corpus.shards:,} shards, {2 * corpus.shards:,} files"),
     ]
     if store.features:
         lines.append(("", "hidden states as if they were normal numbers; large models' take less as int8"))

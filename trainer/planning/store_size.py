@@ -1,5 +1,5 @@
-"""How large a store becomes: its text measured on rows that are there, its records and hidden states on
-made-up ones of the same number. Torch-free.
+"""How large a store becomes: its text measured on rows that are there; its records on some that a teacher has
+made, or on made-up ones of the same number, as hidden states are. Torch-free.
 
 Shapes: L tokens of a row, M recorded positions of a row, F positions of a row with hidden states.
 """
@@ -39,6 +39,7 @@ from sparsekd.logit_store.synthetic_text import can_be_text_like, text_like_rows
 from sparsekd.trainer.config.feature_requests import FeatureRequest, feature_requests
 from sparsekd.trainer.config.record import record_spec
 from sparsekd.trainer.config.schema import Config, CorpusConfig, PlanConfig, StoreConfig, TeacherConfig
+from sparsekd.trainer.planning.measured import Measured
 from sparsekd.trainer.run.errors import ConfigError
 
 # A longer row costs no less per position, but makes the plan slow.
@@ -237,8 +238,13 @@ def _weighted(row: Row, manifest: Manifest) -> Row:
     return replace(row, optional=weight_runs(weights[numbers]))
 
 
-def store_manifest(config: Config, corpus: Corpus) -> Manifest:
+def store_manifest(config: Config, corpus: Corpus, measured: Measured | None = None) -> Manifest:
     """The manifest of the store that `capture` would write of rows as those of the sample.
+
+    Args:
+        config: The composed configuration.
+        corpus: What will be captured.
+        measured: Some rows' records, whose manifest has what only a teacher tells.
 
     Raises:
         ConfigError: An entry of store.features has another form, or keeps hidden states of unknown width.
@@ -249,12 +255,15 @@ def store_manifest(config: Config, corpus: Corpus) -> Manifest:
     if not _captures(spec):
         return replace(corpus.manifest, codec=codec)
     size = teacher_hidden_size(config.teacher, config.plan)
+    features = tuple(_feature(request, size) for request in feature_requests(spec.features))
+    if measured is not None:
+        return replace(measured.manifest, features=features)
     return replace(
         corpus.manifest,
         record=record_spec(replace(spec, temperatures=sorted(spec.temperatures))),
         teacher=TeacherIdentity("plan", None, "", "", "", "", {}),
         codec=codec,
-        features=tuple(_feature(request, size) for request in feature_requests(spec.features)),
+        features=features,
     )
 
 
@@ -287,24 +296,25 @@ def _feature(request: FeatureRequest, size: int | None) -> FeatureSpec:
     )
 
 
-def store_size(config: Config, corpus: Corpus) -> StoreSize:
+def store_size(config: Config, corpus: Corpus, measured: Measured | None = None) -> StoreSize:
     """Estimates the store that `capture` would write, or without records and hidden states, `prepare`.
 
     The codec itself says what a plane takes. Text is that of the sample's rows; where records stand in them
-    follows from the rule. Records are made up, as many as the corpus has in a row on the mean, and hidden
-    states are normal numbers, which hardly compress: those of large models, with their few large numbers,
-    take less as int8.
+    follows from the rule. Records are those that were measured, or made up, as many as the corpus has in a
+    row on the mean. Hidden states are normal numbers, which hardly compress: those of large models, with
+    their few large numbers, take less as int8.
 
     Raises:
         ConfigError: As `store_manifest`.
         StoreError: As `store_manifest`.
     """
-    manifest = store_manifest(config, corpus)
+    manifest = store_manifest(config, corpus, measured)
     found = _of_text(corpus, manifest)
     of_records = 0.0
     if manifest.teacher is not None:
         per_token = corpus.recorded / corpus.tokens
-        each = _of_records(manifest, corpus.recorded / corpus.rows)
+        each = _of_measured(measured) if measured is not None else {}
+        each = each or _of_records(manifest, corpus.recorded / corpus.rows)
         found |= {name: size * per_token for name, size in each.items()}
         of_records = sum(each.values())
     for plane, spec in zip(_features(manifest), manifest.features, strict=True):
@@ -337,6 +347,24 @@ def _of_text(corpus: Corpus, manifest: Manifest) -> dict[str, float]:
     return {name: size / (len(corpus.sample) * manifest.sequence_length) for name, size in sizes.items()}
 
 
+def _of_measured(measured: Measured) -> dict[str, float]:
+    """Bytes of each plane of a record that a teacher has made; nothing where it has made none."""
+    sizes = dict.fromkeys((plane.name for plane in _record_planes(measured.manifest)), 0)
+    codec, records = codec_of(measured.manifest), 0
+    for _, row in measured.rows:
+        stored = codec.encode(row, measured.manifest)
+        sizes = {name: size + len(stored[name]) for name, size in sizes.items()}
+        records += 0 if row.recorded is None else int(np.count_nonzero(row.recorded))
+    return {name: size / records for name, size in sizes.items()} if records else {}
+
+
+def _record_planes(manifest: Manifest) -> list[Plane]:
+    """The planes of the teacher's distribution, hidden states not among them."""
+    return [
+        plane for plane in planes_of(manifest) if plane.stands == "recorded" and plane.coding != "vectors"
+    ]
+
+
 def _of_records(manifest: Manifest, per_row: float) -> dict[str, float]:
     """Bytes of each plane of a record, where a row has so many: few in a row share the beginnings of frames
     with few."""
@@ -364,11 +392,7 @@ def _of_records(manifest: Manifest, per_row: float) -> dict[str, float]:
     recorded[there[kept]] = True
     part = replace(row, teacher=take_records(row.teacher, kept), recorded=recorded)
     stored = codec_of(everywhere).encode(part, everywhere)
-    return {
-        plane.name: len(stored[plane.name]) / count
-        for plane in planes_of(manifest)
-        if plane.stands == "recorded" and plane.coding != "vectors"
-    }
+    return {plane.name: len(stored[plane.name]) / count for plane in _record_planes(manifest)}
 
 
 def _features(manifest: Manifest) -> list[Plane]:

@@ -7,14 +7,13 @@ outside of it: a killed capture is started again with the same command, on as ma
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers.utils.logging import disable_progress_bar
 
 from sparsekd.launch.env import array_share
@@ -34,7 +33,7 @@ from sparsekd.logit_store.protocol.layout import INDEX_NAME
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.recover import adopt_orphans
 from sparsekd.logit_store.protocol.writer import committed_shards, create_store, seal
-from sparsekd.logit_store.row import Row, TeacherRecord
+from sparsekd.logit_store.row import Row
 from sparsekd.logit_store.spacing import evenly
 from sparsekd.logit_store.tools.inspect import RULE_NOTES
 from sparsekd.trainer.config.feature_requests import feature_requests, request_of
@@ -52,6 +51,7 @@ from sparsekd.trainer.teacher.features import make_features, read_projections
 from sparsekd.trainer.teacher.model import check_teacher_tokenizer, load_teacher
 from sparsekd.trainer.teacher.records import recorded_rows
 from sparsekd.trainer.teacher.settings import resolved_settings
+from sparsekd.trainer.teacher.summary import summary_of
 from sparsekd.trainer.teacher.units import Shard, rows_of_unit, turns_of, units_of_tokens
 from sparsekd.trainer.teacher.weights import teacher_identity, teacher_name
 from sparsekd.trainer.teacher.work import Worker
@@ -261,15 +261,7 @@ def _create(
     features, files = _features(
         config.store, path, teacher, tokens, rows_at_once=config.teacher.micro_batch_rows
     )
-    manifest = replace(
-        tokens.manifest,
-        dataset={**tokens.manifest.dataset, "token_store": tokens.digest},
-        tokenizer=replace(tokens.manifest.tokenizer, vocabulary_size=teacher.transform.vocabulary_size),
-        record=record_spec(config.store),
-        teacher=identity,
-        codec=_codec(config.store, tokens, teacher.transform.vocabulary_size),
-        features=features,
-    )
+    manifest = manifest_of(config.store, tokens, teacher, identity, features)
     create_store(path, manifest, tokens.tokenizer_path, files)
     if exists(path / INDEX_NAME):
         # Nothing of a sealed store is moved: what it lacks is damage, and must come back to the byte.
@@ -289,6 +281,26 @@ def _create(
             flush=True,
         )
     return manifest, False
+
+
+def manifest_of(
+    settings: StoreConfig,
+    tokens: LogitStore,
+    teacher: OpenModel,
+    identity: TeacherIdentity | None,
+    features: tuple[FeatureSpec, ...],
+) -> Manifest:
+    """The manifest of the store of this teacher's records over these tokens."""
+    size = teacher.transform.vocabulary_size
+    return replace(
+        tokens.manifest,
+        dataset={**tokens.manifest.dataset, "token_store": tokens.digest},
+        tokenizer=replace(tokens.manifest.tokenizer, vocabulary_size=size),
+        record=record_spec(settings),
+        teacher=identity,
+        codec=_codec(settings, tokens, size),
+        features=features,
+    )
 
 
 def _features(
@@ -383,28 +395,9 @@ def _tell_end(path: StorePath) -> None:
 
 def _summary(store: LogitStore, split: str) -> str:
     """Mean tail mass and teacher NLL of a split, over evenly spaced rows."""
-    losses, tails = [], []
     chosen = evenly(store.rows(split), SUMMARY_ROWS)
-    for index in chosen:
-        row = store.read_row(split, index)
-        record = row.teacher
-        assert record is not None and row.recorded is not None  # capture wrote it
-        counted = row.loss_mask[row.recorded]
-        losses.append(-record.true_logprob[counted])
-        tails.append(tail_mass(record, store.manifest.record.temperatures)[counted])
-    loss, tail = np.concatenate(losses), np.concatenate(tails)
-    if not len(loss):
+    found = summary_of((store.read_row(split, index) for index in chosen), store.manifest.record)
+    if found is None:
         return f"no position with a loss in {len(chosen):,} rows"
     of = "" if len(chosen) == store.rows(split) else f" (over {len(chosen)} of {store.rows(split):,} rows)"
-    return f"teacher {loss.mean():.3f} nats per token, mean tail mass {tail.mean():.4f}{of}"
-
-
-def tail_mass(record: TeacherRecord, temperatures: Sequence[float]) -> NDArray[np.float64]:
-    """Probability outside the head at temperature 1, float64 [M].
-
-    Exact where the grid has temperature 1. Elsewhere 1 minus the head's mass, which knows a tail only down to
-    the rounding of the head's float32 entries.
-    """
-    if 1.0 in temperatures:
-        return np.exp(record.log_rest[:, list(temperatures).index(1.0)].astype(np.float64))
-    return np.maximum(1.0 - np.exp(record.head_logprobs.astype(np.float64)).sum(axis=1), 0.0)
+    return f"teacher {found.loss:.3f} nats per token, mean tail mass {found.tail:.4f}{of}"
