@@ -1,6 +1,7 @@
 """Rows of a store become the tensors of a micro-batch, and a thread reads them ahead of the training loop.
 
-Shapes: B rows of a micro-batch, L tokens of a row, P positions of the B * L reach the head, K stored entries.
+Shapes: B rows of a micro-batch, M positions of each that pass the model (`model_inputs`), P of the B * M
+reach the head, K stored entries.
 """
 
 import queue
@@ -41,15 +42,15 @@ class MicroBatch:
     are none here.
     """
 
-    token_ids: Tensor  # (B, L) int64
-    position_ids: Tensor  # (B, L) int64, restarting at each document
-    positions: Tensor  # (P,) int64, ascending: which of the B * L positions reach the head
+    token_ids: Tensor  # (B, M) int64
+    position_ids: Tensor  # (B, M) int64, restarting at each document
+    positions: Tensor  # (P,) int64, ascending: which of the B * M positions reach the head
     labels: Tensor  # (P,) int64, the next token, or IGNORED_LABEL
     ce_weights: Tensor  # (P,) float32
     kd_weights: Tensor  # (P,) float32
     targets: SparseTargets | None  # of P positions; None where the distillation term has weight 0
     weight_sum: Tensor  # float32 scalar: what the micro-batch adds to the denominator of the loss
-    routed: Tensor  # (B, L) bool: tokens, no padding, of rows in which the loss counts somewhere
+    routed: Tensor  # (B, M) bool: tokens, no padding, of rows in which the loss counts somewhere
 
 
 def rest_formula_of(objective: Objective, manifest: Manifest) -> RestFormula | None:
@@ -67,7 +68,7 @@ def rest_formula_of(objective: Objective, manifest: Manifest) -> RestFormula | N
 class HeadPositions(NamedTuple):
     """The positions of some rows that reach the head, in the rows' order."""
 
-    positions: NDArray[np.int64]  # (P,), ascending: which of the B * L positions they are
+    positions: NDArray[np.int64]  # (P,), ascending: which of the B * M positions they are
     labels: NDArray[np.int64]  # (P,), or IGNORED_LABEL
     ce_weights: NDArray[np.float32]  # (P,)
     kd_weights: NDArray[np.float32]  # (P,)
@@ -86,12 +87,12 @@ def head_positions(
     Made on the CPU, so that the head's input can be gathered on the device without a wait for it.
 
     Args:
-        labels: [B, L]; IGNORED_LABEL where there is none.
-        ce_weights: [B, L], the weight of each position's document where the loss counts, else 0. Their sum
+        labels: [B, M]; IGNORED_LABEL where there is none.
+        ce_weights: [B, M], the weight of each position's document where the loss counts, else 0. Their sum
             is the denominator, of the positions without a label, too.
-        kd_weights: [B, L], the same times the inverse of the probability with which the position was
+        kd_weights: [B, M], the same times the inverse of the probability with which the position was
             recorded, and 0 where it was not.
-        recorded: [B, L], which positions have a record; None where every position has one.
+        recorded: [B, M], which positions have a record; None where every position has one.
 
     Raises:
         ValueError: a weight in `kd_weights` where nothing is recorded.
@@ -140,18 +141,19 @@ def micro_batch(
     """
     rows, records = [row for row, _ in found], [records for _, records in found]
     token_ids, places = model_inputs(rows)
-    mask = np.stack([row.loss_mask for row in rows])
+    passes = slice(token_ids.shape[1])  # behind it there is nothing but padding
+    mask = np.stack([row.loss_mask[passes] for row in rows])
     weights = mask.astype(np.float32)
     if weighted:
-        weights *= np.stack([weights_of_positions(row) for row in rows])
+        weights *= np.stack([weights_of_positions(row)[passes] for row in rows])
     if counting is not None:
         weights[counting:] = 0
     recorded, kd_weights = None, np.zeros_like(weights)
     if records[0].rest is not None:
-        recorded = np.stack([row.recorded for row in rows if row.recorded is not None])
+        recorded = np.stack([row.recorded[passes] for row in rows if row.recorded is not None])
         kd_weights = weights * recorded
         kd_weights /= np.array([[each.share] for each in records], np.float32)
-    labels = np.stack([labels_of(row, target) for row in rows])
+    labels = np.stack([labels_of(row, target)[passes] for row in rows])
     head = head_positions(labels, weights, kd_weights, recorded)
     return MicroBatch(
         token_ids=token_ids,
@@ -160,31 +162,31 @@ def micro_batch(
         labels=torch.from_numpy(head.labels),
         ce_weights=torch.from_numpy(head.ce_weights),
         kd_weights=torch.from_numpy(head.kd_weights),
-        targets=None if recorded is None else _targets(rows, records, recorded.sum(axis=1), head),
+        targets=None if recorded is None else _targets(rows, records, recorded, head),
         weight_sum=torch.tensor(head.weight_sum),
         # By rows, since one that was left out may hold the tokens of another.
         routed=torch.from_numpy(
-            np.stack([is_real(row) for row in rows]) & (weights > 0).any(1, keepdims=True)
+            np.stack([is_real(row)[passes] for row in rows]) & (weights > 0).any(1, keepdims=True)
         ),
     )
 
 
 def _targets(
-    rows: Sequence[Row], records: Sequence[Records], counts: NDArray[np.int64], head: HeadPositions
+    rows: Sequence[Row], records: Sequence[Records], recorded: NDArray[np.bool_], head: HeadPositions
 ) -> SparseTargets:
     """The teacher's records at P positions, of rows of one source or several.
 
     Args:
         rows: B rows.
         records: [B], how their records are read.
-        counts: [B], how many each has.
+        recorded: [B, M], where each has them.
         head: The positions.
     """
     kinds = list(dict.fromkeys(records))
     if len(kinds) == 1:
         assert kinds[0].rest is not None
         return sparse_targets(rows, kinds[0].rest, head.records)
-    row_of = head.positions // len(rows[0].token_ids)
+    row_of, counts = head.positions // recorded.shape[1], recorded.sum(axis=1)
     before = counts.cumsum() - counts  # records of the rows before each
     parts = []
     for kind in kinds:

@@ -104,7 +104,7 @@ def score(
     done = 0
     for chunk in row_batches(store, rows, batch):
         token_ids, positions = model_inputs(chunk, device)
-        mask = np.stack([row.loss_mask for row in chunk])
+        mask = np.stack([row.loss_mask[: token_ids.shape[1]] for row in chunk])
         counted = torch.from_numpy(mask).to(device)
         labels = token_ids.roll(-1, dims=1)[counted]
         began = _now(device)

@@ -122,8 +122,10 @@ def _probe(
     squares = {layer: torch.zeros(size, size, dtype=torch.float64, device=teacher.device) for layer in layers}
     for start in range(0, len(chosen), rows_at_once):
         rows = [tokens.read_text("train", index) for index in chosen[start : start + rows_at_once]]
-        real = torch.from_numpy(np.concatenate([is_real(row) for row in rows])).to(teacher.device)
-        _, found = states_of_layers(teacher.decoder, *model_inputs(rows, teacher.device), layers)
+        token_ids, places = model_inputs(rows, teacher.device)
+        passes = slice(token_ids.shape[1])
+        real = torch.from_numpy(np.concatenate([is_real(row)[passes] for row in rows])).to(teacher.device)
+        _, found = states_of_layers(teacher.decoder, token_ids, places, layers)
         count += int(real.sum())
         for layer in layers:
             states = found[layer].flatten(0, 1)[real].double()

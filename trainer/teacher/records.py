@@ -1,7 +1,7 @@
 """From rows of tokens to the teacher's records of them.
 
-Shapes: B rows of a micro-batch, L positions of a row, N = B * L, R recorded positions of all rows, H hidden,
-n draws.
+Shapes: B rows of a micro-batch, L positions of a row, M of them until padding alone follows in all rows,
+N = B * M, R recorded positions of all rows, H hidden, n draws.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,10 +59,9 @@ def recorded_rows(
                 yield replace(row, teacher=empty_record(manifest), recorded=places)
             continue
         with torch.inference_mode():
+            token_ids, positions = model_inputs(batch, teacher.device)
             hidden, states = states_of_layers(
-                teacher.decoder,
-                *model_inputs(batch, teacher.device),
-                [spec.layer for spec in manifest.features],
+                teacher.decoder, token_ids, positions, [spec.layer for spec in manifest.features]
             )
             records = _records_of_batch(teacher, hidden, batch, recorded, manifest, chunk_positions, impl)
             features = stored_features(states, batch, recorded, manifest, projections)
@@ -79,8 +78,12 @@ def _records_of_batch(
     chunk_positions: int | None,
     impl: str,
 ) -> list[TeacherRecord]:
-    """The records of B rows with hidden states (B, L, H); `recorded` is bool [L] for each."""
-    everywhere = np.concatenate(recorded)  # (N,)
+    """The records of B rows with hidden states (B, M, H); `recorded` is bool [L] for each.
+
+    Nothing is recorded at the padding from M on.
+    """
+    passes = slice(hidden.shape[1])
+    everywhere = np.concatenate([places[passes] for places in recorded])  # (N,)
     if not everywhere.any():
         return [empty_record(manifest) for _ in rows]
     hidden = hidden.flatten(0, 1)  # (N, H)
@@ -93,8 +96,8 @@ def _records_of_batch(
         teacher,
         hidden,
         manifest,
-        labels=np.concatenate(labels)[everywhere],
-        uniforms=np.concatenate(uniforms)[everywhere],
+        labels=np.concatenate([row[passes] for row in labels])[everywhere],
+        uniforms=np.concatenate([row[passes] for row in uniforms])[everywhere],
         chunk_positions=chunk_positions,
         impl=impl,
     )

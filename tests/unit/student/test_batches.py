@@ -21,7 +21,7 @@ from sparsekd.logit_store.codecs.frequency import compact_parameters
 from sparsekd.logit_store.manifest import CodecSpec, Manifest
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
-from sparsekd.logit_store.row import NO_ID, Row, weights_of_positions
+from sparsekd.logit_store.row import NO_ID, Row, take_records, weights_of_positions
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_tokenizer
 from sparsekd.trainer.data.batches import (
     IGNORED_LABEL,
@@ -73,6 +73,55 @@ def test_labels_are_the_next_tokens_of_the_same_document() -> None:
         assert batch.weight_sum.item() == row.loss_mask.sum() and batch.weight_sum.dtype == torch.float32
         positions = batch.position_ids[0].tolist()
         assert [index for index, value in enumerate(positions) if value == 0] == sorted(starts)
+
+
+def padded(row: Row, real: int, length: int) -> Row:
+    """The row with its first positions alone, and padding behind them."""
+    assert row.recorded is not None and row.teacher is not None
+    documents = row.segment_documents[row.segment_starts < real]
+    starts = row.segment_starts[row.segment_starts < real]
+    inside, followed = np.arange(length) < real, np.arange(length) < real - 1
+    there = np.zeros(length, np.bool_)
+    there[: len(row.recorded)] = row.recorded
+    mask = np.zeros(length, np.bool_)
+    mask[: len(row.loss_mask)] = row.loss_mask
+    return replace(
+        row,
+        token_ids=np.where(inside, np.resize(row.token_ids, length), 0).astype(np.int32),
+        loss_mask=mask & followed,
+        segment_starts=np.append(starts, np.int32(real)),
+        segment_documents=np.append(documents, np.int64(-1)),
+        teacher=take_records(row.teacher, followed[: len(row.recorded)][row.recorded]),
+        recorded=there & followed,
+    )
+
+
+@pytest.mark.parametrize(("real", "passes"), [([7, 12, 1], 64), ([64, 3, 5], 64), ([65, 2, 2], 128)])
+def test_padding_at_the_end_of_all_rows_does_not_pass_the_model(real: list[int], passes: int) -> None:
+    """Each position that reaches the head keeps its token, label, weight and record."""
+    manifest = synthetic_manifest(vocabulary_size=50, sequence_length=128, k=3, n=5)
+    some = [
+        padded(row, size, 200) for row, size in zip(synthetic_rows(manifest, 3, seed=1), real, strict=True)
+    ]
+    rest = rest_formula_of(objective(), manifest)
+    batch = micro_batch(with_records(some, rest))
+    assert batch.token_ids.shape == batch.position_ids.shape == batch.routed.shape == (3, passes)
+    assert batch.routed.sum(1).tolist() == [
+        size if row.loss_mask.any() else 0 for row, size in zip(some, real, strict=True)
+    ]
+    assert batch.targets is not None
+    numbers, columns = np.divmod(batch.positions.numpy(), passes)
+    expected = [(number, place) for number, row in enumerate(some) for place in np.flatnonzero(row.loss_mask)]
+    assert list(zip(numbers.tolist(), columns.tolist(), strict=True)) == expected
+    for index, (number, place) in enumerate(expected):
+        row = some[number]
+        assert batch.token_ids[number, place] == row.token_ids[place]
+        assert batch.labels[index] == row.token_ids[place + 1]
+        assert row.teacher is not None and row.recorded is not None
+        record = int(row.recorded[:place].sum())
+        if row.recorded[place]:
+            assert batch.targets.ids[index, :3].tolist() == row.teacher.head_ids[record].tolist()
+    assert batch.weight_sum.item() == sum(row.loss_mask.sum() for row in some)
 
 
 def test_targets_are_head_then_draws_at_the_chosen_temperature() -> None:

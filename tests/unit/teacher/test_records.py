@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from sparsekd.logit_store.row import Row, TeacherRecord, next_tokens
-from sparsekd.trainer.teacher.capture import tail_mass
 from sparsekd.trainer.teacher.deviation import deviation_of
+from sparsekd.trainer.teacher.summary import tail_mass
 from sparsekd.trainer.teacher.weights import engine_settings
 
 
