@@ -28,7 +28,7 @@ from sparsekd.logit_store.manifest import read_manifest
 from sparsekd.logit_store.places.paths import RemotePath, StorePath, store_path
 from sparsekd.trainer.config.corpus import check_corpus
 from sparsekd.trainer.config.options import Option, options
-from sparsekd.trainer.config.schema import Config, require
+from sparsekd.trainer.config.schema import Config, TeacherConfig, require
 from sparsekd.trainer.config.text import UNREADABLE, as_typed, exact_schema, quoted, without_interpolation
 from sparsekd.trainer.run.errors import ConfigError, FolderError
 
@@ -189,6 +189,7 @@ def _check_teacher_pass(config: Config) -> None:
     _check_model_path(
         require(config.teacher.path, "teacher.path", "to know which teacher to run"), "teacher.path"
     )
+    _check_placement(config.teacher)
     from sparsekd.trainer.config.feature_requests import feature_requests
 
     if store.k == 0 and store.n == 0 and not feature_requests(store.features):
@@ -215,6 +216,21 @@ def _check_teacher_pass(config: Config) -> None:
             f"store.mass={store.mass} cuts heads short, which takes store.codec=compact and store.n=0, but "
             f"they are {store.codec} and {store.n}; set these, or leave store.mass out."
         )
+
+
+def _check_placement(teacher: TeacherConfig) -> None:
+    if teacher.max_memory and teacher.device_map is None:
+        raise ConfigError(
+            "teacher.max_memory divides a teacher among devices, which takes teacher.device_map=auto; set "
+            "that, or leave teacher.max_memory out."
+        )
+    for name, size in teacher.max_memory.items():
+        is_device = name == "cpu" or (type(name) is int and name >= 0)
+        if not is_device or not re.fullmatch(r"\d{1,9}[KMG]i?B", str(size)):
+            raise ConfigError(
+                f"teacher.max_memory={{{name}: {size}}}: expected a GPU's number or cpu, and a size such as "
+                "70GiB or 500MB."
+            )
 
 
 def _check_train(config: Config) -> None:

@@ -88,6 +88,23 @@ class TeacherConfig:
         "auto", "attn_implementation of transformers; auto is what it picks for the model, and is announced."
     )
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
+    quantization: str | None = option(
+        None,
+        "Load the weights of the layers in 8 bits (int8) or 4 (nf4), by bitsandbytes; null as they are "
+        "saved. A part of the records' identity.",
+        choices=("int8", "nf4"),
+    )
+    device_map: str | None = option(
+        None,
+        "Divide the layers among all GPUs of the machine, its memory and its disk, by accelerate: for a "
+        "teacher beyond one device, in one process a machine. null: whole on one device.",
+        choices=("auto", "balanced", "balanced_low_0", "sequential"),
+    )
+    max_memory: dict[Any, Any] = option(
+        {},
+        "With teacher.device_map: what each GPU, by its number, and cpu may hold of the weights, such as "
+        "{0: 70GiB, cpu: 200GiB}; what is beyond goes to the disk.",
+    )
     micro_batch_rows: int = option(8, "Rows in one forward pass; a part of the records' identity.", minimum=1)
     unit_rows: int = option(
         64,

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from sparsekd.kernels.objective import HeadTransform
 from sparsekd.logit_store.errors import first_line
 from sparsekd.trainer.models.config_fields import check_fields, made_config
+from sparsekd.trainer.models.placement import WHOLE, Placement, resident_head
 from sparsekd.trainer.run.errors import ModelError
 
 # What transformers' errors about an attention implementation have in common with no others.
@@ -40,6 +41,7 @@ class ModelSource:
     trust_remote_code: bool
     setting: str  # that names the path, for messages
     config: dict[str, Any] | None = None
+    placement: Placement = WHOLE
 
     @property
     def named(self) -> str:
@@ -89,11 +91,19 @@ def _typed_fields(source: ModelSource, key: str) -> tuple[str, dict[str, Any]]:
     return model_type, fields
 
 
-def load_causal_lm(source: ModelSource, key: str, *, dtype: torch.dtype) -> PreTrainedModel:
+def load_causal_lm(
+    source: ModelSource, key: str, *, dtype: torch.dtype, device: torch.device | None = None
+) -> PreTrainedModel:
     """Loads a model from a folder or hub name, or makes one with random weights from a configuration.
 
     With a live `HfDeepSpeedConfig` the parameters are partitioned while they load. Random weights come from
     torch's global generator: seed it first.
+
+    Args:
+        source: Where it comes from.
+        key: The configuration group, named in errors.
+        dtype: Of its weights.
+        device: Where the source's placement puts it, on the CPU without one; None: no placement counts.
 
     Raises:
         ModelError: The model cannot be loaded; the message says from where and why.
@@ -102,12 +112,14 @@ def load_causal_lm(source: ModelSource, key: str, *, dtype: torch.dtype) -> PreT
         if source.path is None:
             # Not checked again: that would build a model, here perhaps of partitioned parameters.
             return model_of(made_config(*_typed_fields(source, key), key), source, dtype=dtype)
+        placed = source.placement.arguments(load_config(source, key), device) if device is not None else {}
         return AutoModelForCausalLM.from_pretrained(
             source.path,
             revision=source.revision,
             dtype=dtype,
             attn_implementation=_asked(source),
             trust_remote_code=source.trust_remote_code,
+            **placed,
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(_load_problem(source, key, error)) from error
@@ -155,6 +167,11 @@ def _load_problem(source: ModelSource, key: str, error: Exception) -> str:
             f"{what} does not support {key}.attention={source.attention} ({reason}); "
             f"use {key}.attention=eager."
         )
+    if source.placement.quantization is not None and isinstance(error, ImportError):
+        return (
+            f"{key}.quantization={source.placement.quantization} needs bitsandbytes ({reason}); "
+            "pip install 'sparsekd[quantised]'."
+        )
     if source.path is None:
         return f"{what} does not make a model ({reason}); compare it with the model type's own fields."
     hint = (
@@ -181,6 +198,12 @@ def decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
         raise ModelError(
             f"{type(model).__name__} has no linear head over a decoder; "
             "sparsekd distils decoder-only causal language models with an nn.Linear head."
+        )
+    head = resident_head(head)
+    if not head.weight.is_floating_point():
+        raise ModelError(
+            f"The head of {type(model).__name__} is quantised to {head.weight.dtype}: sparsekd reads its "
+            "weight itself; use a model whose head is left out of the quantisation, as is usual."
         )
     return decoder, head
 
@@ -218,7 +241,8 @@ def hidden_states(
     and without a cache: either of the two silently lets attention cross (measured; tests show it on logits).
     """
     output = decoder(input_ids=token_ids, position_ids=position_ids, use_cache=False)
-    return output.last_hidden_state
+    states: Tensor = output.last_hidden_state
+    return states.to(token_ids.device)  # of a model over several devices the head's, where the ids are
 
 
 def states_of_layers(
@@ -237,7 +261,8 @@ def states_of_layers(
 
     def keep(layer: int) -> Callable[..., None]:
         def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[layer] = args[0] if args else kwargs["hidden_states"]
+            states = args[0] if args else kwargs["hidden_states"]
+            found[layer] = states.to(token_ids.device)
 
         return hook
 

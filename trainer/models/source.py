@@ -3,6 +3,7 @@
 from sparsekd.logit_store.manifest import TokenizerIdentity
 from sparsekd.trainer.config.schema import StudentConfig, TeacherConfig
 from sparsekd.trainer.models.causal_lm import ModelSource
+from sparsekd.trainer.models.placement import Placement
 
 
 def teacher_source(config: TeacherConfig, path: str) -> ModelSource:
@@ -13,6 +14,7 @@ def teacher_source(config: TeacherConfig, path: str) -> ModelSource:
         attention=config.attention,
         trust_remote_code=config.trust_remote_code,
         setting="teacher.path",
+        placement=Placement(config.quantization, config.device_map, config.max_memory),
     )
 
 

@@ -42,6 +42,8 @@ from sparsekd.trainer.config.schema import Config, StoreConfig, TeacherConfig, r
 from sparsekd.trainer.data.used_ids import UsedIds
 from sparsekd.trainer.models.causal_lm import AUTO_ATTENTION, attention_of
 from sparsekd.trainer.models.opened import OpenModel
+from sparsekd.trainer.models.placement import quantization_of, where
+from sparsekd.trainer.models.source import teacher_source
 from sparsekd.trainer.run.errors import ConfigError, DataError, Stopped
 from sparsekd.trainer.run.lost import lost_ranks_named
 from sparsekd.trainer.run.ranks import Ranks, on_first, ranks, together
@@ -218,12 +220,19 @@ def _announce(config: Config, path: StorePath, teacher_path: str, tokens: LogitS
 
 def _checked_teacher(config: Config, path: str, tokens: LogitStore, place: Ranks) -> OpenModel:
     settings, used = config.teacher, UsedIds(tokens)
+    if settings.device_map is not None and place.device.type == "cuda" and len(place.on_this_machine) > 1:
+        raise ConfigError(
+            f"teacher.device_map={settings.device_map} takes all GPUs of a machine for one teacher, but "
+            f"{len(place.on_this_machine)} ranks run on this one: start one on each machine."
+        )
     if place.is_first and not check_teacher_tokenizer(settings, path, tokens, used=used):
         print(
             f"capture: {path} has no tokenizer files; that of {tokens.path} is taken for its own", flush=True
         )
     wanted = config.store.vocabulary_size
     teacher = load_teacher(settings, path, tokens, place.device, used=used, vocabulary_size=wanted)
+    if place.is_first and settings.device_map is not None:
+        print(f"capture: of the teacher's parts {where(teacher.model)}", flush=True)
     if place.is_first and settings.attention == AUTO_ATTENTION:
         print(f"capture: attention {attention_of(teacher.model)}, which transformers picks", flush=True)
     size, whole = teacher.transform.vocabulary_size, tokens.manifest.tokenizer.vocabulary_size
@@ -246,6 +255,9 @@ def _identity(config: Config, teacher_path: str, teacher: OpenModel, place: Rank
         device_type=place.device.type,
         threads=config.launch.threads_per_rank,
         revision=teacher.commit or config.teacher.revision,
+        quantization=quantization_of(
+            teacher.model.config, teacher_source(config.teacher, teacher_path).placement
+        ),
     )
 
 

@@ -145,6 +145,8 @@ def as_captured(
         settings = replace(settings, micro_batch_rows=int(found["micro_batch_rows"]))
     if "chunk_positions" in found:
         settings = replace(settings, chunk_positions=int(found["chunk_positions"]))
+    if found.get("quantization") in ("int8", "nf4"):  # another is the folder's own
+        settings = replace(settings, quantization=found["quantization"])
     # Stores of versions that had no other implementation do not name it.
     settings = replace(settings, impl=found.get("impl", "torch"))
     if "threads" in found:

@@ -1,5 +1,6 @@
 """Which teacher it is: its weights, and everything else on which its records depend."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from sparsekd.logit_store.manifest import TeacherIdentity
@@ -14,7 +15,13 @@ def teacher_name(path: str) -> str:
 
 
 def teacher_identity(
-    config: TeacherConfig, path: str, *, device_type: str, threads: int, revision: str | None
+    config: TeacherConfig,
+    path: str,
+    *,
+    device_type: str,
+    threads: int,
+    revision: str | None,
+    quantization: str | None = None,
 ) -> TeacherIdentity:
     """What the manifest says of the teacher, its engine and the settings that decide bits.
 
@@ -24,6 +31,7 @@ def teacher_identity(
         device_type: "cpu" or "cuda".
         threads: CPU threads of a rank: they change the order of sums on the CPU.
         revision: Commit of a hub model where it is known.
+        quantization: By what its weights are quantised; None where they are not.
 
     Raises:
         ModelError: The teacher's files cannot be found.
@@ -35,8 +43,11 @@ def teacher_identity(
         "micro_batch_rows": config.micro_batch_rows,
         "chunk_positions": config.chunk_positions,
         "impl": config.impl,
+        **({"quantization": quantization} if quantization is not None else {}),
     }
-    packages = (*MODEL_PACKAGES, "triton") if config.impl == "triton" else MODEL_PACKAGES
+    packages: tuple[str, ...] = MODEL_PACKAGES
+    packages += ("triton",) if config.impl == "triton" else ()
+    packages += ("bitsandbytes",) if quantization is not None and find_spec("bitsandbytes") else ()
     return TeacherIdentity(
         name=teacher_name(path),
         revision=revision,
