@@ -125,7 +125,7 @@ def inspect_text(path: StorePath, *, positions: int = 4, sample_rows: int = 64) 
     """
     store = open_store(path)
     samples = {split: _sample(store, split, sample_rows) for split in store.manifest.splits}
-    parts = [_title(store), _identity(store.manifest), _amounts(store), plane_table(store)]
+    parts = [_title(store), identity(store.manifest), _amounts(store), plane_table(store)]
     if store.manifest.teacher is not None:
         parts.append(_means_table(store, samples))
     if positions > 0:
@@ -143,7 +143,8 @@ def _title(store: LogitStore) -> str:
     return f"{kind}  {store.path}\nformat {store.manifest.format_version}, sealed, digest {store.digest}"
 
 
-def _identity(manifest: Manifest) -> str:
+def identity(manifest: Manifest) -> str:
+    """Returns the section on what a store holds and where that came from."""
     tokenizer, record, teacher = manifest.tokenizer, manifest.record, manifest.teacher
     classes = (
         "" if manifest.outcomes is None else f" of {len(manifest.outcomes):,}: {_some(manifest.outcomes)}"

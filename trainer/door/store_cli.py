@@ -129,7 +129,12 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(flags: argparse.Namespace, _: list[str]) -> int:
     from sparsekd.logit_store.tools.inspect import inspect_text
+    from sparsekd.logit_store.tools.unfinished import is_unfinished, unfinished_text
 
+    if is_unfinished(path := store_path(flags.path)):
+        print(unfinished_text(path))
+        print("next: the command that writes it goes on with it")
+        return 0
     print(inspect_text(store_path(flags.path), positions=flags.positions, sample_rows=flags.rows))
     print(f"next: sparsekd store verify {flags.path}")
     return 0

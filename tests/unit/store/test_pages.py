@@ -8,12 +8,16 @@ import pytest
 from synthetic_stores import write_synthetic_store
 from whole import whole_manifest, whole_rows
 
+from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import Manifest
+from sparsekd.logit_store.protocol.layout import work_folder, work_name
+from sparsekd.logit_store.protocol.parts import write_part
 from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
 from sparsekd.logit_store.row import Row, TeacherRecord
 from sparsekd.logit_store.synthetic import synthetic_manifest, synthetic_rows, write_synthetic_tokenizer
 from sparsekd.logit_store.tools.inspect import inspect_text, record_means, tail_masses
 from sparsekd.logit_store.tools.verify import verify_store
+from sparsekd.trainer.door import store_cli
 
 
 def _write(path: Path, manifest: Manifest, rows: list[Row]) -> Path:
@@ -166,3 +170,27 @@ def test_page_of_a_token_store(tmp_path: Path) -> None:
 
 def test_page_without_tokenizer_json_shows_ids(unspelled: Path) -> None:
     assert "ids " in inspect_text(unspelled, positions=1)
+
+
+def test_a_store_that_is_being_written_says_how_far_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = synthetic_manifest(rows_per_shard=3)
+    tokenizer = write_synthetic_tokenizer(tmp_path / "tokenizer", manifest.tokenizer.vocabulary_size)
+    path = tmp_path / "store"
+    create_store(path, manifest, tokenizer)
+    rows = synthetic_rows(manifest, 6, seed=2)
+    write_shard(path, manifest, "train", 0, rows[:3])
+    write_part(path, manifest, "train", 1, range(3, 5), rows[3:5])
+    lease = work_folder(path, "train", 1) / f"{work_name(range(5, 6))}.lease"
+    lease.write_text("{}")
+    assert store_cli.run_store(["inspect", str(path)]) == 0
+    page = capsys.readouterr().out
+    assert "not sealed: it cannot be read yet" in page and "next: the command that writes it" in page
+    size = sum(item.stat().st_size for item in path.rglob("*") if item.suffix in (".arrow", ".json", ".part"))
+    size -= (path / "MANIFEST.json").stat().st_size
+    size -= sum(item.stat().st_size for item in (path / "tokenizer").iterdir() if item.suffix == ".json")
+    (line,) = (line for line in page.splitlines() if line.startswith("train"))
+    assert line.split() == ["train", "1", "1", "1", f"{size:,}"]
+    with pytest.raises(StoreError, match="is not a logit store"):
+        store_cli.run_store(["inspect", str(tmp_path / "tokenizer")])
