@@ -89,3 +89,22 @@ def test_output_that_cannot_be_written_is_no_success() -> None:
     with open("/dev/full", "w") as full:
         assert ended(LIGHT, "return 0", full.fileno()).returncode == 120
         assert ended(LIGHT, "return 2", full.fileno()).returncode == 2
+
+
+@pytest.mark.parametrize(("is_read", "code"), [(False, 141), (True, 1)])
+def test_an_output_that_nobody_reads_ends_it_without_a_traceback(is_read: bool, code: int) -> None:
+    """As before `| head`; a connection that breaks is a failure all the same."""
+    reader, writer = os.pipe()
+    if not is_read:
+        os.close(reader)
+    program = """
+def work():
+    import sys
+
+    print("a page", flush=True)
+"""
+    done = ended(program, "raise BrokenPipeError(32, 'a connection')", writer)
+    os.close(writer)
+    if is_read:
+        os.close(reader)
+    assert done.returncode == code and ("Traceback" in done.stderr) == is_read, done.stderr

@@ -1,13 +1,17 @@
 """How a process ends: with its exit code, and without taking the interpreter apart under native threads."""
 
 import atexit
+import contextlib
 import os
+import select
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 _OUTPUT_LOST = 120
 """The interpreter's own exit code where standard output could not be written to the end."""
+_NOBODY_READS = 141
+"""As a shell tells of a program that SIGPIPE has ended, such as what stands before `| head`."""
 
 
 def run_as_process(work: Callable[[], int | None]) -> NoReturn:
@@ -23,7 +27,7 @@ def run_as_process(work: Callable[[], int | None]) -> NoReturn:
 
     Args:
         work: Returns the exit code, None for 0; or raises: SystemExit counts as ever, Ctrl-C gives 130, any
-            other exception 1, both with a traceback.
+            other exception 1, both with a traceback. Where nobody reads the output any more it is 141.
     """
     code = 0
 
@@ -46,10 +50,23 @@ def run_as_process(work: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         code = 130
         raise
+    except BrokenPipeError:
+        code = _NOBODY_READS if _nobody_reads() else 1
+        if code == 1:  # a connection's
+            raise
     except BaseException:  # whatever it is: a traceback is printed, and 1 is Python's own code for it
         code = 1
         raise
     sys.exit(code)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has gone."""
+    poll = select.poll()
+    with contextlib.suppress(OSError, ValueError):  # closed, or no file of the system
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    return False
 
 
 def _code_of(left: SystemExit) -> int:
