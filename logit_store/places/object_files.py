@@ -163,6 +163,48 @@ class ObjectFiles:
     def remove_stale(self, folder: RemotePath) -> None:
         pass  # a writer that was killed left nothing
 
+    def create(self, path: RemotePath, content: bytes) -> str | None:
+        """Makes a small object that is to change; returns its tag, or None where there is one already."""
+        with self._told():
+            try:
+                put = self._store.put(_key(path), content, mode="create", use_multipart=False)
+            except self._errors.AlreadyExistsError:
+                return None
+        return str(put["e_tag"])
+
+    def replace_same(self, path: RemotePath, content: bytes, tag: str) -> str | None:
+        """Replaces an object that has this tag; returns the new tag, or None where it has another or is gone.
+
+        A service that does not know this condition is not asked for it, and the last one wins.
+        """
+        with self._told():
+            try:
+                put = self._store.put(_key(path), content, mode={"e_tag": tag}, use_multipart=False)
+            except (self._errors.PreconditionError, FileNotFoundError):
+                return None
+            except (self._errors.NotSupportedError, NotImplementedError):
+                put = self._store.put(_key(path), content, mode="overwrite", use_multipart=False)
+        return str(put["e_tag"])
+
+    def read_tagged(self, path: RemotePath, largest: int) -> tuple[bytes, str, int] | None:
+        """Returns a small object's content, its tag, and when it was put; None where there is none.
+
+        The content of a larger one is empty. The time is the service's, in nanoseconds since 1970.
+        """
+        try:
+            with self._told():
+                found = self._store.get(_key(path))
+                meta = found.meta
+                content = bytes(found.bytes()) if int(meta["size"]) <= largest else b""
+                return content, str(meta["e_tag"]), int(meta["last_modified"].timestamp() * 1e9)
+        except FileNotFoundError:
+            return None
+
+    def remove(self, path: RemotePath) -> None:
+        """Removes an object, where there is one."""
+        with contextlib.suppress(FileNotFoundError), self._told():
+            self._store.delete(_key(path))
+
     def _upload(self, final: RemotePath, spool: IO[bytes], size: int, *, only_new: bool) -> None:
         if only_new and size > LARGEST_UPLOAD:
             raise StoreError(

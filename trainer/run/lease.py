@@ -25,8 +25,8 @@ SECONDS_BETWEEN_BEATS = 15.0
 STALE_SECONDS = 150.0
 """Ten missed beats. NFS shows a file's time up to a minute late."""
 
-_MOST_BYTES = 4096
-_TRIES = 16
+MOST_BYTES = 4096
+TRIES = 16
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ class Holder:
     def of_this_process(environment: Mapping[str, str], token: str | None = None) -> "Holder":
         return Holder(this_process(), Job.of_environment(environment), token or uuid.uuid4().hex)
 
+    def written(self) -> bytes:
+        """What a lease of this holder contains."""
+        return (json.dumps(asdict(self)) + "\n").encode()
+
 
 @dataclass(frozen=True)
 class Found:
@@ -65,6 +69,14 @@ class Found:
     data: bytes
     modified: int  # nanoseconds, by the file system's clock
     holder: Holder | None  # None where the file says nothing that can be read
+
+    @staticmethod
+    def of(data: bytes, modified: int, name: str) -> "Found":
+        """What the bytes of a lease of this name say."""
+        try:
+            return Found(data, modified, typed(Holder, parse_json(data, name), name))
+        except StoreError:
+            return Found(data, modified, None)
 
     def who(self) -> str:
         if self.holder is None:
@@ -135,13 +147,13 @@ def take(place: Path, holder: Holder, now: Callable[[], int] | None = None) -> L
         UnreadableError: What has its name cannot be read.
         OSError: It cannot be written.
     """
-    data = (json.dumps(asdict(holder)) + "\n").encode()
-    for _ in range(_TRIES):
+    data = holder.written()
+    for _ in range(TRIES):
         if _created(place, data):
             return Lease(place, holder.token)
         found = read(place)
         if found is not None:
-            _require_dead(found, holder.job, now or (lambda: now_at(place.parent, place.name)))
+            require_dead(found, holder.job, now or (lambda: now_at(place.parent, place.name)))
             _put_away(place, found)
     raise HeldError(None, 0.0)
 
@@ -174,7 +186,7 @@ def read(place: Path) -> Found | None:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise NoFileError(errno.EINVAL, "it is no file")
-            data, modified = os.read(descriptor, _MOST_BYTES), status.st_mtime_ns
+            data, modified = os.read(descriptor, MOST_BYTES), status.st_mtime_ns
         finally:
             os.close(descriptor)
     except FileNotFoundError:
@@ -185,10 +197,7 @@ def read(place: Path) -> Found | None:
         if error.errno == errno.ESTALE:  # NFS: another machine has removed it while it was open here
             return None
         raise UnreadableError(error.errno, error.strerror or str(error)) from error
-    try:
-        return Found(data, modified, typed(Holder, parse_json(data, place.name), place.name))
-    except StoreError:
-        return Found(data, modified, None)
+    return Found.of(data, modified, place.name)
 
 
 def now_at(folder: Path, name: str) -> int:
@@ -246,7 +255,7 @@ def _created_in_place(place: Path, data: bytes) -> bool:
     return True
 
 
-def _require_dead(found: Found, job: Job, now: Callable[[], int]) -> None:
+def require_dead(found: Found, job: Job, now: Callable[[], int]) -> None:
     """Checks that a holder is known to be dead, or has given no sign of life for long.
 
     Raises:

@@ -56,7 +56,7 @@ from sparsekd.trainer.teacher.settings import resolved_settings
 from sparsekd.trainer.teacher.summary import summary_of
 from sparsekd.trainer.teacher.units import Shard, rows_of_unit, turns_of, units_of_tokens
 from sparsekd.trainer.teacher.weights import teacher_identity, teacher_name
-from sparsekd.trainer.teacher.work import Worker
+from sparsekd.trainer.teacher.work import Worker, leases_are_possible
 
 # Rows that are read for the summary at the end, evenly spaced: a mean over more says nothing new.
 SUMMARY_ROWS = 256
@@ -202,7 +202,7 @@ def _announce(config: Config, path: StorePath, teacher_path: str, tokens: LogitS
         f"n={config.store.n}, impl {config.teacher.impl}",
         flush=True,
     )
-    if not isinstance(path, Path):
+    if not leases_are_possible(path):
         print(
             f"capture: no unit can be claimed at {path}: each rank takes the shards of its share, by its "
             "number and its place in a Slurm array, and what others have left at the end",

@@ -6,9 +6,9 @@ shard where they were its last, and gives the lease back. Equal rows are equal b
 files are whole or not there: a lease only saves work, and one that is lost costs no more than a unit that is
 done twice.
 
-A worker is one replica of the teacher: here one process. Where no lease can be made, as on an object store,
-units are whole shards. Each worker takes those of its share, gives the others time to end theirs, and then
-takes what they have left.
+A worker is one replica of the teacher: here one process. On an object store units are whole shards, claimed
+by objects where the service honours conditional uploads. Where no lease can be made, each worker takes those
+of its share, gives the others time to end theirs, and then takes what they have left.
 """
 
 import time
@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import Lock
 
 from sparsekd.logit_store.manifest import Manifest
-from sparsekd.logit_store.places.files import exists, explained, names_in
+from sparsekd.logit_store.places.files import exists, explained, files_below, names_in
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.protocol.background import BackgroundWriter
 from sparsekd.logit_store.protocol.layout import (
@@ -40,6 +40,7 @@ from sparsekd.logit_store.protocol.writer import committed_shards, seal, write_s
 from sparsekd.logit_store.row import Row
 from sparsekd.trainer.run.console import Interval, readable_seconds
 from sparsekd.trainer.run.lease import SECONDS_BETWEEN_BEATS, HeldError, Holder, Lease, now_at, take
+from sparsekd.trainer.run.object_lease import ObjectLease, can_be_leased, now_at_service, take_object
 from sparsekd.trainer.run.stop import StopRequest, StopWatch
 from sparsekd.trainer.teacher.units import Shard, Turn, Unit
 
@@ -64,10 +65,10 @@ class Leases:
     """
 
     def __init__(self, path: StorePath, environment: Mapping[str, str]) -> None:
-        self._folder = path / WORK_NAME if isinstance(path, Path) else None
+        self._folder = path / WORK_NAME if leases_are_possible(path) else None
         self._environment = environment
         self._clock: tuple[float, int] | None = None
-        self._held: set[Lease] = set()
+        self._held: set[Lease | ObjectLease] = set()
         self._lock = Lock()
 
     @property
@@ -88,7 +89,7 @@ class Leases:
         if self._folder is None:
             return _nothing
         place = self._folder / f"{name}.lease"
-        if not judge and place.exists():
+        if not judge and exists(place):
             return None
         holder = Holder.of_this_process(self._environment)
         with explained(place):
@@ -105,11 +106,11 @@ class Leases:
         assert self._folder is not None
         here = time.monotonic()
         if self._clock is None or here - self._clock[0] > SECONDS_BETWEEN_BEATS:
-            self._clock = here, now_at(self._folder, "lease")
+            self._clock = here, _now_at(self._folder)
         asked, answer = self._clock
         return answer + int((here - asked) * 1e9)
 
-    def _release(self, lease: Lease) -> None:
+    def _release(self, lease: Lease | ObjectLease) -> None:
         lease.release()
         with self._lock:
             self._held.discard(lease)
@@ -120,8 +121,26 @@ class Leases:
             self._release(lease)
 
 
-def _taken(place: Path, holder: Holder, now: Callable[[], int]) -> Lease:
+def leases_are_possible(path: StorePath) -> bool:
+    """Whether the workers of a store can claim units there.
+
+    Raises:
+        StoreError: The object store cannot be asked.
+    """
+    if isinstance(path, Path):
+        return True
+    with explained(path):
+        return can_be_leased(path)
+
+
+def _now_at(folder: StorePath) -> int:
+    return now_at(folder, "lease") if isinstance(folder, Path) else now_at_service(folder)
+
+
+def _taken(place: StorePath, holder: Holder, now: Callable[[], int]) -> Lease | ObjectLease:
     """`take`, in a folder that is made, and made again where another worker has just removed it."""
+    if not isinstance(place, Path):
+        return take_object(place, holder, now)
     for _ in range(4):
         with suppress(
             FileNotFoundError, FileExistsError
@@ -321,8 +340,16 @@ class Worker:
                 pause = min(2 * pause, _LONGEST_PAUSE)
             return False
         finally:
-            if isinstance(self._path, Path) and exists(self._path / INDEX_NAME):
-                clear_work(self._path / WORK_NAME)
+            if exists(self._path / INDEX_NAME):
+                self._clear_all()
+
+    def _clear_all(self) -> None:
+        """Removes the folder of work: of a sealed store, where there is nothing left to claim."""
+        if isinstance(self._path, Path):
+            clear_work(self._path / WORK_NAME)
+        elif self._leases.are_possible:
+            for name in files_below(self._path / WORK_NAME):
+                self._path.files.remove(self._path / WORK_NAME / name)
 
     def _give_others_time(self, seconds: float) -> None:
         """Waits until all shards are committed, but not longer than others need for what they have begun."""
