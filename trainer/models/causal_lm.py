@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils.generic import is_flash_attention_requested
 
 from sparsekd.kernels.objective import HeadTransform
 from sparsekd.logit_store.errors import first_line
@@ -240,9 +241,27 @@ def hidden_states(
     transformers recognises packed documents by restarting position ids, but only without an attention mask
     and without a cache: either of the two silently lets attention cross (measured; tests show it on logits).
     """
-    output = decoder(input_ids=token_ids, position_ids=position_ids, use_cache=False)
-    states: Tensor = output.last_hidden_state
+    output = decoder(**model_arguments(decoder, token_ids, position_ids))
+    states: Tensor = output.last_hidden_state.reshape(*token_ids.shape, -1)
     return states.to(token_ids.device)  # of a model over several devices the head's, where the ids are
+
+
+def model_arguments(model: nn.Module, token_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
+    """What a model or its decoder is called with for packed rows.
+
+    Flash attention knows packed documents by position ids of one row alone: there the rows are one, (1, B * L),
+    in which each begins as a document does. What comes out is reshaped by whoever calls.
+
+    Args:
+        model: Of transformers.
+        token_ids: (B, L) int64.
+        position_ids: (B, L) int64, restarting at each document.
+    """
+    config = model.config
+    assert isinstance(config, PretrainedConfig)
+    if is_flash_attention_requested(config.get_text_config()):
+        token_ids, position_ids = token_ids.reshape(1, -1), position_ids.reshape(1, -1)
+    return {"input_ids": token_ids, "position_ids": position_ids, "use_cache": False}
 
 
 def states_of_layers(
@@ -262,7 +281,7 @@ def states_of_layers(
     def keep(layer: int) -> Callable[..., None]:
         def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             states = args[0] if args else kwargs["hidden_states"]
-            found[layer] = states.to(token_ids.device)
+            found[layer] = states.reshape(*token_ids.shape, -1).to(token_ids.device)
 
         return hook
 

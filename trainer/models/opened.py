@@ -22,6 +22,7 @@ from sparsekd.trainer.models.causal_lm import (
     hidden_states,
     load_causal_lm,
     load_config,
+    model_arguments,
 )
 from sparsekd.trainer.models.placement import is_placed
 from sparsekd.trainer.models.probe import check_probe, probe_rows, watched_parts
@@ -143,7 +144,8 @@ def prove(
     """
     decoder, head = decoder_and_head(model)
     rows = probe_rows(store, head.weight.device, transform.vocabulary_size, packed=packed)
-    own = model(input_ids=rows.token_ids, position_ids=rows.position_ids, use_cache=False).logits
+    own = model(**model_arguments(model, rows.token_ids, rows.position_ids)).logits
+    own = own.reshape(*rows.token_ids.shape, -1)
     with watched_parts(model, rows) as parts:
         hidden = hidden_states(decoder, rows.token_ids, rows.position_ids)
     ours = dense_logits(hidden, head, transform)

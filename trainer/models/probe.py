@@ -112,8 +112,9 @@ def watched_parts(model: PreTrainedModel, rows: ProbeRows) -> Iterator[list[Devi
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             made = output[0] if isinstance(output, tuple) and output else output
             is_of_rows = isinstance(made, Tensor) and made.ndim == 3 and made.is_floating_point()
-            if is_of_rows and made.shape == (*rows.token_ids.shape, width):
-                found.append(_deviation(name, made, rows))
+            shape = (*rows.token_ids.shape, width)
+            if is_of_rows and made.shape in (shape, (1, rows.token_ids.numel(), width)):
+                found.append(_deviation(name, made.reshape(shape), rows))
 
         return hook
 

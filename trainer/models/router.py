@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sparsekd.trainer.config.schema import StudentConfig
+from sparsekd.trainer.models.causal_lm import model_arguments
 from sparsekd.trainer.run.errors import ConfigError, ModelError
 
 _FUNCTION = "load_balancing_loss_func"  # what each of transformers' models with such a loss calls
@@ -87,9 +88,7 @@ def states_and_balance(
 
     The loss is 0 where none is: a mean over nothing.
     """
-    output = decoder(
-        input_ids=token_ids, position_ids=position_ids, use_cache=False, output_router_logits=True
-    )
+    output = decoder(**model_arguments(decoder, token_ids, position_ids), output_router_logits=True)
     loss_function = _function_of(model)
     assert loss_function is not None
     there = routed.any()
@@ -100,7 +99,7 @@ def states_and_balance(
         # Also where all are routed: whether they are is known on the device alone.
         torch.where(there, routed, True),
     )
-    return output.last_hidden_state, loss * there
+    return output.last_hidden_state.reshape(*token_ids.shape, -1), loss * there
 
 
 def _function_of(model: PreTrainedModel) -> Any:

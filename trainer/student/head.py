@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from sparsekd.kernels.loss import sparse_kd_loss
 from sparsekd.kernels.objective import HeadTransform, Objective
 from sparsekd.trainer.data.batches import MicroBatch
-from sparsekd.trainer.models.causal_lm import decoder_and_head, dense_logits, hidden_states
+from sparsekd.trainer.models.causal_lm import decoder_and_head, dense_logits, hidden_states, model_arguments
 from sparsekd.trainer.models.router import check_router, states_and_balance
 from sparsekd.trainer.run.errors import ModelError
 
@@ -134,5 +134,5 @@ class Student(nn.Module):
         ours = head(hidden, request)
         if isinstance(request, MicroBatch):
             return ours
-        own = self.model(input_ids=request.token_ids, position_ids=request.position_ids, use_cache=False)
-        return own.logits, ours
+        own = self.model(**model_arguments(self.model, request.token_ids, request.position_ids))
+        return own.logits.reshape(*request.token_ids.shape, -1), ours
