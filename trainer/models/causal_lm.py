@@ -249,8 +249,8 @@ def hidden_states(
 def model_arguments(model: nn.Module, token_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
     """What a model or its decoder is called with for packed rows.
 
-    Flash attention knows packed documents by position ids of one row alone: there the rows are one, (1, B * L),
-    in which each begins as a document does. What comes out is reshaped by whoever calls.
+    Flash attention knows packed documents by position ids of one row alone: there the rows are one, of
+    (1, B * L), in which each begins as a document does. What comes out is reshaped by whoever calls.
 
     Args:
         model: Of transformers.
