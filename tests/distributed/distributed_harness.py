@@ -6,16 +6,14 @@ and hide every mistake from the second step on.
 
 import copy
 import json
-import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
+from forked import ForkedJob, forked
 from plain_training import student
 from synthetic_stores import write_synthetic_store
 
@@ -93,26 +91,13 @@ class Workplace:
             values.setdefault(section, {}).update(copy.deepcopy(change))
         return values
 
-    def start(self, runs: list[Values], *, ranks: int, worker: Path = WORKER) -> "subprocess.Popen[str]":
+    def start(self, runs: list[Values], *, ranks: int, worker: Path = WORKER) -> ForkedJob:
         """Starts a job in the background; its output goes to `output.txt`."""
         place = self.root / f"runs_{len(list(self.root.glob('runs_*.json')))}.json"
         place.write_text(json.dumps(runs))
-        launcher = (
-            ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-        )
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        }
-        with (self.root / "output.txt").open("w") as output:
-            return subprocess.Popen(
-                [sys.executable, *launcher, str(worker), str(place)],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=environment | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"},
-            )
+        output = self.root / "output.txt"
+        output.write_text("")
+        return ForkedJob(forked([str(place)], [output] * ranks, worker))
 
     def run(
         self,
@@ -128,11 +113,10 @@ class Workplace:
         try:
             code = job.wait(timeout)
         except subprocess.TimeoutExpired:
-            kill_job(job)
+            job.kill()
             code = None
         output = (self.root / "output.txt").read_text()
         ended = f"took longer than {timeout} s" if code is None else f"ended with {code}"
-        # torchrun ends with 1 whatever its workers ended with.
         failed = code is None or (code == 0) != (expected == 0)
         assert not failed, f"The job {ended}. Its output:\n{output[-8000:]}"
         return output
@@ -259,17 +243,3 @@ def overrides_of(values: Values) -> list[str]:
     return [
         f"{section}.{key}={written(value)}" for section, keys in values.items() for key, value in keys.items()
     ]
-
-
-def kill_job(job: "subprocess.Popen[str]") -> None:
-    """SIGKILL to every process of a job at once, as a node that loses its power."""
-    try:
-        processes = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        processes = []
-    for process in processes:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    job.wait()

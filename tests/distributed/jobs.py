@@ -1,19 +1,23 @@
 """Jobs by the command line: every rank a process of its own, whose exit code and words can be seen.
 
-No launcher: one would kill the other ranks before they can show that they end by themselves.
+No launcher: one would kill the other ranks before they can show that they end by themselves. Ranks are forked
+(see `forked`), unless a test is about the time in which an interpreter loads its libraries.
 """
 
 import os
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from distributed_harness import VOCABULARY
+from forked import ALONE, ForkedRank, forked, new_output, places
 
 ROWS, STEPS, RANKS = 8, 4, 2
+_PROGRAM = 3
+"""Words of a command line that name the program."""
 STUDENT: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -30,22 +34,23 @@ def started(store: Path, root: Path, *more: str) -> tuple[list[int], str]:
     return ended(start(store, root, *more))
 
 
-def start(store: Path, root: Path, *more: str) -> "list[subprocess.Popen[str]]":
+def start(store: Path, root: Path, *more: str) -> list[ForkedRank]:
     """Starts a training on two ranks."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    common = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "DS_ACCELERATOR": "cpu"}
+    # Not below `root`: its disk may be full, on purpose.
+    return forked(command(store, root, *more)[_PROGRAM:], [new_output() for _ in range(RANKS)])
+
+
+def start_anew(store: Path, root: Path, *more: str) -> "list[subprocess.Popen[str]]":
+    """Starts a training on two ranks, each of an interpreter of its own."""
     return [
         subprocess.Popen(
             command(store, root, *more),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=os.environ | ALONE | place,
         )
-        for rank in range(RANKS)
+        for place in places(RANKS)
     ]
 
 
@@ -63,14 +68,14 @@ def command(store: Path, root: Path, *more: str) -> list[str]:
     ]
 
 
-def ended(jobs: "list[subprocess.Popen[str]]") -> tuple[list[int], str]:
+def ended(jobs: "Sequence[ForkedRank | subprocess.Popen[str]]") -> tuple[list[int], str]:
     """Waits for all ranks of a job; returns the exit codes and everything that was printed."""
     try:
         output = "".join(job.communicate(timeout=120)[0] for job in jobs)
     finally:
         for job in jobs:
             job.kill()
-    return [job.returncode for job in jobs], output
+    return [job.wait(0) for job in jobs], output
 
 
 def the_sentence(output: str) -> str:
@@ -81,7 +86,7 @@ def the_sentence(output: str) -> str:
     return said[0]
 
 
-def wait_for_lines(run: Path, jobs: "list[subprocess.Popen[str]]", count: int = 1) -> None:
+def wait_for_lines(run: Path, jobs: "Sequence[ForkedRank | subprocess.Popen[str]]", count: int = 1) -> None:
     """Waits until a job has written so many lines of metrics, or has ended."""
     deadline = time.monotonic() + 100
     metrics = run / "metrics.jsonl"

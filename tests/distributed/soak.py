@@ -20,11 +20,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from forked import Server
 from page import ROOT, UNKNOWN, commit_and_changes
 from soak_capture import Captures, Pass
 from soak_counts import told, totals_of
 from soak_goodput import goodput
-from soak_jobs import Blow, Run, Server, drawn_blow, strike
+from soak_jobs import Blow, Run, drawn_blow, strike
 from soak_page import update
 from soak_training import Shape, Trainings
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distributed_harness import VOCABULARY, Workplace, student
-from soak_jobs import GENTLE, Blow, Job, Run, Server, Stand, seconds_of
+from forked import Server
+from soak_jobs import GENTLE, Blow, Job, Run, Stand, seconds_of
 from synthetic_stores import write_synthetic_store
 
 from sparsekd.logit_store.places.files import TEMPORARY_PREFIX

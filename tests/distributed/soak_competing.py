@@ -12,8 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from forked import Server
 from soak_capture import Captures, Pass, files_of
-from soak_jobs import SECONDS_TO_END, Job, Server
+from soak_jobs import SECONDS_TO_END, Job
 
 
 def compete(

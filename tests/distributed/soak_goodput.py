@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from forked import Server
 from soak_counts import GOODPUT_PARTS
-from soak_jobs import Job, Server, lines_of
+from soak_jobs import Job, lines_of
 from soak_training import Shape, Trainings, newest_step, pulses
 
 WORLD = 2

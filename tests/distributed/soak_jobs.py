@@ -4,16 +4,14 @@ import json
 import os
 import random
 import signal
-import socket
-import subprocess
-import sys
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SERVER = Path(__file__).with_name("soak_server.py")
+from forked import Server, places
+
 SECONDS_TO_END = 100.0
 """What a job has to end, after it was killed or asked, before it counts as one that hangs."""
 GENTLE = {
@@ -21,51 +19,6 @@ GENTLE = {
     signal.SIGUSR2: "warning",
     signal.SIGINT: "interrupted",
 }
-
-
-class Server:
-    """The process from which ranks are forked."""
-
-    def __init__(self) -> None:
-        # Where each has one alone, libraries begin no threads, which a fork does not take along.
-        alone = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, str(SERVER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **alone, "PYTHONSAFEPATH": "1"},
-        )
-        assert self._read() == "loaded\n"
-        self.ended: dict[int, int] = {}
-        """Exit codes of all ranks, of whatever job, that had ended when it was last asked."""
-
-    def _read(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline()
-
-    def ask(self, question: Any) -> Any:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._read())
-
-    def start(self, ranks: list[dict[str, Any]]) -> list[int]:
-        """Forks ranks; returns their numbers."""
-        pids: list[int] = self.ask(ranks)
-        for pid in pids:
-            self.ended.pop(pid, None)  # of an earlier process with this number
-        return pids
-
-    def look(self) -> None:
-        """Asks who has ended since."""
-        self.ended |= dict(self.ask(None))
-
-    def end(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait(timeout=30)
 
 
 class Job:
@@ -79,21 +32,10 @@ class Job:
     """
 
     def __init__(self, server: Server, words: list[str], world: int, output: Path) -> None:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         self._server, self.world, self.output = server, world, output
         self.began = time.monotonic()
         self.pids = server.start(
-            [
-                {
-                    "words": words,
-                    "environment": common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    "output": str(output),
-                }
-                for rank in range(world)
-            ]
+            [{"words": words, "environment": each, "output": str(output)} for each in places(world)]
         )
         self._codes: dict[int, int] = {}
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from distributed_harness import TIMED_FIELDS, VOCABULARY, Workplace, make_workplace, overrides_of
+from forked import Server
 from plain_training import relative_difference, student
-from soak_jobs import GENTLE, Blow, Job, Run, Server, Stand, lines_of, seconds_of
+from soak_jobs import GENTLE, Blow, Job, Run, Stand, lines_of, seconds_of
 
 from sparsekd.trainer.state.record import read_commit
 

@@ -2,13 +2,13 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked import server
 from soak_capture import Capture, Captures, Pass, files_of
 from soak_competing import compete
-from soak_jobs import Server
 
 pytestmark = pytest.mark.distributed
 
@@ -16,10 +16,8 @@ SHAPE = Pass(5, 7, "tkq8")
 
 
 @pytest.fixture(scope="module")
-def captures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Captures]:
-    server = Server()
-    yield Captures(tmp_path_factory.mktemp("captures") / "all", server)
-    server.end()
+def captures(tmp_path_factory: pytest.TempPathFactory) -> Captures:
+    return Captures(tmp_path_factory.mktemp("captures") / "all", server())
 
 
 def wait_until(happens: Callable[[], bool], run: Capture) -> None:

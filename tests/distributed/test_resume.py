@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_harness import LONG_STEPS, STEPS, VOCABULARY, Workplace, all_runs, kill_job, long_run
+from distributed_harness import LONG_STEPS, STEPS, VOCABULARY, Workplace, all_runs, long_run
 from plain_training import relative_difference, student
 from worker import configured
 
@@ -65,7 +65,7 @@ def kill_at_random(work: Workplace, name: str) -> None:
     while not any(folder.glob("step-*")) and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(random.uniform(0, 1.5))
-    kill_job(job)
+    job.kill()
     assert any(folder.glob("step-*")), (work.root / "output.txt").read_text()[-4000:]
 
 

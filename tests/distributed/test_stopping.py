@@ -15,7 +15,7 @@ import pytest
 import torch
 from caught_signals import send_when_caught
 from distributed_harness import TIMED_FIELDS, Workplace
-from jobs import command, ended, start, started, the_sentence, wait_for_lines
+from jobs import command, ended, start, start_anew, started, the_sentence, wait_for_lines
 
 from sparsekd.trainer.export.export import consolidated_weights
 from sparsekd.trainer.run.stop import STOPPED_CODE
@@ -113,7 +113,7 @@ def test_a_job_that_is_stopped_while_it_starts_leaves_its_mark_and_begins_nothin
     workplace: Workplace, tmp_path: Path
 ) -> None:
     """The signal comes to one rank while it loads libraries, long before there is a step to stop at."""
-    jobs = start(workplace.root / "store", tmp_path, *LONG)
+    jobs = start_anew(workplace.root / "store", tmp_path, *LONG)
     send_when_caught(jobs[1], signal.SIGUSR2)
     codes, output = ended(jobs)
     assert codes == [STOPPED_CODE] * 2, output[-6000:]
@@ -130,7 +130,7 @@ def test_a_start_that_is_stopped_while_it_reads_a_checkpoint_leaves_its_mark(
     words = ("train.steps=6", "train.checkpoint_every=2", "train.evaluate_rows=0")
     codes, output = started(workplace.root / "store", tmp_path, *words)
     assert codes == [0, 0], output[-6000:]
-    jobs = start(workplace.root / "store", tmp_path, *words, "train.steps=9", "train.allow=[schedule]")
+    jobs = start_anew(workplace.root / "store", tmp_path, *words, "train.steps=9", "train.allow=[schedule]")
     # The first rank alone would end the meeting, of which no mark is left.
     send_when_caught(jobs[1], signal.SIGUSR2)
     codes, output = ended(jobs)

@@ -4,13 +4,15 @@ A start then takes as long as a job's own work does, and a soak reaches hundreds
 begun a thread, a device or a process group: what a fork does not survive is each rank's own.
 
 Reads lines of JSON from standard input. A list of jobs' ranks, `[{"words": [...], "environment": {...},
-"output": PATH}, ...]`, forks a process for each, which is `sparsekd WORDS`, and answers with their numbers;
-the line `null` answers with the `[number, status]` of all that ended since.
+"output": PATH}, ...]`, forks a process for each, which is `sparsekd WORDS`, or `python PROGRAM WORDS` where
+there is a "program", and answers with their numbers; the line `null` answers with the `[number, status]` of
+all that ended since.
 """
 
 import faulthandler
 import json
 import os
+import runpy
 import signal
 import sys
 from pathlib import Path
@@ -26,16 +28,21 @@ FORK_SAFE = {"jemalloc_bg_thd"}
 """Of pyarrow's memory pool, which makes it anew in the forked process."""
 
 
-def be_a_rank(words: list[str], environment: dict[str, str], output: str) -> None:
+def be_a_rank(words: list[str], environment: dict[str, str], output: str, program: str | None = None) -> None:
     """What a forked process does, as if the command had just been typed."""
     os.setsid()
     nothing = os.open(os.devnull, os.O_RDONLY)
     file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
     for source, target in ((nothing, 0), (file, 1), (file, 2)):
         os.dup2(source, target)
+    os.environ.clear()
     os.environ.update(environment)
     faulthandler.register(signal.SIGRTMIN, all_threads=True)  # one that hangs says where
-    run_as_process(lambda: cli.main(words))
+    if program is None:
+        run_as_process(lambda: cli.main(words))
+    else:
+        sys.argv = [program, *words]
+        runpy.run_path(program, run_name="__main__")
 
 
 def ended() -> list[tuple[int, int]]:
