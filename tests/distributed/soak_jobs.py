@@ -1,4 +1,4 @@
-"""Jobs for the soak: started by soak_server, killed or asked to stop at a random moment."""
+"""Jobs for the soak: forked, killed or asked to stop at a random moment."""
 
 import json
 import os
