@@ -134,6 +134,13 @@ class CorpusConfig:
         None, "With format=dataset, the split that is held out; then no document is chosen by hash."
     )
     seed: int = option(0, "Seed of the held-out choice.", minimum=0)
+    jobs: int = option(
+        1,
+        "Processes of this machine that encode documents and write shards; the store is the same with any "
+        "number.",
+        minimum=1,
+        maximum=1024,
+    )
 
 
 def check_corpus(corpus: CorpusConfig) -> None:

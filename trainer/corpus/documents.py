@@ -14,7 +14,7 @@ import itertools
 import json
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -457,3 +457,13 @@ class CorpusDigest:
     def hexdigest(self) -> str:
         """The digest so far, in hexadecimal."""
         return self._hash.hexdigest()
+
+
+def digested(
+    documents: Iterable[Document], digests: Sequence[CorpusDigest], config: CorpusConfig
+) -> Iterator[Document]:
+    """The documents, each of which goes into the digest of its source."""
+    for document in documents:
+        weight = None if config.weight_field is None else document.weight
+        digests[document.source].add(document.content, weight)
+        yield document

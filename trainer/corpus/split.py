@@ -6,6 +6,9 @@ a text that is trained on never stands among the held-out ones as a copy.
 
 import hashlib
 
+from sparsekd.trainer.config.corpus import CorpusConfig
+from sparsekd.trainer.corpus.documents import Document, has_own_heldout
+
 # 64 bits of the digest, read as a fraction of 1.
 DIGEST_BYTES = 8
 
@@ -30,3 +33,10 @@ def is_heldout(content: bytes, *, fraction: float, seed: int) -> bool:
 def split_of(content: bytes, *, fraction: float, seed: int) -> str:
     """The store's split to which a document belongs: "train" or "heldout"."""
     return "heldout" if is_heldout(content, fraction=fraction, seed=seed) else "train"
+
+
+def split_of_document(document: Document, corpus: CorpusConfig) -> str:
+    """The store's split to which a document belongs, by its place where held-out ones have their own."""
+    if has_own_heldout(corpus):
+        return "train" if document.source < len(corpus.paths) else "heldout"
+    return split_of(document.content, fraction=corpus.heldout_fraction, seed=corpus.seed)
