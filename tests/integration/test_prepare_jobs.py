@@ -180,20 +180,31 @@ def is_alive(process: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, words: Path) -> tuple[dict[str, Any], Path]:
-    """How a store is made, but by how many and where; and the one that one process makes so."""
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, words: Path, tokenizer: Path
+) -> dict[str, tuple[dict[str, Any], Path]]:
+    """How a store of each kind is made, but by how many and where; and the one that one process makes so."""
     folder = tmp_path_factory.mktemp("whole")
-    path = write_lines(folder / "a.jsonl", [{"text": f"{number} {CODE}"} for number in range(100)])
-    keys = keys_for(path, words, folder / "tokens", format="jsonl") | {"store.rows_per_shard": 100}
-    prepare(keys)
-    return keys, folder / "tokens"
+    text = [{"text": f"{number} {CODE}"} for number in range(100)]
+    corpora = {"text": (text, words, 100), "chat": (list(chats(1000)), tokenizer, 5)}
+    found = {}
+    for kind, (records, made, rows) in corpora.items():
+        path = write_lines(folder / f"{kind}.jsonl", records)
+        keys = keys_for(path, made, folder / kind, format="jsonl") | {"store.rows_per_shard": rows}
+        prepare(keys)
+        found[kind] = keys, folder / kind
+    return found
 
 
-@pytest.mark.parametrize("ended", ["SIGKILL", "SIGTERM to all", "SIGKILL to a worker"])
+@pytest.mark.parametrize(
+    ("kind", "ended"),
+    [("chat", "SIGKILL"), ("text", "SIGTERM to all"), ("text", "SIGKILL to a worker")],
+)
 def test_ended_and_started_again_gives_the_same_bytes(
-    ended: str, tmp_path: Path, whole: tuple[dict[str, Any], Path]
+    kind: str, ended: str, tmp_path: Path, whole: dict[str, tuple[dict[str, Any], Path]]
 ) -> None:
-    wanted = whole[0] | {"corpus.jobs": 2, "store.tokens": str(tmp_path / "tokens")}
+    keys, expected = whole[kind]
+    wanted = keys | {"corpus.jobs": 2, "store.tokens": str(tmp_path / "tokens")}
     command = [sys.executable, "-c", SCRIPT, json.dumps(wanted)]
     environment = os.environ | {"PYTHONSAFEPATH": "1"}
     process = subprocess.Popen(
@@ -225,5 +236,5 @@ def test_ended_and_started_again_gives_the_same_bytes(
         time.sleep(0.05)
     assert not (tmp_path / "tokens" / "INDEX.json").exists(), "ended in time"
     prepare(wanted | {"corpus.jobs": 1})
-    assert tree(tmp_path / "tokens") == tree(whole[1])
+    assert tree(tmp_path / "tokens") == tree(expected)
     assert not [name for name in files_below(tmp_path / "tokens") if TEMPORARY_PREFIX in name]

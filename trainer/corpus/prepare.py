@@ -1,10 +1,10 @@
 """The verb `prepare`: documents -> a token store, with document boundaries kept and documents held out.
 
 The corpus is read in passes, so that it need not fit in memory: one that establishes its identity (the
-manifest is written first), one that trains the tokenizer where that is asked for, one over what is no plain
-text that finds out what cannot be used, and one that tokenizes and packs. A killed run is started again with
-the same command: it repeats the passes, which is cheap beside capture, and skips the shards that are already
-there.
+manifest is written first), one that trains the tokenizer where that is asked for, and one that encodes and
+packs. What is no plain text is encoded before the manifest is written, which says what could not be used, and
+its tokens wait on disk. A killed run is started again with the same command: it repeats the passes, which is
+cheap beside capture, and skips the shards that are already there.
 """
 
 import os
@@ -40,6 +40,7 @@ from sparsekd.trainer.corpus.encoding import Encoded
 from sparsekd.trainer.corpus.files import source_name
 from sparsekd.trainer.corpus.findings import Formats, Records, SpecialTokens, Tally
 from sparsekd.trainer.corpus.forms import Forms
+from sparsekd.trainer.corpus.kept import Kept
 from sparsekd.trainer.corpus.rows import write_rows
 from sparsekd.trainer.corpus.split import split_of_document
 from sparsekd.trainer.corpus.tokenizer import (
@@ -132,22 +133,23 @@ def _prepare(config: Config, watch: StopWatch) -> None:
     check_tokenizer_of(survey.forms.kind, corpus)
     tokenizer, name = _tokenizer(corpus, watch)
     special = SpecialTokens(tokenizer, corpus)
-    with _stopped_with_its_workers(watch), Workers(tokenizer, corpus) as workers:
-        if survey.forms.kind != "text" or corpus.truncation != "split":
-            survey = examined(corpus, survey, workers, watch)
+    with _stopped_with_its_workers(watch), Workers(tokenizer, corpus) as workers, Kept(path) as kept:
+        if is_examined := survey.forms.kind != "text" or corpus.truncation != "split":
+            survey = examined(corpus, survey, workers, special, kept, watch)
         with tempfile.TemporaryDirectory() as folder:
             save_tokenizer(tokenizer, Path(folder))
             manifest = _manifest(corpus, config.store, survey, tokenizer, Path(folder), name)
             create_store(path, manifest, Path(folder))
-        shards = write_rows(
-            path,
-            manifest,
-            _encoded(path, corpus, survey, workers, special),
-            sum(survey.documents.values()),
-            workers,
-            watch,
-            packed=corpus.packing == "documents",
-        )
+        if is_examined and kept.are_all:
+            batches = kept.batches()
+        else:
+            documents = read_documents(corpus)
+            batches = _encoded(
+                documents, corpus, survey, workers, Records(), None if is_examined else special
+            )
+        total = sum(survey.documents.values())
+        packed = corpus.packing == "documents"
+        shards = write_rows(path, manifest, batches, total, workers, watch, packed=packed)
     seal(path, shards)
     _report(open_store(path), survey, special, path, time.monotonic() - started)
 
@@ -204,51 +206,63 @@ def survey_documents(corpus: CorpusConfig, watch: StopWatch) -> Survey:
     return survey
 
 
-def examined(corpus: CorpusConfig, survey: Survey, workers: Workers, watch: StopWatch) -> Survey:
-    """The survey after all documents were encoded once, so that the manifest can say what was left out.
+def examined(
+    corpus: CorpusConfig,
+    survey: Survey,
+    workers: Workers,
+    special: SpecialTokens,
+    kept: Kept,
+    watch: StopWatch,
+) -> Survey:
+    """The survey after all documents were encoded, so that the manifest can say what was left out.
+
+    Their tokens are in `kept` then.
 
     Raises:
         DataError: A document cannot be used and `corpus.invalid` does not skip it, or too few are left.
     """
     documents, records = dict.fromkeys(SPLITS, 0), Records()
-    numbered = (
-        (number, document)
-        for number, document in enumerate(_until_asked(watch, read_documents(corpus, skipped=records.skip)))
-        if document.content
-    )
+    found = _until_asked(watch, read_documents(corpus, skipped=records.skip))
     newest = -1
-    for batch in workers.encoded(numbered, records):
+    for batch in _encoded(found, corpus, survey, workers, records, special):
         for part in batch:
             if part.number != newest:
                 newest = part.number
                 documents[part.split] += 1
-    found = replace(survey, documents=documents, records=records)
-    _check_any(found, corpus)
-    _check_splits(found, corpus)
-    return found
+        kept.add(batch)
+    after = replace(survey, documents=documents, records=records)
+    _check_any(after, corpus)
+    _check_splits(after, corpus)
+    return after
 
 
 def _encoded(
-    path: StorePath, corpus: CorpusConfig, survey: Survey, workers: Workers, special: SpecialTokens
+    documents: Iterator[Document],
+    corpus: CorpusConfig,
+    survey: Survey,
+    workers: Workers,
+    records: Records,
+    special: SpecialTokens | None,
 ) -> Iterator[list[Encoded]]:
-    """The tokens of all documents, at which `special` looks.
+    """The tokens of all documents, at which `special` looks, unless it has.
 
     Raises:
-        DataError: The corpus changed since the first pass.
+        DataError: The corpus changed since the first pass, or a document cannot be used.
     """
     digests = [CorpusDigest() for _ in survey.sources]
 
     def numbered() -> Iterator[tuple[int, Document]]:
-        for number, document in enumerate(digested(read_documents(corpus), digests, corpus)):
+        for number, document in enumerate(digested(documents, digests, corpus)):
             if document.content:
-                special.look(document)
+                if special is not None:
+                    special.look(document)
                 yield number, document
 
-    yield from workers.encoded(numbered(), Records())
+    yield from workers.encoded(numbered(), records)
     if [digest.hexdigest() for digest in digests] != [digest.hexdigest() for digest in survey.sources]:
         raise DataError(
-            f"The documents of {', '.join(corpus.paths)} changed while they were read; remove the unfinished "
-            f"token store {path} and run prepare again."
+            f"The documents of {', '.join(corpus.paths)} changed while they were read; remove the token "
+            "store if one was begun, and run prepare again."
         )
 
 
