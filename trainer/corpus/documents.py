@@ -24,7 +24,7 @@ from sparsekd.logit_store.errors import first_line
 from sparsekd.trainer.config.corpus import CorpusConfig, check_corpus, with_escapes
 from sparsekd.trainer.config.schema import require
 from sparsekd.trainer.corpus.bodies import Body, content_of, text_of
-from sparsekd.trainer.corpus.fields import RecordError, text_of_record, weight_of_record
+from sparsekd.trainer.corpus.fields import RecordError, weight_of_record
 from sparsekd.trainer.corpus.files import LeftOut, SourceFile, list_files, source_name
 from sparsekd.trainer.corpus.forms import Forms
 from sparsekd.trainer.corpus.splitting import split_text
@@ -170,7 +170,7 @@ class _Reader:
         try:
             weight = weight_of_record(record, self.config, where, noun)
             if self.forms.kind == "text":
-                text = text_of_record(record, self.config, where, noun)
+                text = self.forms.text(record, where, noun)
                 yield _document(text, source, place, weight)
                 return
             body = self.forms.body(record, where, is_table=noun == "column")

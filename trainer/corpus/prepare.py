@@ -42,7 +42,7 @@ from sparsekd.trainer.corpus.findings import Formats, Records, SpecialTokens, Ta
 from sparsekd.trainer.corpus.forms import Forms
 from sparsekd.trainer.corpus.kept import Kept
 from sparsekd.trainer.corpus.rows import write_rows
-from sparsekd.trainer.corpus.split import split_of_document
+from sparsekd.trainer.corpus.split import check_places, split_of_document
 from sparsekd.trainer.corpus.tokenizer import (
     end_token_id,
     load_tokenizer,
@@ -188,6 +188,7 @@ def survey_documents(corpus: CorpusConfig, watch: StopWatch) -> Survey:
         DataError: No documents, none with text, or a split that has to have documents has none.
         Stopped: `watch` was asked meanwhile.
     """
+    check_places(corpus)
     sources = [CorpusDigest() for _ in sources_of(corpus)]
     documents = dict.fromkeys(SPLITS, 0)
     empty, left_out, formats, forms, records = 0, Tally(), Formats(corpus), Forms(corpus), Records()
