@@ -16,10 +16,14 @@ import pytest
 from chat_templates import chat_tokenizer
 
 from sparsekd.logit_store.places.files import TEMPORARY_PREFIX, files_below
+from sparsekd.trainer.config.corpus import CorpusConfig
 from sparsekd.trainer.config.schema import Config
-from sparsekd.trainer.corpus import encoding
+from sparsekd.trainer.corpus import encoding, workers
+from sparsekd.trainer.corpus.documents import Document
+from sparsekd.trainer.corpus.findings import Records
 from sparsekd.trainer.corpus.prepare import run
-from sparsekd.trainer.corpus.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
+from sparsekd.trainer.corpus.tokenizer import END_OF_TEXT, load_tokenizer, save_tokenizer, train_tokenizer
+from sparsekd.trainer.corpus.workers import Workers
 from sparsekd.trainer.run.errors import DataError
 from sparsekd.trainer.run.stop import STOPPED_CODE
 
@@ -162,6 +166,30 @@ def test_the_first_document_that_cannot_be_used_is_named(tmp_path: Path, tokeniz
     assert not (tmp_path / "tokens").exists()
 
 
+def test_no_more_documents_are_read_than_processes_have_room_for(
+    words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of long ones by their length, of short ones by the number of blocks; too long a one goes alone."""
+    monkeypatch.setattr(workers, "CHARACTERS_AHEAD", 10_000)
+    taken: list[int] = []
+
+    def documents(lengths: list[int]) -> Iterator[tuple[int, Document]]:
+        taken.clear()
+        for number, length in enumerate(lengths):
+            taken.append(number)
+            text = (CODE * (1 + length // len(CODE)))[:length]
+            yield number, Document(text, text.encode(), 0, "")
+
+    with Workers(load_tokenizer(str(words), None), CorpusConfig(jobs=2)) as several:
+        # A block is full with 2,000 characters: 4 waiting blocks for each process, and the one that is next.
+        for lengths, most in ([1000] * 60, 18), ([4000] * 40, 6), ([30_000] * 9, 2):
+            found = several.encoded(documents(lengths), Records())
+            numbers = [part.number for part in next(found)]
+            assert len(taken) <= most, lengths[0]
+            numbers += [part.number for batch in found for part in batch]
+            assert numbers == list(range(len(lengths)))
+
+
 def children(process: int) -> list[int]:
     """The processes that a process has started to work for it."""
     found = []
@@ -213,14 +241,14 @@ def test_ended_and_started_again_gives_the_same_bytes(
     )  # fmt: skip
     while process.poll() is None and not list((tmp_path / "tokens").rglob("*.arrow")):
         time.sleep(0.001)
-    workers = children(process.pid)
-    assert len(workers) == 2, process.poll()
+    helpers = children(process.pid)
+    assert len(helpers) == 2, process.poll()
     if ended == "SIGKILL":
         process.kill()
     elif ended == "SIGTERM to all":
         os.killpg(process.pid, signal.SIGTERM)
     else:
-        os.kill(workers[0], signal.SIGKILL)
+        os.kill(helpers[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     if ended == "SIGTERM to all":
         assert process.returncode == STOPPED_CODE, errors
@@ -231,7 +259,7 @@ def test_ended_and_started_again_gives_the_same_bytes(
         )
         assert "Traceback" not in errors
     deadline = time.monotonic() + 60
-    while any(map(is_alive, workers)):
+    while any(map(is_alive, helpers)):
         assert time.monotonic() < deadline, "they live on"
         time.sleep(0.05)
     assert not (tmp_path / "tokens" / "INDEX.json").exists(), "ended in time"
