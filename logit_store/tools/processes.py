@@ -11,10 +11,11 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Generic, TypeVar
 
 from sparsekd.logit_store.errors import StoreError
 
@@ -30,10 +31,88 @@ _pickled = b""  # of a worker process: what it does, and once it was needed, as 
 _work: Callable[[Any], Any] | None = None
 
 
+class WorkerKilledError(StoreError):
+    """A process that works for this one was killed."""
+
+
 def require_jobs(jobs: int) -> None:
     """Raises StoreError for a number of processes that is not from 1 to `LARGEST_JOBS`."""
     if not 1 <= jobs <= LARGEST_JOBS:
         raise StoreError(f"jobs is {jobs}, expected 1 to {LARGEST_JOBS} processes.")
+
+
+class Processes(Generic[Item, Result]):
+    """Processes that do one kind of work; use it in a `with` block, at whose end they end.
+
+    Args:
+        work: a picklable function (of a module, a method of a picklable object, a `partial` of these).
+        jobs: how many. Scripts need the usual `if __name__ == "__main__":`.
+        what: is done, for the message when one dies.
+        option: by which users set their number, for that message.
+
+    Raises:
+        StoreError: jobs is not from 1 to `LARGEST_JOBS`.
+    """
+
+    def __init__(
+        self, work: Callable[[Item], Result], jobs: int, *, what: str, option: str = "--jobs"
+    ) -> None:
+        require_jobs(jobs)
+        self._killed = (
+            f"A process of {what} was killed, as happens where memory runs out: run the same command again "
+            f"with fewer {option} than {jobs}; it goes on with what is there."
+        )
+        # Only this process holds the other end, so that it is closed however this process ends.
+        self._alive, self._held = multiprocessing.Pipe(duplex=False)
+        self._begun: set[Future[Result]] = set()
+        self._pool = ProcessPoolExecutor(
+            jobs,
+            multiprocessing.get_context("spawn"),
+            initializer=_begin,
+            initargs=(pickle.dumps(work), self._alive),
+        )
+
+    def __enter__(self) -> "Processes[Item, Result]":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            # What others have begun is finished, a whole shard is not made again; unless this is interrupted.
+            if kind is None or issubclass(kind, Exception):
+                begun = [future for future in list(self._begun) if not future.cancel()]
+                wait(begun)
+        finally:
+            self._held.close()
+            self._pool.shutdown(cancel_futures=True)
+            self._alive.close()
+
+    def begin(self, item: Item) -> "Future[Result]":
+        """Has an item worked on, after those that were begun before.
+
+        Raises:
+            WorkerKilledError: a process was killed.
+        """
+        try:
+            future: Future[Result] = self._pool.submit(_do, item)
+        except BrokenProcessPool:
+            raise WorkerKilledError(self._killed) from None
+        self._begun.add(future)
+        future.add_done_callback(self._begun.discard)
+        return future
+
+    def result(self, future: "Future[Result]") -> Result:
+        """Waits for what became of an item.
+
+        Raises:
+            WorkerKilledError: a process was killed.
+            Exception: what the work raised.
+        """
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            raise WorkerKilledError(self._killed) from None
 
 
 def results_of(
@@ -42,10 +121,9 @@ def results_of(
     """Yields `work(item)` for each item, in their order.
 
     Args:
-        work: a picklable function (of a module, a method of a picklable object, a `partial` of these).
+        work: as for `Processes`.
         items: picklable; taken a few at a time.
-        jobs: processes; 1 works in this one. Scripts that ask for more need the usual
-            `if __name__ == "__main__":`.
+        jobs: processes; 1 works in this one.
         what: is done, for the message when a process dies.
 
     Raises:
@@ -56,46 +134,23 @@ def results_of(
     if jobs == 1:
         yield from map(work, items)
         return
-    # Only this process holds the other end, so that it is closed however this process ends.
-    alive, held = multiprocessing.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(
-        jobs,
-        multiprocessing.get_context("spawn"),
-        initializer=_begin,
-        initargs=(pickle.dumps(work), alive),
-    )
-    try:
-        yield from _in_order(pool, iter(items), jobs * ITEMS_AHEAD)
-        pool.shutdown()
-    except BrokenProcessPool:
-        raise StoreError(
-            f"A process of {what} was killed, as happens where memory runs out: run the same command again "
-            f"with fewer --jobs than {jobs}; it goes on with what is there."
-        ) from None
-    except Exception:  # of the work: what others have begun is finished, a whole shard is not made again
-        pool.shutdown(cancel_futures=True)
-        raise
-    finally:
-        held.close()
-        pool.shutdown(cancel_futures=True)
-        alive.close()
-
-
-def _in_order(pool: ProcessPoolExecutor, items: Iterator[Item], ahead: int) -> Iterator[Any]:
-    waiting: deque[Future[Any]] = deque()
-    for item in items:
-        waiting.append(pool.submit(_do, item))
-        if len(waiting) == ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    with Processes(work, jobs, what=what) as processes:
+        waiting: deque[Future[Result]] = deque()
+        for item in items:
+            waiting.append(processes.begin(item))
+            if len(waiting) == jobs * ITEMS_AHEAD:
+                yield processes.result(waiting.popleft())
+        while waiting:
+            yield processes.result(waiting.popleft())
 
 
 def _begin(work: bytes, alive: Connection) -> None:
     """Begins a worker process, which ends when the process that started it does."""
     global _pickled
     _pickled = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the first process decides
+    # Of a terminal or of Slurm, which reach all processes of a command: the first one decides.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
     def watch() -> None:
         alive.poll(None)

@@ -132,6 +132,16 @@ def test_capture(tmp_path: Path) -> None:
         assert int(cells[name][1].replace(",", "")) > 0
 
 
+def test_prepare(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    run("prepare.py", tmp_path)
+    page = page_of(tmp_path, "prepare_cpu.md")
+    assert NO_CACHE in page
+    rows = [row for row in tables(page) if row[0].startswith(("sparsekd", "datasets.map"))]
+    assert len(rows) == 3 and all(int(row[1].replace(",", "")) > 0 for row in rows)
+    assert len({row[1] for row in rows}) == 1  # the same tokens, whoever makes them
+
+
 def test_models(tmp_path: Path) -> None:
     run("models.py", tmp_path)
     page = page_of(tmp_path, "models.md")

@@ -1,7 +1,10 @@
 """Conversations, pairs and ids from files to a token store, to a teacher's records, to steps of a student."""
 
+import errno
 import json
+import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,15 @@ from capture_world import config_for, make_teacher
 from chat_templates import chat_tokenizer
 from test_api import drive
 
+from sparsekd.logit_store.places.files import files_below
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.row import Row, document_of_position, weights_of_positions
 from sparsekd.logit_store.tools.inspect import inspect_text
 from sparsekd.trainer.config.schema import Config
+from sparsekd.trainer.corpus import encoding
+from sparsekd.trainer.corpus.encoding import Block, Encoded, Encoder
+from sparsekd.trainer.corpus.findings import Records
+from sparsekd.trainer.corpus.kept import Kept
 from sparsekd.trainer.corpus.prepare import run
 from sparsekd.trainer.corpus.tokenizer import save_tokenizer
 from sparsekd.trainer.run.errors import DataError
@@ -221,6 +229,38 @@ def test_a_conversation_a_row(tmp_path: Path, tokenizer: Path) -> None:
     for number, text in learned_texts(rows).items():
         answers = [turn["content"] for turn in records[number]["messages"] if turn["role"] == "assistant"]
         assert text == "".join(f"{answer}<|im_end|>" for answer in answers)
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_conversations_are_encoded_once_where_there_is_room(
+    is_full: bool, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere once more, to the same store."""
+    path = write_lines(tmp_path / "a.jsonl", conversations(30))
+    keys = {"truncation": "cut", "weight_field": "w"}
+    prepared(path, tokenizer, tmp_path / "first", **keys)
+    blocks: list[int] = []
+    encode, keep = Encoder.encode, Kept.add
+
+    def counted(encoder: Encoder, block: Block, records: Records) -> Iterator[list[Encoded]]:
+        blocks.extend(number for number, _ in block)
+        return encode(encoder, block, records)
+
+    def full(*words: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    def kept(where: Kept, batch: list[Encoded]) -> None:
+        keep(where, batch)
+        if is_full:  # behind the first block
+            monkeypatch.setattr(pickle, "dump", full)
+
+    monkeypatch.setattr(Encoder, "encode", counted)
+    monkeypatch.setattr(Kept, "add", kept)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 2000)
+    prepared(path, tokenizer, tmp_path / "second", **keys)
+    assert blocks == [*range(30)] * (2 if is_full else 1)
+    for name in files_below(tmp_path / "first"):
+        assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
 
 
 def test_a_split_of_a_dataset_is_held_out(tmp_path: Path, tokenizer: Path) -> None:

@@ -49,6 +49,11 @@ class CorpusConfig:
     tools_field: str | None = option(
         "tools", "Field of the tools that the chat template gets, where a record has it; null for none."
     )
+    system_field: str | None = option(
+        "system",
+        "Field of what the system says before the messages, where a record has it and they do not begin with "
+        "it; null for none.",
+    )
     prompt_field: str | None = option(
         None, "Field of a pair's prompt; null takes prompt, or else instruction and input."
     )
@@ -57,8 +62,9 @@ class CorpusConfig:
     )
     template: str | None = option(
         None,
-        "Makes a pair's prompt of fields, as '{instruction}\\n\\n{input}\\n\\n' does; a paragraph whose "
-        "fields are all empty is left out, \\n is a line break, {{ a brace.",
+        "Makes a pair's prompt of fields, as '{instruction}\\n\\n{input}\\n\\n' does, or a text of several, "
+        "as '{title}\\n\\n{body}'; a paragraph whose fields are all empty is left out, \\n is a line break, "
+        "{{ a brace.",
     )
     chat_template: str | None = option(
         None, "File with the chat template (Jinja), in place of the tokenizer's; it travels with the store."
@@ -134,6 +140,13 @@ class CorpusConfig:
         None, "With format=dataset, the split that is held out; then no document is chosen by hash."
     )
     seed: int = option(0, "Seed of the held-out choice.", minimum=0)
+    jobs: int = option(
+        1,
+        "Processes of this machine that encode documents and write shards; the store is the same with any "
+        "number.",
+        minimum=1,
+        maximum=1024,
+    )
 
 
 def check_corpus(corpus: CorpusConfig) -> None:
@@ -221,6 +234,11 @@ def _check_kind(corpus: CorpusConfig) -> None:
             )
     if corpus.template is None:
         return
+    if corpus.format == "text":
+        raise ConfigError(
+            f"corpus.template={corpus.template!r} with corpus.format=text: a text file has no fields; "
+            "use jsonl, csv, parquet or dataset, or leave corpus.template away."
+        )
     try:
         fields = [(name, spec, how) for _, name, spec, how in Formatter().parse(corpus.template)]
     except ValueError as error:

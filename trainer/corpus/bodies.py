@@ -23,6 +23,8 @@ ROLES = {
     "human": "user",  # ShareGPT's words
     "gpt": "assistant",
     "observation": "tool",
+    "function_call": "assistant",
+    "function": "tool",  # OpenAI's, before there were tools
 }
 LARGEST_ID = 2**31 - 1
 
@@ -120,7 +122,14 @@ def content_of(body: Body, where: str) -> bytes:
 
 
 def conversation_of(
-    messages: Any, tools: Any, where: str, name: str, *, given: int = 0, is_table: bool = False
+    messages: Any,
+    tools: Any,
+    where: str,
+    name: str,
+    *,
+    system: Any = None,
+    given: int = 0,
+    is_table: bool = False,
 ) -> Conversation:
     """A conversation of the values of a record's fields.
 
@@ -129,6 +138,7 @@ def conversation_of(
         tools: List of tools, its JSON text, or None.
         where: The record, for messages.
         name: The field of the messages, for messages.
+        system: What the system says where no message of it begins the conversation; None for nothing.
         given: As `Conversation.given`.
         is_table: Whether null fields inside of messages are what a table puts where there was none.
 
@@ -142,6 +152,14 @@ def conversation_of(
         _message(message, f"{where}: message {number} of {name!r}", is_table)
         for number, message in enumerate(found, start=1)
     ]
+    if system is not None and not isinstance(system, str):
+        raise RecordError(
+            "a system of another form",
+            f"{where}: the system's field is of type {type(system).__name__}, expected text; mend it, or set "
+            "corpus.system_field=null.",
+        )
+    if system and system.strip() and made[0]["role"] not in ("system", "developer"):
+        made, given = [{"role": "system", "content": system}, *made], given + (given > 0)
     listed = None if tools is None or tools == "" else _list_of(tools, where, "tools")
     if listed is not None and not all(isinstance(tool, Mapping) for tool in listed):
         raise RecordError("tools of another form", f"{where}: a tool is no object, expected JSON schemas.")
@@ -191,6 +209,10 @@ def _message(message: Any, where: str, is_table: bool) -> dict[str, Any]:
             f"{where} has the role {role!r}, expected one of {', '.join(ROLES)}; mend or remove the record.",
         )
     made["role"] = ROLES[role]
+    if role == "function_call":  # ShareGPT's, of a call in JSON
+        made["tool_calls"] = _called(made.pop("content", ""), where)
+    elif "function_call" in made:  # OpenAI's, before there were tools
+        made["tool_calls"] = _called(made.pop("function_call"), where)
     if made.get("weight", 1) not in (0, 1):  # OpenAI's, of an answer
         raise RecordError(
             "a weight of a message",
@@ -214,6 +236,27 @@ def _message(message: Any, where: str, is_table: bool) -> dict[str, Any]:
             f"{where} ({made['role']}) is empty; mend or remove the record, or set corpus.invalid=skip.",
         )
     return made | {"content": content}
+
+
+def _called(value: Any, where: str) -> list[dict[str, Any]]:
+    """The calls of tools that a value holds, an object or a list of them, or its JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise RecordError(
+                "a function_call of another form",
+                f"{where}: the call is a text but no JSON ({error}); mend it.",
+            ) from error
+    calls = value if isinstance(value, list) else [value]
+    if not calls or not all(
+        isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls
+    ):
+        raise RecordError(
+            "a function_call of another form",
+            f"{where}: the call is no object with name and arguments, nor a list of such; mend it.",
+        )
+    return [{"type": "function", "function": dict(call)} for call in calls]
 
 
 def _joined(parts: list[Any], where: str) -> str:

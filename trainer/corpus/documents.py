@@ -14,7 +14,7 @@ import itertools
 import json
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from sparsekd.logit_store.errors import first_line
 from sparsekd.trainer.config.corpus import CorpusConfig, check_corpus, with_escapes
 from sparsekd.trainer.config.schema import require
 from sparsekd.trainer.corpus.bodies import Body, content_of, text_of
-from sparsekd.trainer.corpus.fields import RecordError, text_of_record, weight_of_record
+from sparsekd.trainer.corpus.fields import RecordError, weight_of_record
 from sparsekd.trainer.corpus.files import LeftOut, SourceFile, list_files, source_name
 from sparsekd.trainer.corpus.forms import Forms
 from sparsekd.trainer.corpus.splitting import split_text
@@ -170,7 +170,7 @@ class _Reader:
         try:
             weight = weight_of_record(record, self.config, where, noun)
             if self.forms.kind == "text":
-                text = text_of_record(record, self.config, where, noun)
+                text = self.forms.text(record, where, noun)
                 yield _document(text, source, place, weight)
                 return
             body = self.forms.body(record, where, is_table=noun == "column")
@@ -457,3 +457,13 @@ class CorpusDigest:
     def hexdigest(self) -> str:
         """The digest so far, in hexadecimal."""
         return self._hash.hexdigest()
+
+
+def digested(
+    documents: Iterable[Document], digests: Sequence[CorpusDigest], config: CorpusConfig
+) -> Iterator[Document]:
+    """The documents, each of which goes into the digest of its source."""
+    for document in documents:
+        weight = None if config.weight_field is None else document.weight
+        digests[document.source].add(document.content, weight)
+        yield document

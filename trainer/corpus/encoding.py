@@ -7,7 +7,8 @@ text gives, and so is what stands behind. Where they do not agree, as in a run o
 the overlap, the window is made longer; one that then denies what it has said before a seam is refused.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from sparsekd.trainer.corpus.documents import Document
 from sparsekd.trainer.corpus.examples import ExampleEncoder
 from sparsekd.trainer.corpus.fields import RecordError
 from sparsekd.trainer.corpus.findings import Records
+from sparsekd.trainer.corpus.split import split_of_document
 from sparsekd.trainer.corpus.tokenizer import end_token_id, special_frame, tokenize
 from sparsekd.trainer.run.errors import DataError
 
@@ -32,146 +34,159 @@ AGREEING_TOKENS = 16
 """Tokens on each side of a seam of which two windows must have made the same."""
 
 
+Block = list[tuple[int, Document]]
+"""Documents that are encoded together, each with its place in the corpus; a long one is alone."""
+
+
 class Encoded(NamedTuple):
     """A document's token ids, or the next of them.
 
     Attributes:
         number: The document's place in the corpus.
-        document: The document.
+        split: The store's split to which it belongs.
+        weight: Of the document in the loss.
         token_ids: int32 [N]; a long document comes in parts, which follow one another.
         counted: bool [N], which of the tokens are learned; None for all.
     """
 
     number: int
-    document: Document
+    split: str
+    weight: float
     token_ids: NDArray[np.int32]
     counted: NDArray[np.bool_] | None = None
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Iterable[tuple[int, Document]],
-    config: CorpusConfig,
-    records: Records,
-) -> Iterator[list[Encoded]]:
-    """Yields the tokens of numbered documents in their order.
+def blocks_of(documents: Iterable[tuple[int, Document]]) -> Iterator[Block]:
+    """Parts numbered documents, in their order, into blocks."""
+    block: Block = []
+    size = 0
+    for number, document in documents:
+        if _is_long(document):
+            if block:
+                yield block
+            yield [(number, document)]
+            block, size = [], 0
+            continue
+        block.append((number, document))
+        size += size_of(document)
+        if len(block) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def size_of(document: Document) -> int:
+    """About how many characters are encoded."""
+    return len(document.text) if document.body is None else len(document.content)
+
+
+def _is_long(document: Document) -> bool:
+    return document.body is None and len(document.text) > WINDOW_CHARACTERS
+
+
+class Encoder:
+    """Makes token ids of documents.
 
     Args:
         tokenizer: The store's tokenizer.
-        documents: Each with its number.
-        config: What is learned of them, and what happens to those that are longer than a row.
-        records: Is told of documents that are left out, cut, or not as expected. Documents of plain text that
-            give no token are left out without a word.
-
-    Raises:
-        DataError: A document cannot be encoded and is not to be skipped.
+        config: What is learned of documents, and what happens to those that are longer than a row.
     """
-    for encoded in _shortened(_batches(tokenizer, documents, config, records), config, records):
-        yield [part for part in encoded if _has_something_to_learn(part, records)]
 
-
-def _batches(
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Iterable[tuple[int, Document]],
-    config: CorpusConfig,
-    records: Records,
-) -> Iterator[list[Encoded]]:
-    examples = ExampleEncoder(tokenizer, config)
-    how: dict[str, Any] = {
-        "split_special_tokens": config.split_special_tokens,
-        "end": end_token_id(tokenizer, config.end_token),
-    }
-    batch: list[tuple[int, Document]] = []
-    size = 0
-    for number, document in documents:
-        if document.body is None and len(document.text) > WINDOW_CHARACTERS:
-            if batch:
-                yield _encode_batch(tokenizer, how, examples, batch, config, records)
-                batch, size = [], 0
-            for part in tokenize_long(tokenizer, document.text, **how):
-                yield [Encoded(number, document, part)]
-            continue
-        batch.append((number, document))
-        size += len(document.text) if document.body is None else len(document.content)
-        if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
-            yield _encode_batch(tokenizer, how, examples, batch, config, records)
-            batch, size = [], 0
-    if batch:
-        yield _encode_batch(tokenizer, how, examples, batch, config, records)
-
-
-def _encode_batch(
-    tokenizer: PreTrainedTokenizerBase,
-    how: dict[str, Any],
-    examples: ExampleEncoder,
-    batch: list[tuple[int, Document]],
-    config: CorpusConfig,
-    records: Records,
-) -> list[Encoded]:
-    made: dict[int, Encoded] = {}
-    texts = [(number, document) for number, document in batch if document.body is None]
-    if texts:
-        encoded = tokenize(tokenizer, [document.text for _, document in texts], **how)
-        made = {
-            number: Encoded(number, document, ids)
-            for (number, document), ids in zip(texts, encoded, strict=True)
-            if len(ids)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: CorpusConfig) -> None:
+        self._tokenizer, self._config = tokenizer, config
+        self._examples = ExampleEncoder(tokenizer, config)
+        self._how: dict[str, Any] = {
+            "split_special_tokens": config.split_special_tokens,
+            "end": end_token_id(tokenizer, config.end_token),
         }
-    others = [(number, document) for number, document in batch if document.body is not None]
-    for (number, document), example in zip(
-        others, examples.encode([document for _, document in others]), strict=True
-    ):
-        if isinstance(example, RecordError):
-            if config.invalid == "refuse":
-                raise example
-            records.skip(example.reason, document.place)
-            continue
-        records.look(example, document.place)
-        made[number] = Encoded(number, document, example.token_ids, example.counted)
-    return [made[number] for number, _ in batch if number in made]
 
+    def encode(self, block: Block, records: Records) -> Iterator[list[Encoded]]:
+        """Yields the tokens of a block's documents in their order, a long document's in parts.
 
-def _shortened(
-    batches: Iterator[list[Encoded]], config: CorpusConfig, records: Records
-) -> Iterator[list[Encoded]]:
-    """Cuts or drops documents that are longer than a row, as `corpus.truncation` says."""
-    if config.truncation == "split":
-        yield from batches
-        return
-    parts: list[Encoded] = []
-    for batch in batches:
-        ended: list[Encoded] = []
-        for part in batch:
-            if parts and part.number != parts[-1].number:
-                ended += _within_row(parts, config, records)
-                parts = []
+        Args:
+            block: The documents.
+            records: Is told of those that are left out, cut, or not as expected. Documents of plain text that
+                give no token are left out without a word.
+
+        Raises:
+            DataError: A document cannot be encoded and is not to be skipped.
+        """
+        places = {number: document.place for number, document in block}
+        number, document = block[0]
+        batches = self._long(number, document) if _is_long(document) else iter([self._batch(block, records)])
+        if self._config.truncation != "split":
+            batches = iter([self._shortened(batches, places, records)])
+        for batch in batches:
+            kept = []
+            for part in batch:
+                # The first token of a document is no label.
+                if part.counted is None or part.counted[1:].any():
+                    kept.append(part)
+                else:
+                    records.skip("nothing to learn", places[part.number])
+            yield kept
+
+    def _encoded(
+        self,
+        number: int,
+        document: Document,
+        token_ids: NDArray[np.int32],
+        counted: NDArray[np.bool_] | None = None,
+    ) -> Encoded:
+        split = split_of_document(document, self._config)
+        return Encoded(number, split, document.weight, token_ids, counted)
+
+    def _long(self, number: int, document: Document) -> Iterator[list[Encoded]]:
+        for part in tokenize_long(self._tokenizer, document.text, **self._how):
+            yield [self._encoded(number, document, part)]
+
+    def _batch(self, block: Block, records: Records) -> list[Encoded]:
+        made: dict[int, Encoded] = {}
+        texts = [(number, document) for number, document in block if document.body is None]
+        if texts:
+            encoded = tokenize(self._tokenizer, [document.text for _, document in texts], **self._how)
+            made = {
+                number: self._encoded(number, document, ids)
+                for (number, document), ids in zip(texts, encoded, strict=True)
+                if len(ids)
+            }
+        others = [(number, document) for number, document in block if document.body is not None]
+        for (number, document), example in zip(
+            others, self._examples.encode([document for _, document in others]), strict=True
+        ):
+            if isinstance(example, RecordError):
+                if self._config.invalid == "refuse":
+                    raise example
+                records.skip(example.reason, document.place)
+                continue
+            records.look(example, document.place)
+            made[number] = self._encoded(number, document, example.token_ids, example.counted)
+        return [made[number] for number, _ in block if number in made]
+
+    def _shortened(
+        self, batches: Iterable[list[Encoded]], places: Mapping[int, str], records: Records
+    ) -> list[Encoded]:
+        """Cuts or drops documents that are longer than a row, as `corpus.truncation` says."""
+        length = self._config.sequence_length
+        kept: dict[int, list[Encoded]] = {}
+        for part in chain.from_iterable(batches):
+            parts = kept.setdefault(part.number, [])
             # A row's tokens and one more say all; the rest of a long text need not be kept.
-            if sum(len(kept.token_ids) for kept in parts) <= config.sequence_length:
+            if sum(len(before.token_ids) for before in parts) <= length:
                 parts.append(part)
-        yield ended
-    yield _within_row(parts, config, records)
-
-
-def _within_row(parts: list[Encoded], config: CorpusConfig, records: Records) -> list[Encoded]:
-    length = config.sequence_length
-    if sum(len(part.token_ids) for part in parts) <= length:
-        return parts
-    first = parts[0]
-    if config.truncation == "drop":
-        records.skip("longer than a row", first.document.place)
-        return []
-    records.cut.add(first.document.place)
-    ids = np.concatenate([part.token_ids for part in parts])[:length]
-    counted = None if first.counted is None else first.counted[:length]
-    return [first._replace(token_ids=ids, counted=counted)]
-
-
-def _has_something_to_learn(part: Encoded, records: Records) -> bool:
-    # The first token of a document is no label.
-    if part.counted is None or part.counted[1:].any():
-        return True
-    records.skip("nothing to learn", part.document.place)
-    return False
+        shortened = []
+        for number, parts in kept.items():
+            if sum(len(part.token_ids) for part in parts) <= length:
+                shortened += parts
+            elif self._config.truncation == "drop":
+                records.skip("longer than a row", places[number])
+            else:
+                records.cut.add(places[number])
+                ids = np.concatenate([part.token_ids for part in parts])[:length]
+                counted = None if parts[0].counted is None else parts[0].counted[:length]
+                shortened.append(parts[0]._replace(token_ids=ids, counted=counted))
+        return shortened
 
 
 def tokenize_long(

@@ -23,6 +23,9 @@ class RecordError(DataError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type["RecordError"], tuple[str, str]]:
+        return type(self), (self.reason, str(self))  # as another process sends it
+
 
 def lookup(record: Mapping[str, Any], name: str) -> Any:
     """The value of a field, `a.b` meaning field `b` of the record in field `a`.

@@ -34,6 +34,11 @@ class Tally:
         self.first = self.first if self.count else example
         self.count += 1
 
+    def take_in(self, later: "Tally") -> None:
+        """Counts what another one has counted, of things that come later."""
+        self.first = self.first if self.count else later.first
+        self.count += later.count
+
 
 class Records:
     """Records and documents that are left out, cut, or of which less is learned than it seems."""
@@ -62,6 +67,16 @@ class Records:
             self._rewritten.add(place)
         if example.unwritten:
             self._unwritten.add(place)
+
+    def take_in(self, later: "Records") -> None:
+        """Counts what another one has counted, of documents that come later."""
+        for reason, tally in later._skipped.items():
+            self._skipped.setdefault(reason, Tally()).take_in(tally)
+        self.cut.take_in(later.cut)
+        self._across.take_in(later._across)
+        self._rewritten.take_in(later._rewritten)
+        self._unwritten.take_in(later._unwritten)
+        self._tokens_across += later._tokens_across
 
     def lines(self) -> list[str]:
         """What is to be said of them."""

@@ -6,7 +6,13 @@ from typing import Any
 
 from sparsekd.trainer.config.corpus import CorpusConfig, with_escapes
 from sparsekd.trainer.corpus.bodies import MASKS, Body, Conversation, Pair, conversation_of, tokens_of
-from sparsekd.trainer.corpus.fields import RecordError, lookup, missing_field, require_fields
+from sparsekd.trainer.corpus.fields import (
+    RecordError,
+    lookup,
+    missing_field,
+    require_fields,
+    text_of_record,
+)
 from sparsekd.trainer.run.errors import DataError
 
 SHAREGPT_FIELD = "conversations"
@@ -41,7 +47,11 @@ class Forms:
             self.kind = next(iter(kinds), "text")
             self.others = [name for kind, name in kinds.items() if kind != self.kind]
             self._by = kinds.get(self.kind, "")
-        require_fields(found, self._config, where, noun, with_text=self.kind == "text")
+        by_template = self.kind == "text" and self._config.template is not None
+        require_fields(found, self._config, where, noun, with_text=self.kind == "text" and not by_template)
+        if by_template and not _text_fields(found, self._config):
+            name = _named(self._config.template or "")[0]
+            raise missing_field(found, name, where, noun, "corpus.template to fields that there are")
         needed = {
             "conversation": _conversation_fields(found, self._config) or _pair_fields(found, self._config),
             "pair": _pair_fields(found, self._config),
@@ -81,13 +91,31 @@ class Forms:
         config = self._config
         names = [] if config.weight_field is None else [config.weight_field]
         if self.kind == "text":
-            return [config.text_field, *names]
+            texts = [config.text_field] if config.template is None else _named(config.template)
+            return [*texts, *names]
         if self.kind == "tokens":
             return [*TOKEN_FIELDS, *names]
         names += [name for name in (config.prompt_field, config.completion_field) if name is not None]
         names += ["prompt", "completion", "output", *_named(config.template or ALPACA_TEMPLATE)]
-        names += [] if config.tools_field is None else [config.tools_field]
+        names += [name for name in (config.tools_field, config.system_field) if name is not None]
         return [*names, config.messages_field, SHAREGPT_FIELD]
+
+    def text(self, record: Mapping[str, Any], where: str, noun: str) -> str:
+        """The text of a record that holds one, null counting as empty.
+
+        Raises:
+            RecordError: A field holds something else.
+            DataError: The field is not there.
+        """
+        template = self._config.template
+        if template is None:
+            return text_of_record(record, self._config, where, noun)
+        return self._filled_template(template, record, where).strip("\n")
+
+    def _filled_template(self, template: str, record: Mapping[str, Any], where: str) -> str:
+        self._filled = True
+        self._met.update(name for name in _named(template) if _has(record, name))
+        return filled(template, record, where)
 
     def body(self, record: Mapping[str, Any], where: str, *, is_table: bool) -> Body:
         """What a record holds that is no text.
@@ -102,12 +130,16 @@ class Forms:
         name = _conversation_fields(record, self._config)
         if self.kind == "conversation" and name:
             return conversation_of(
-                lookup(record, name[0]), self._tools(record), where, name[0], is_table=is_table
+                lookup(record, name[0]),
+                self._optional(record, self._config.tools_field),
+                where,
+                name[0],
+                system=self._optional(record, self._config.system_field),
+                is_table=is_table,
             )
         return self._pair(record, where, is_table)
 
-    def _tools(self, record: Mapping[str, Any]) -> Any:
-        name = self._config.tools_field
+    def _optional(self, record: Mapping[str, Any], name: str | None) -> Any:
         return None if name is None or not _has(record, name) else lookup(record, name)
 
     def _pair(self, record: Mapping[str, Any], where: str, is_table: bool) -> Body:
@@ -128,9 +160,7 @@ class Forms:
                 return self._joined(record, prompt, completion, where, is_table)
             prompt = _text(prompt, first, where)
         else:
-            self._filled = True
-            self._met.update(name for name in _named(template) if _has(record, name))
-            prompt = filled(template, record, where)
+            prompt = self._filled_template(template, record, where)
         answer = _text(completion, last, where)
         if not answer:
             raise RecordError(
@@ -142,7 +172,10 @@ class Forms:
             {"role": "user", "content": prompt.strip()},
             {"role": "assistant", "content": answer},
         ]
-        return conversation_of(messages, self._tools(record), where, "messages")
+        tools, system = (
+            self._optional(record, name) for name in (self._config.tools_field, self._config.system_field)
+        )
+        return conversation_of(messages, tools, where, "messages", system=system)
 
     def _joined(
         self, record: Mapping[str, Any], prompt: Any, completion: Any, where: str, is_table: bool
@@ -156,9 +189,10 @@ class Forms:
             )
         return conversation_of(
             before + after,
-            self._tools(record),
+            self._optional(record, self._config.tools_field),
             where,
             "prompt and completion",
+            system=self._optional(record, self._config.system_field),
             given=len(before),
             is_table=is_table,
         )
@@ -173,13 +207,15 @@ _REMEDIES = {
 
 def _kinds(found: Mapping[str, Any], config: CorpusConfig) -> dict[str, str]:
     """The kinds of which a record with these fields may be, most certain first, each with a field."""
-    pair = _pair_fields(found, config)
+    text, pair = _text_fields(found, config), _pair_fields(found, config)
     named = {
-        "text": [config.text_field] if _has(found, config.text_field) else [],
+        "text": text if config.template is None else [],
         "conversation": _conversation_fields(found, config),
         "tokens": ["input_ids"] if _has(found, "input_ids") else [],
         "pair": pair,
     }
+    if config.template is not None and not pair:
+        named["text"] = text
     return {kind: ", ".join(names) for kind, names in named.items() if names}
 
 
@@ -189,6 +225,11 @@ def _has(found: Mapping[str, Any], name: str) -> bool:
     except KeyError:
         return False
     return True
+
+
+def _text_fields(found: Mapping[str, Any], config: CorpusConfig) -> list[str]:
+    names = [config.text_field] if config.template is None else _named(config.template)
+    return [name for name in names if _has(found, name)]
 
 
 def _conversation_fields(found: Mapping[str, Any], config: CorpusConfig) -> list[str]:

@@ -1,17 +1,17 @@
 """The verb `prepare`: documents -> a token store, with document boundaries kept and documents held out.
 
 The corpus is read in passes, so that it need not fit in memory: one that establishes its identity (the
-manifest is written first), one that trains the tokenizer where that is asked for, one over what is no plain
-text that finds out what cannot be used, and one that tokenizes and packs. A killed run is started again with
-the same command: it repeats the passes, which is cheap beside capture, and skips the shards that are already
-there.
+manifest is written first), one that trains the tokenizer where that is asked for, and one that encodes and
+packs. What is no plain text is encoded before the manifest is written, which says what could not be used, and
+its tokens wait on disk. A killed run is started again with the same command: it repeats the passes, which is
+cheap beside capture, and skips the shards that are already there.
 """
 
 import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,23 +24,25 @@ from sparsekd.logit_store.manifest import CodecSpec, Manifest, RecordSpec
 from sparsekd.logit_store.manifest_checks import FORMAT_VERSION
 from sparsekd.logit_store.places.paths import StorePath, store_path
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
-from sparsekd.logit_store.protocol.writer import create_store, seal, write_shard
-from sparsekd.logit_store.row import Row
+from sparsekd.logit_store.protocol.writer import create_store, seal
+from sparsekd.logit_store.tools.processes import WorkerKilledError
 from sparsekd.trainer.config.corpus import CorpusConfig, check_tokenizer_of
 from sparsekd.trainer.config.schema import Config, StoreConfig, require
-from sparsekd.trainer.corpus import packing
 from sparsekd.trainer.corpus.documents import (
     CorpusDigest,
     Document,
+    digested,
     has_own_heldout,
     read_documents,
     sources_of,
 )
-from sparsekd.trainer.corpus.encoding import encode
+from sparsekd.trainer.corpus.encoding import Encoded
 from sparsekd.trainer.corpus.files import source_name
 from sparsekd.trainer.corpus.findings import Formats, Records, SpecialTokens, Tally
 from sparsekd.trainer.corpus.forms import Forms
-from sparsekd.trainer.corpus.split import split_of
+from sparsekd.trainer.corpus.kept import Kept
+from sparsekd.trainer.corpus.rows import write_rows
+from sparsekd.trainer.corpus.split import check_places, split_of_document
 from sparsekd.trainer.corpus.tokenizer import (
     end_token_id,
     load_tokenizer,
@@ -48,11 +50,14 @@ from sparsekd.trainer.corpus.tokenizer import (
     tokenizer_identity,
     train_tokenizer,
 )
-from sparsekd.trainer.run.console import Interval
+from sparsekd.trainer.corpus.workers import Workers
 from sparsekd.trainer.run.errors import DataError, Stopped
 from sparsekd.trainer.run.stop import StopWatch, watched
 
 SPLITS = ("train", "heldout")
+
+LARGE_BYTES = 100_000_000
+"""Of a corpus that one process encodes for a minute and more."""
 
 # How rows are filled, for the manifest, by corpus.packing.
 _PACKING = {
@@ -114,6 +119,9 @@ def _prepare(config: Config, watch: StopWatch) -> None:
         f"{survey.documents['heldout']:,} held out {how}, {survey.empty:,} empty ones left out",
         flush=True,
     )
+    processors = len(os.sched_getaffinity(0))
+    if corpus.jobs == 1 < processors and sum(source.bytes for source in survey.sources) >= LARGE_BYTES:
+        print(f"prepare: corpus.jobs={processors} would use all processors of this machine", flush=True)
     for line in survey.forms.lines():
         print(f"prepare: {line}", flush=True)
     if survey.left_out.count:
@@ -124,16 +132,41 @@ def _prepare(config: Config, watch: StopWatch) -> None:
         )
     check_tokenizer_of(survey.forms.kind, corpus)
     tokenizer, name = _tokenizer(corpus, watch)
-    if survey.forms.kind != "text" or corpus.truncation != "split":
-        survey = examined(corpus, survey, tokenizer, watch)
-    with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(tokenizer, Path(folder))
-        manifest = _manifest(corpus, config.store, survey, tokenizer, Path(folder), name)
-        create_store(path, manifest, Path(folder))
     special = SpecialTokens(tokenizer, corpus)
-    shards = write_rows(path, manifest, corpus, survey, tokenizer, special, watch)
+    with _stopped_with_its_workers(watch), Workers(tokenizer, corpus) as workers, Kept(path) as kept:
+        if is_examined := survey.forms.kind != "text" or corpus.truncation != "split":
+            survey = examined(corpus, survey, workers, special, kept, watch)
+        with tempfile.TemporaryDirectory() as folder:
+            save_tokenizer(tokenizer, Path(folder))
+            manifest = _manifest(corpus, config.store, survey, tokenizer, Path(folder), name)
+            create_store(path, manifest, Path(folder))
+        if is_examined and kept.are_all:
+            batches = kept.batches()
+        else:
+            documents = read_documents(corpus)
+            batches = _encoded(
+                documents, corpus, survey, workers, Records(), None if is_examined else special
+            )
+        total = sum(survey.documents.values())
+        packed = corpus.packing == "documents"
+        shards = write_rows(path, manifest, batches, total, workers, watch, packed=packed)
     seal(path, shards)
     _report(open_store(path), survey, special, path, time.monotonic() - started)
+
+
+@contextmanager
+def _stopped_with_its_workers(watch: StopWatch) -> Iterator[None]:
+    """Takes a worker that a signal for the whole job has ended, before it could shut its ears, for a stop.
+
+    Raises:
+        Stopped: That is what happened.
+    """
+    try:
+        yield
+    except WorkerKilledError:
+        if watch.request is None:
+            raise
+        raise Stopped(f"The corpus was being read when this was asked to stop ({watch.request})") from None
 
 
 def _until_asked(watch: StopWatch, documents: Iterator[Document]) -> Iterator[Document]:
@@ -155,14 +188,15 @@ def survey_documents(corpus: CorpusConfig, watch: StopWatch) -> Survey:
         DataError: No documents, none with text, or a split that has to have documents has none.
         Stopped: `watch` was asked meanwhile.
     """
+    check_places(corpus)
     sources = [CorpusDigest() for _ in sources_of(corpus)]
     documents = dict.fromkeys(SPLITS, 0)
     empty, left_out, formats, forms, records = 0, Tally(), Formats(corpus), Forms(corpus), Records()
-    for document in _until_asked(watch, read_documents(corpus, left_out.add, records.skip, forms)):
-        sources[document.source].add(document.content, _weight_of(document, corpus))
+    found = _until_asked(watch, read_documents(corpus, left_out.add, records.skip, forms))
+    for document in digested(found, sources, corpus):
         if document.content:
             formats.look(document)
-            documents[_split_of(document, corpus)] += 1
+            documents[split_of_document(document, corpus)] += 1
         else:
             empty += 1
     survey = Survey(sources, documents, empty, formats, left_out, forms, records)
@@ -174,29 +208,63 @@ def survey_documents(corpus: CorpusConfig, watch: StopWatch) -> Survey:
 
 
 def examined(
-    corpus: CorpusConfig, survey: Survey, tokenizer: PreTrainedTokenizerBase, watch: StopWatch
+    corpus: CorpusConfig,
+    survey: Survey,
+    workers: Workers,
+    special: SpecialTokens,
+    kept: Kept,
+    watch: StopWatch,
 ) -> Survey:
-    """The survey after all documents were encoded once, so that the manifest can say what was left out.
+    """The survey after all documents were encoded, so that the manifest can say what was left out.
+
+    Their tokens are in `kept` then.
 
     Raises:
         DataError: A document cannot be used and `corpus.invalid` does not skip it, or too few are left.
     """
     documents, records = dict.fromkeys(SPLITS, 0), Records()
-    numbered = (
-        (number, document)
-        for number, document in enumerate(_until_asked(watch, read_documents(corpus, skipped=records.skip)))
-        if document.content
-    )
+    found = _until_asked(watch, read_documents(corpus, skipped=records.skip))
     newest = -1
-    for batch in encode(tokenizer, numbered, corpus, records):
+    for batch in _encoded(found, corpus, survey, workers, records, special):
         for part in batch:
             if part.number != newest:
                 newest = part.number
-                documents[_split_of(part.document, corpus)] += 1
-    found = replace(survey, documents=documents, records=records)
-    _check_any(found, corpus)
-    _check_splits(found, corpus)
-    return found
+                documents[part.split] += 1
+        kept.add(batch)
+    after = replace(survey, documents=documents, records=records)
+    _check_any(after, corpus)
+    _check_splits(after, corpus)
+    return after
+
+
+def _encoded(
+    documents: Iterator[Document],
+    corpus: CorpusConfig,
+    survey: Survey,
+    workers: Workers,
+    records: Records,
+    special: SpecialTokens | None,
+) -> Iterator[list[Encoded]]:
+    """The tokens of all documents, at which `special` looks, unless it has.
+
+    Raises:
+        DataError: The corpus changed since the first pass, or a document cannot be used.
+    """
+    digests = [CorpusDigest() for _ in survey.sources]
+
+    def numbered() -> Iterator[tuple[int, Document]]:
+        for number, document in enumerate(digested(documents, digests, corpus)):
+            if document.content:
+                if special is not None:
+                    special.look(document)
+                yield number, document
+
+    yield from workers.encoded(numbered(), records)
+    if [digest.hexdigest() for digest in digests] != [digest.hexdigest() for digest in survey.sources]:
+        raise DataError(
+            f"The documents of {', '.join(corpus.paths)} changed while they were read; remove the token "
+            "store if one was begun, and run prepare again."
+        )
 
 
 def _check_any(survey: Survey, corpus: CorpusConfig) -> None:
@@ -233,16 +301,6 @@ def _check_splits(survey: Survey, corpus: CorpusConfig) -> None:
         )
 
 
-def _weight_of(document: Document, corpus: CorpusConfig) -> float | None:
-    return None if corpus.weight_field is None else document.weight
-
-
-def _split_of(document: Document, corpus: CorpusConfig) -> str:
-    if has_own_heldout(corpus):
-        return "train" if document.source < len(corpus.paths) else "heldout"
-    return split_of(document.content, fraction=corpus.heldout_fraction, seed=corpus.seed)
-
-
 def _tokenizer(corpus: CorpusConfig, watch: StopWatch) -> tuple[PreTrainedTokenizerBase, str]:
     """The tokenizer and its name for people."""
     if corpus.tokenizer is not None:
@@ -257,7 +315,7 @@ def _tokenizer(corpus: CorpusConfig, watch: StopWatch) -> tuple[PreTrainedTokeni
     train_texts = (
         document.text
         for document in _until_asked(watch, read_documents(corpus))
-        if document.content and _split_of(document, corpus) == "train"
+        if document.content and split_of_document(document, corpus) == "train"
     )
     tokenizer = train_tokenizer(train_texts, size)
     if len(tokenizer) != size:
@@ -334,101 +392,6 @@ def _manifest(
         codec=CodecSpec(DEFAULT_CODEC if settings.codec == "compact" else settings.codec, {}),
         planes=() if corpus.weight_field is None else ("weights",),
     )
-
-
-def write_rows(
-    path: StorePath,
-    manifest: Manifest,
-    corpus: CorpusConfig,
-    survey: Survey,
-    tokenizer: PreTrainedTokenizerBase,
-    special: SpecialTokens,
-    watch: StopWatch,
-) -> dict[str, int]:
-    """Tokenizes, packs and writes every document.
-
-    Args:
-        path: The store, created with `manifest`.
-        manifest: Its manifest.
-        corpus: Where documents come from.
-        survey: What the first pass found; this pass must find the same.
-        tokenizer: The store's tokenizer.
-        special: Looks at each document.
-        watch: What asks to stop.
-
-    Returns:
-        Number of shards by split.
-
-    Raises:
-        DataError: The corpus changed since the first pass.
-        StoreError: A shard cannot be written.
-        Stopped: It was asked to stop.
-    """
-    length, per_shard = manifest.sequence_length, manifest.rows_per_shard
-    weighted = "weights" in manifest.planes
-    streams = dict.fromkeys(SPLITS, packing.EMPTY)
-    waiting: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    written = dict.fromkeys(SPLITS, 0)
-    digests = [CorpusDigest() for _ in survey.sources]
-    read, tokens, newest, side = 0, 0, -1, ""
-    started, interval = time.monotonic(), Interval()
-    end = manifest.tokenizer.eos_token_id
-    assert end is not None  # end_token_id
-    for batch in encode(tokenizer, _numbered(corpus, digests, special), corpus, Records()):
-        sides = []
-        for part in batch:
-            if part.number != newest:
-                newest, side, read = part.number, _split_of(part.document, corpus), read + 1
-            sides.append(side)
-        for split in SPLITS:
-            chosen = [part for part, side in zip(batch, sides, strict=True) if side == split]
-            stream = packing.append(
-                streams[split],
-                [part.token_ids for part in chosen],
-                [part.number for part in chosen],
-                [part.document.weight for part in chosen],
-                [part.counted for part in chosen],
-            )
-            rows, streams[split] = packing.take_rows(
-                stream, length, weighted=weighted, padding_id=end if corpus.packing == "none" else None
-            )
-            waiting[split] += rows
-            while len(waiting[split]) >= per_shard:
-                if watch.request is not None:
-                    shards = sum(written.values())
-                    raise Stopped(f"{path} was asked to stop ({watch.request}); {shards} shards are written")
-                write_shard(path, manifest, split, written[split], waiting[split][:per_shard])
-                written[split] += 1
-                waiting[split] = waiting[split][per_shard:]
-        tokens += sum(len(part.token_ids) for part in batch)
-        if interval.is_over():
-            speed = tokens / (time.monotonic() - started)
-            total = sum(survey.documents.values())
-            print(f"prepare: {read:,} of {total:,} documents, {tokens:,} tokens, {speed:,.0f}/s", flush=True)
-    if [digest.hexdigest() for digest in digests] != [digest.hexdigest() for digest in survey.sources]:
-        raise DataError(
-            f"The documents of {', '.join(corpus.paths)} changed while they were read; remove the unfinished "
-            f"token store {path} and run prepare again."
-        )
-    if tokens == 0:
-        raise DataError(f"The tokenizer {manifest.tokenizer.name} makes no token of any document.")
-    for split in SPLITS:
-        waiting[split] += packing.take_last_row(streams[split], length, end, weighted=weighted)
-        if waiting[split]:  # never more than a full shard: one row was added to less than that
-            write_shard(path, manifest, split, written[split], waiting[split])
-            written[split] += 1
-    return written
-
-
-def _numbered(
-    corpus: CorpusConfig, digests: list[CorpusDigest], special: SpecialTokens
-) -> Iterator[tuple[int, Document]]:
-    """Documents with text and their number in the corpus; all go into `digests`, and `special` looks."""
-    for number, document in enumerate(read_documents(corpus)):
-        digests[document.source].add(document.content, _weight_of(document, corpus))
-        if document.content:
-            special.look(document)
-            yield number, document
 
 
 def _report(

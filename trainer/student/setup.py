@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import deepspeed
 import torch
@@ -108,12 +109,39 @@ def make_plan(config: Config, here: Ranks, watch: StopWatch | None = None) -> Pl
     """
     sources, objective = open_sources(config, here)
     source = student_source(config.student, sources.first.manifest.tokenizer)
-    # Read once, by the first rank: it may be gigabytes, on a file system that all share.
-    content = on_first(
+    # Read once, by the first rank: its files and the store's text, for ids that it lacks, may be gigabytes, on
+    # a file system that all share.
+    known = on_first(
         here,
-        patiently(here, lambda: content_of(source, "student") if here.is_first else None, watch),
+        patiently(
+            here,
+            lambda: _known_student(source, sources, objective) if here.is_first else None,
+            watch,
+        ),
     )
-    return together(here, lambda: _plan(config, sources, objective, source, content, here))
+    assert known is not None
+    return together(here, lambda: _plan(config, sources, objective, source, known, here))
+
+
+class _KnownStudent(NamedTuple):
+    """What the first rank finds out about the student.
+
+    Attributes:
+        content: As `content_of` gives it.
+        vocabulary: Over how many ids its distribution is.
+    """
+
+    content: str | None
+    vocabulary: int
+
+
+def _known_student(source: ModelSource, sources: Sources, objective: Objective) -> _KnownStudent:
+    config = load_config(source, "student")
+    vocabulary = max(
+        check_student(config, source, each.store, reads_records=objective.kd_weight > 0)
+        for each in sources.members
+    )
+    return _KnownStudent(content_of(source, "student"), vocabulary)
 
 
 def _plan(
@@ -121,7 +149,7 @@ def _plan(
     sources: Sources,
     objective: Objective,
     source: ModelSource,
-    student_content: str | None,
+    student: _KnownStudent,
     here: Ranks,
 ) -> Plan:
     train, store = config.train, sources.first
@@ -136,10 +164,6 @@ def _plan(
         of.store.read_row("heldout", number)
     impl = implementation_that_runs(config.objective.impl, here.device, key="objective.impl")
     model_config = load_config(source, "student")
-    vocabulary = max(
-        check_student(model_config, source, each.store, reads_records=objective.kd_weight > 0)
-        for each in sources.members
-    )
     order = order_of(
         config.data,
         [SourceOfRows(each.name, each.store.rows("train"), each.weight) for each in sources.members],
@@ -158,11 +182,11 @@ def _plan(
         replace(config, student=replace(config.student, attention=attention)),
         objective,
         impl=impl,
-        student_content=student_content,
+        student_content=student.content,
         order=order.recorded(),
         router_coefficient=router,
     )
-    transform = head_transform(model_config, vocabulary)
+    transform = head_transform(model_config, student.vocabulary)
     memory = None
     cut = (config.objective.chunk_positions, config.objective.memory_gib)
     if impl == "reference" and cut != (None, None):

@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from sparsekd.trainer.config.corpus import CorpusConfig
 from sparsekd.trainer.corpus import encoding
 from sparsekd.trainer.corpus.documents import Document
-from sparsekd.trainer.corpus.encoding import encode, tokenize_long
+from sparsekd.trainer.corpus.encoding import Encoder, blocks_of, tokenize_long
 from sparsekd.trainer.corpus.findings import Records
 from sparsekd.trainer.corpus.tokenizer import END_OF_TEXT, tokenize, train_tokenizer
 from sparsekd.trainer.run.errors import DataError
@@ -182,8 +183,9 @@ def test_documents_keep_their_order_and_their_numbers(monkeypatch: pytest.Monkey
     texts = [CODE[:900], CODE[:5000], "x", CODE[100:1500], CODE[:2000], CODE[:2001], CODE[7:9000]]
     numbered = [(7 * index, Document(text, text.encode(), 0, "")) for index, text in enumerate(texts)]
     found: dict[int, list[int]] = {}
-    for batch in encode(tokenizer, numbered, CorpusConfig(), Records()):
-        for part in batch:
+    encoder = Encoder(tokenizer, CorpusConfig())
+    for block in blocks_of(numbered):
+        for part in chain.from_iterable(encoder.encode(block, Records())):
             found.setdefault(part.number, []).extend(part.token_ids.tolist())
     assert list(found) == [number for number, _ in numbered]
     assert list(found.values()) == [tokenize(tokenizer, [text])[0].tolist() for text in texts]
@@ -201,8 +203,9 @@ def test_documents_longer_than_a_row(truncation: str, monkeypatch: pytest.Monkey
     records, config = Records(), CorpusConfig(truncation=truncation, sequence_length=length)
     numbered = [(index, Document(text, text.encode(), 0, f"{index}")) for index, text in enumerate(texts)]
     found: dict[int, list[int]] = {}
-    for batch in encode(tokenizer, numbered, config, records):
-        for part in batch:
+    encoder = Encoder(tokenizer, config)
+    for block in blocks_of(numbered):
+        for part in chain.from_iterable(encoder.encode(block, records)):
             found.setdefault(part.number, []).extend(part.token_ids.tolist())
     if truncation == "drop":
         assert found == {number: ids for number, ids in enumerate(whole) if len(ids) <= length}

@@ -62,6 +62,79 @@ def test_pairs(tmp_path: Path) -> None:
     assert made == [Pair("Q: q\nA:", "a")]
 
 
+def test_texts_of_several_fields(tmp_path: Path) -> None:
+    records = [{"title": "One", "body": "first", "text": "other"}, {"title": "Two", "body": ""}]
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        "".join(json.dumps(record) + "\n" for record in [*records, {"body": "third"}, {"title": None}])
+    )
+    parquet.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    template = r"{title}\n\n{body}"
+    for keys in ({}, {"kind": "text"}):
+        found = documents(path, template=template, **keys)
+        assert [document.text for document in found] == ["One\n\nfirst", "Two", "third", ""]
+        assert all(document.body is None for document in found)
+    table = documents(tmp_path / "a.parquet", "parquet", template=template)
+    assert [document.text for document in table] == ["One\n\nfirst", "Two"]
+    # With a completion it is a pair's prompt, as it was.
+    asked = {"text": "t", "question": "q", "answer": "a"}
+    assert bodies(tmp_path, asked, template="{question}", completion_field="answer") == [Pair("q", "a")]
+    with pytest.raises(DataError, match=r"has no field 'titel', found .*set corpus\.template to fields"):
+        bodies(tmp_path, *records, template="{titel}")
+    with pytest.raises(ConfigError, match=r"corpus\.template=.* with corpus\.format=text"):
+        documents(path, "text", template="{title}")
+
+
+def test_what_the_system_says_in_a_field_of_its_own(tmp_path: Path) -> None:
+    chat = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    system = {"role": "system", "content": "Be brief."}
+    begun = Conversation([system, USER, ANSWER], None)
+    assert bodies(tmp_path, chat | {"system": "Be brief."}) == [begun]
+    assert bodies(tmp_path, *(chat | {"system": empty} for empty in ("", " ", None)), chat) == [CHAT] * 4
+    assert bodies(tmp_path, {"messages": [system, USER, ANSWER], "system": "Other."}) == [begun]
+    assert bodies(tmp_path, chat | {"s": "Be brief."}, system_field="s") == [begun]
+    assert bodies(tmp_path, chat | {"system": "Be brief."}, system_field=None) == [CHAT]
+    alpaca = {"instruction": "q", "input": "", "output": "a", "system": "Be brief."}
+    assert bodies(tmp_path, alpaca, kind="conversation") == [begun]
+    given = {"prompt": [USER, ANSWER, USER], "completion": [ANSWER], "system": "Be brief."}
+    (found,) = bodies(tmp_path, given)
+    assert isinstance(found, Conversation) and found.answers == [4]
+    (tmp_path / "a.csv").write_text('conversations,system\n"[{""from"":""human"",""value"":""q""},')
+    with (tmp_path / "a.csv").open("a") as file:
+        file.write('{""from"":""gpt"",""value"":""a""}]",Be brief.\n')
+    assert [document.body for document in documents(tmp_path / "a.csv", "csv")] == [begun]
+    with pytest.raises(RecordError, match=r"system's field is of type int, .*corpus\.system_field=null"):
+        bodies(tmp_path, chat | {"system": 3})
+
+
+def test_calls_in_the_words_of_others(tmp_path: Path) -> None:
+    function = {"name": "add", "arguments": {"a": 1}}
+    wanted = Conversation(
+        [
+            USER,
+            {"role": "assistant", "tool_calls": [{"type": "function", "function": function}], "content": ""},
+            {"role": "tool", "content": "2"},
+            ANSWER,
+        ],
+        None,
+    )
+    said = [("human", "q"), ("function_call", json.dumps(function)), ("observation", "2"), ("gpt", "a")]
+    sharegpt = [{"from": who, "value": value} for who, value in said]
+    openai = [
+        USER,
+        {"role": "assistant", "content": None, "function_call": function},
+        {"role": "function", "content": "2"},
+        ANSWER,
+    ]
+    several = [*sharegpt[:1], {"from": "function_call", "value": json.dumps([function])}, *sharegpt[2:]]
+    for messages in (sharegpt, several, openai):
+        assert bodies(tmp_path, {"messages": messages}) == [wanted]
+    for value in ("add(1)", "[]", "3", '{"arguments": {}}'):
+        sharegpt[1]["value"] = value
+        with pytest.raises(RecordError, match="line 1: message 2 of 'messages': the call is"):
+            bodies(tmp_path, {"messages": sharegpt})
+
+
 ALPACA = "Below is a task.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 
 
