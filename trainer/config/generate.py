@@ -53,8 +53,16 @@ class CleanConfig:
     duplicates: str = option(
         "exact",
         "Answers that are left out: exact, where question and answer stood before, up to case and spaces; "
-        "none.",
-        choices=("exact", "none"),
+        "near, also those whose text is like an earlier one's (MinHash; pip install 'sparsekd[clean]', and "
+        "2 kB of memory an answer); none.",
+        choices=("exact", "near", "none"),
+    )
+    near_similarity: float = option(
+        0.8,
+        "With duplicates=near: the share of stretches of 9 characters that two answers have in common from "
+        "which on they are alike.",
+        minimum=0.05,
+        maximum=1.0,
     )
     filter: str | None = option(
         None,

@@ -14,6 +14,7 @@ from sparsekd.logit_store.errors import first_line
 from sparsekd.trainer.config.generate import CleanConfig
 from sparsekd.trainer.corpus.findings import Tally
 from sparsekd.trainer.generation.answers import LENGTH
+from sparsekd.trainer.generation.near import NearDuplicates
 from sparsekd.trainer.run.errors import ConfigError, UserError
 
 _STRETCH = 16
@@ -40,13 +41,14 @@ class Cleaning:
         kept: How many are kept.
 
     Raises:
-        ConfigError: The filter cannot be imported.
+        ConfigError: The filter, or the library for near duplicates, cannot be imported.
     """
 
     def __init__(self, config: CleanConfig) -> None:
         self._config = config
         self._refusals = [re.compile(pattern, re.IGNORECASE) for pattern in config.refusals]
         self._seen: set[bytes] = set()
+        self._near = NearDuplicates(config.near_similarity) if config.duplicates == "near" else None
         self._filter = None if config.filter is None else _imported(config.filter)
         self.left_out: dict[str, Tally] = {}
         self.kept = 0
@@ -74,7 +76,7 @@ class Cleaning:
             yield record
 
     def _rules(self) -> list[tuple[str, Rule]]:
-        """In the order in which they are asked; the last of them remembers what it has seen."""
+        """In the order in which they are asked; the last ones remember what they have seen."""
         return [
             ("no answer", lambda answer: answer["answer"] is None),
             ("cut off", self._is_cut_off),
@@ -87,6 +89,7 @@ class Cleaning:
             ("repetition", lambda answer: repetition_of(_text(answer)) > self._config.repetition),
             ("refusal", self._is_refusal),
             ("exact duplicate", self._is_duplicate),
+            ("near duplicate", self._is_near_duplicate),
         ]
 
     def _is_cut_off(self, answer: dict[str, Any]) -> bool:
@@ -116,6 +119,9 @@ class Cleaning:
             return True
         self._seen.add(digest)
         return False
+
+    def _is_near_duplicate(self, answer: dict[str, Any]) -> bool:
+        return self._near is not None and self._near.is_like_another(_text(answer))
 
 
 def conversation_of_answer(answer: dict[str, Any], config: CleanConfig) -> dict[str, Any]:

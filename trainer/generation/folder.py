@@ -75,8 +75,7 @@ class AnswerFolder:
     @property
     def written(self) -> int:
         """Answers that are there."""
-        open_parts = sum(len(self.tasks(part)) - len(lines) for part, lines in self._lines.items())
-        return self.total - open_parts
+        return self.total - sum(self._wanted(part) - len(lines) for part, lines in self._lines.items())
 
     def tasks(self, part: int) -> list[Task]:
         """All answers of a part, in the order in which they will stand there."""
@@ -120,10 +119,9 @@ class AnswerFolder:
         lines = self._lines.get(part)
         if lines is None:
             return
-        tasks = self.tasks(part)
-        if len(lines) < len(tasks):
+        if len(lines) < self._wanted(part):
             return
-        whole = self._whole(part)
+        whole, tasks = self._whole(part), self.tasks(part)
         with writing(whole):
             write_whole(whole, "".join(f"{lines[task.key]}\n" for task in tasks))
             self._journal(part).unlink(missing_ok=True)
@@ -146,6 +144,10 @@ class AnswerFolder:
                             f"{place}, line {number} is damaged; remove the file, and the same command asks "
                             "for its answers again."
                         ) from error
+
+    def _wanted(self, part: int) -> int:
+        """Answers of a part."""
+        return min(self._per_part, len(self._prompts) - part * self._per_part) * self._answers
 
     def _whole(self, part: int) -> Path:
         return self.raw / f"part-{part:05d}.jsonl"
