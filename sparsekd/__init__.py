@@ -14,7 +14,17 @@ if TYPE_CHECKING:
     from sparsekd.logit_store.errors import StoreError
     from sparsekd.logit_store.protocol.reader import open_store
     from sparsekd.trainer.config.schema import Config
-    from sparsekd.trainer.door.api import capture, compose, evaluate, export, plan, prepare, report, train
+    from sparsekd.trainer.door.api import (
+        capture,
+        compose,
+        evaluate,
+        export,
+        generate,
+        plan,
+        prepare,
+        report,
+        train,
+    )
     from sparsekd.trainer.run.ending import run_as_process
     from sparsekd.trainer.run.errors import Stopped, UserError
 
@@ -30,6 +40,7 @@ __all__ = [
     "compose",
     "evaluate",
     "export",
+    "generate",
     "open_store",
     "plan",
     "prepare",

@@ -27,6 +27,7 @@ from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.manifest import read_manifest
 from sparsekd.logit_store.places.paths import RemotePath, StorePath, store_path
 from sparsekd.trainer.config.corpus import check_corpus
+from sparsekd.trainer.config.generate import check_generate
 from sparsekd.trainer.config.options import Option, options
 from sparsekd.trainer.config.schema import Config, TeacherConfig, require
 from sparsekd.trainer.config.text import UNREADABLE, as_typed, exact_schema, quoted, without_interpolation
@@ -122,6 +123,7 @@ def check_for_verb(config: Config, verb: str) -> None:
         ConfigError: One sentence that names the keys, what was found and what is legal.
     """
     checks = {
+        "generate": _check_generate,
         "prepare": _check_prepare,
         "capture": _check_capture,
         "train": _check_train,
@@ -160,6 +162,19 @@ def _check_model_path(path: str | None, key: str) -> None:
         )
         hint = f"; did you mean {parent / near[0]}?" if near else "."
         raise FolderError(f"{key}={path} is not an existing folder{hint}")
+
+
+def _check_generate(config: Config) -> None:
+    generate, teacher = config.generate, config.teacher
+    require(generate.prompts, "generate.prompts", "to know what to ask")
+    require(generate.path, "generate.path", "to know where the answers go")
+    check_generate(generate)
+    if (generate.endpoint is None) == (teacher.path is None):
+        found = "neither is" if teacher.path is None else "both are"
+        raise ConfigError(
+            f"Set teacher.path (a folder or hub name) or generate.endpoint (a server); {found} set."
+        )
+    _check_model_path(teacher.path, "teacher.path")
 
 
 def _check_prepare(config: Config) -> None:

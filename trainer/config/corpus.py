@@ -239,22 +239,31 @@ def _check_kind(corpus: CorpusConfig) -> None:
             f"corpus.template={corpus.template!r} with corpus.format=text: a text file has no fields; "
             "use jsonl, csv, parquet or dataset, or leave corpus.template away."
         )
-    try:
-        fields = [(name, spec, how) for _, name, spec, how in Formatter().parse(corpus.template)]
-    except ValueError as error:
-        raise ConfigError(
-            f"corpus.template={corpus.template!r} cannot be read ({error}); {{{{ and }}}} are braces."
-        ) from error
-    named = [name for name, _, _ in fields if name is not None]
-    if not named or not all(named) or any(spec or how for _, spec, how in fields):
-        raise ConfigError(
-            f"corpus.template={corpus.template!r}, expected names of fields in braces, such as "
-            "{instruction}, and nothing else in them."
-        )
+    check_template(corpus.template, "corpus.template")
     if corpus.prompt_field is not None:
         raise ConfigError(
             f"corpus.template and corpus.prompt_field={corpus.prompt_field} both say what the prompt is; "
             "set one."
+        )
+
+
+def check_template(template: str, key: str) -> None:
+    """Checks a template that makes a text of a record's fields.
+
+    Raises:
+        ConfigError: It cannot be read, or names no field; the message calls it `key`.
+    """
+    try:
+        fields = [(name, spec, how) for _, name, spec, how in Formatter().parse(template)]
+    except ValueError as error:
+        raise ConfigError(
+            f"{key}={template!r} cannot be read ({error}); {{{{ and }}}} are braces."
+        ) from error
+    named = [name for name, _, _ in fields if name is not None]
+    if not named or not all(named) or any(spec or how for _, spec, how in fields):
+        raise ConfigError(
+            f"{key}={template!r}, expected names of fields in braces, such as "
+            "{instruction}, and nothing else in them."
         )
 
 

@@ -13,6 +13,7 @@ from sparsekd.logit_store.codecs.codec import CODECS, DEFAULT_CODEC
 from sparsekd.logit_store.manifest_checks import POSITION_RULES
 from sparsekd.logit_store.places.access import KINDS as ACCESS_KINDS
 from sparsekd.trainer.config.corpus import CorpusConfig
+from sparsekd.trainer.config.generate import GenerateConfig
 from sparsekd.trainer.config.option import option
 from sparsekd.trainer.config.plan import PlanConfig
 from sparsekd.trainer.run.errors import ConfigError
@@ -438,6 +439,7 @@ class Config:
     """Everything that a verb can be told; each verb reads the groups that concern it."""
 
     run: RunConfig = field(default_factory=RunConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

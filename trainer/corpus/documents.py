@@ -200,7 +200,7 @@ class _Reader:
                     continue
                 where, place = f"{file.path}, line {number}", f"{file.name}:{number}"
                 try:
-                    record = _json_record(line, where, self.config)
+                    record = json_record(line, where, self.config.text_field)
                 except RecordError as error:
                     self._leave_out(error, place)
                     continue
@@ -349,7 +349,17 @@ def _document(text: str, source: int, place: str, weight: float = 1.0) -> Docume
     return Document(text=text, content=content, source=source, place=place, weight=weight)
 
 
-def _json_record(line: bytes, where: str, config: CorpusConfig) -> Mapping[str, Any]:
+def json_record(line: bytes, where: str, field: str) -> Mapping[str, Any]:
+    """The record of a line of JSON.
+
+    Args:
+        line: Without its number.
+        where: The line, for messages.
+        field: One that the record should have, for messages.
+
+    Raises:
+        RecordError: It is none.
+    """
     try:  # a mark stands before later lines where files were joined
         record = json.loads(_decoded(line, where).removeprefix("\ufeff"))
     except json.JSONDecodeError as error:
@@ -363,8 +373,7 @@ def _json_record(line: bytes, where: str, config: CorpusConfig) -> Mapping[str, 
     if not isinstance(record, dict):
         raise RecordError(
             "no object",
-            f"{where} has no field {config.text_field!r}, found {type(record).__name__}; mend or remove the "
-            "line.",
+            f"{where} has no field {field!r}, found {type(record).__name__}; mend or remove the line.",
         )
     return record
 

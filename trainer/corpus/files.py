@@ -59,6 +59,7 @@ def list_files(
     *,
     compressed: bool = False,
     left_out: LeftOut = lambda name: None,
+    key: str = "corpus.paths",
 ) -> list[SourceFile]:
     """The files of one path, sorted by relative name.
 
@@ -73,6 +74,7 @@ def list_files(
         compressed: Whether `include` also takes names behind which `.gz` and its like stand. Of files that
             differ in that alone, only the plain one is taken, or else the first.
         left_out: Is told what is left out, unless a pattern of the user's own says so.
+        key: Of the configuration, that gives the path, for messages.
 
     Raises:
         DataError: Nothing is there, or nothing is left.
@@ -85,14 +87,14 @@ def list_files(
         found = list(walk.files_below(path))
         if not found:
             raise DataError(
-                f"corpus.paths: the folder {given} holds no file with corpus.include={include!r} that "
+                f"{key}: the folder {given} holds no file with corpus.include={include!r} that "
                 f"corpus.exclude={exclude} leaves (hidden files are taken only by name); check the patterns."
             )
         return _ordered(found, left_out if compressed else None)
     matches = sorted(glob.glob(given, recursive=True))
     if not matches:
         raise DataError(
-            f"corpus.paths: {given} is neither a file nor a folder, and as a pattern it matches nothing; "
+            f"{key}: {given} is neither a file nor a folder, and as a pattern it matches nothing; "
             "check the path (relative paths start where the command was started)."
         )
     is_named = not glob.has_magic(Path(given).name)
@@ -111,7 +113,7 @@ def list_files(
             files += [SourceFile(file.path, f"{below}/{file.name}") for file in walk.files_below(Path(match))]
     if not files:
         raise DataError(
-            f"corpus.paths: as a pattern {given} matches no file with corpus.include={include!r} that "
+            f"{key}: as a pattern {given} matches no file with corpus.include={include!r} that "
             f"corpus.exclude={exclude} leaves (hidden files are taken only by name); check the patterns."
         )
     return _ordered(files, left_out if compressed else None)

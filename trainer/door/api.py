@@ -58,6 +58,16 @@ def plan_of(config: Config) -> None:
     run(config, measured(config))
 
 
+def generate(settings: Settings) -> Path:
+    """Asks a teacher for answers to prompts; returns the folder of the conversations, for `prepare`."""
+    config = _ready("generate", settings)
+    from sparsekd.trainer.generation.generate import DATA_NAME, run
+
+    with _own_excepthook():
+        run(config)
+    return Path(str(config.generate.path), DATA_NAME)
+
+
 def prepare(settings: Settings) -> str:
     """Tokenizes a corpus; returns the place of the token store."""
     from sparsekd.trainer.corpus.prepare import run

@@ -19,6 +19,7 @@ from sparsekd.trainer.run.stop import STOPPED_CODE, watched
 VERBS = {
     "plan": "tokens, bytes, shards, memory, hours and money, before any is spent (--probe measures)",
     "doctor": "versions and problems of this environment, each with its remedy",
+    "generate": "prompts -> answers of a teacher, in process or from an endpoint, for prepare",
     "prepare": "text -> tokenized rows with document boundaries (a token store)",
     "capture": "teacher pass: token store -> logit store, by any number of ranks",
     "store": "inspect, verify, stats, compare, merge, subset, reencode, import, export",
@@ -158,10 +159,12 @@ def _doctor(words: list[str]) -> int:
 def _run(verb: str, config: Config, overrides: list[str]) -> None:
     if verb == "plan":
         from sparsekd.trainer.door.api import plan_of as run_verb
-    elif verb in ("prepare", "capture"):
+    elif verb in ("generate", "prepare", "capture"):
         # Around the imports, too: a signal may come while libraries are loaded.
         with watched(os.environ) as watch:
-            if verb == "prepare":
+            if verb == "generate":
+                from sparsekd.trainer.generation.generate import run as run_watched
+            elif verb == "prepare":
                 from sparsekd.trainer.corpus.prepare import run as run_watched
             else:
                 from sparsekd.trainer.teacher.capture import run as run_watched
@@ -222,6 +225,10 @@ def _overview() -> str:
 SECTIONS = {
     "plan": ("corpus", "store", "teacher", "student", "objective", "train", "engine", "launch", "plan"),
     "doctor": ("run.root",),
+    "generate": (
+        "generate", "generate.clean", "teacher", "corpus.chat_template_kwargs", "launch",
+        "engine.timeout_minutes",
+    ),
     "prepare": ("corpus", "store"),
     "capture": ("store", "teacher", "launch", "launch.slurm", "engine.timeout_minutes"),
     "train": (

@@ -1,0 +1,1 @@
+"""Prompts to answers of a teacher, in process or from an endpoint, as a corpus for `prepare`."""
