@@ -1,4 +1,4 @@
-"""A start opens no more files of a store of many shards than of one of few, nor does each rank all of them."""
+"""A start opens no more files of a store of many shards than of one of few, and one rank reads for all."""
 
 import json
 import os
