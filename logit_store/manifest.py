@@ -51,11 +51,14 @@ class RecordSpec:
         temperatures: ascending grid at which log R_T is stored.
         draw_temperature: the grid temperature at which the draws were made.
         seed: of the draws.
-        rest: one of `RESTS`; only imported records are other than exact, and these have no draws and the grid
-            (1.0,). `derived`: R is 1 - the head's sum of probabilities, both entropies count what the source
-            did not list as one outcome (lower bounds), and true_logprob of a token that the source did not
-            list is the upper bound min(last head entry, log R). `unknown`: the source had no normaliser, the
-            head sums to 1, log R is -inf, and true_logprob outside the head is the last head entry.
+        rest: one of `RESTS`; only imported records are other than exact, and these have the grid (1.0,) and
+            no draws, or (`counts`) draws alone. `derived`: R is 1 - the head's sum of probabilities, both
+            entropies count what the source did not list as one outcome (lower bounds), and true_logprob of a
+            token that the source did not list is the upper bound min(last head entry, log R). `unknown`: the
+            source had no normaliser, the head sums to 1, log R is -inf, and true_logprob outside the head is
+            the last head entry. `counts`: the source had nothing but labels that were sampled; log R is 0,
+            the whole distribution's, and both entropies and true_logprob are unknown: 0 stands in their
+            places, and nobody may read it as a value.
         tail_logprobs: whether the draws' log-probabilities are stored.
         positions: one of `POSITION_RULES`.
         share: probability with which `sampled` records a counted position of `train`; 1 for other rules.

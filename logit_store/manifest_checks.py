@@ -51,8 +51,9 @@ LARGEST_FEATURES = 64
 LARGEST_WIDTH = 1 << 16
 """Bounds of a manifest, looked at before anything is allocated by it: it may come from anybody."""
 
-RESTS = ("exact", "derived", "unknown")
-"""What log R is: summed by the capture, 1 - the head's sum at temperature 1, or not known at all."""
+RESTS = ("exact", "derived", "unknown", "counts")
+"""What log R is: summed by the capture, 1 - the head's sum at temperature 1, not known at all, or, of records
+that are draws alone, that of the whole distribution."""
 
 
 def check_manifest(manifest: "Manifest") -> None:
@@ -108,7 +109,10 @@ def _check_record(manifest: "Manifest") -> None:
         _require(draw in grid, "record.draw_temperature", draw, f"one of the grid {short(list(grid))}")
     _require(0 <= record.seed < 2**63, "record.seed", record.seed, "from 0 to 2^63 - 1")
     _one_of(record.rest, RESTS, "record.rest")
-    if record.rest != "exact":
+    if record.rest == "counts":
+        fits = record.k == 0 and record.n > 0 and grid == (1.0,)
+        _require(fits, "record.rest", record.rest, "another unless k = 0, n > 0, grid [1.0]")
+    elif record.rest != "exact":
         shape = (record.k > 0, record.n, grid)
         _require(
             shape == (True, 0, (1.0,)), "record.rest", record.rest, "exact unless k > 0, n = 0, grid [1.0]"

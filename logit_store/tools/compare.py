@@ -38,6 +38,7 @@ REST_CAVEATS = {
     "exact": "",
     "derived": "its rest is 1 - the head's sum, not measured: a divergence is as good as that, at T = 1 only",
     "unknown": "its rest is unknown, its head sums to 1: a divergence tells little, and may be inf",
+    "counts": "it holds draws alone, which are not compared: its divergence is 0 or that of one outcome",
 }
 """What people must know of a divergence from or to records that a capture of sparsekd did not make."""
 

@@ -25,6 +25,7 @@ REST_NOTES = {
     "exact": "",
     "derived": "imported without a rest: its mass is 1 - the head's sum, entropies are lower bounds",
     "unknown": "imported without a normaliser: the head sums to 1, for target_mode=renormalized only",
+    "counts": "imported draws alone: the teacher's loss and entropies are unknown, KD is up to its entropy",
 }
 """What people must know of records that a capture of sparsekd did not make."""
 
@@ -281,6 +282,8 @@ def _means_table(store: LogitStore, samples: dict[str, dict[int, Row]]) -> str:
         [f"entropy at T = {record.draw_temperature:g} (nats)", *(f"{mean.entropy:.4f}" for mean in columns)],
         ["entropy of the rest (nats)", *(f"{mean.rest_entropy:.4f}" for mean in columns)],
     ]
+    if record.rest == "counts":
+        lines = [[line[0], *("unknown" for _ in columns)] for line in lines]
     for grid, temperature in enumerate(record.temperatures):
         lines.append(
             [f"tail mass at T = {temperature:g}", *(f"{mean.tail_mass[grid]:.4f}" for mean in columns)]
@@ -339,7 +342,9 @@ def _example(
         return [*lines, f"    label  {named}"]
     record, place = row.teacher, int(np.count_nonzero(row.recorded[:place]))
     temperatures = store.manifest.record.temperatures
-    lines.append(f"    true   {np.exp(record.true_logprob[place]):6.1%}  {named}")
+    known = store.manifest.record.rest != "counts"
+    chance = f"{np.exp(record.true_logprob[place]):6.1%}" if known else "     ?"
+    lines.append(f"    true   {chance}  {named}")
     ids, values = record.head_ids[place], np.exp(record.head_logprobs[place])
     for rank in range(min(CANDIDATES_SHOWN, int((ids != NO_ID).sum()))):  # a head may be cut short
         name = "head" if rank == 0 else ""

@@ -223,9 +223,10 @@ class _Counter:
         masses = tail_masses(record, temperatures)
         for column, spread in enumerate(self._tail_mass):
             spread.add(masses[mask, column])
-        self._entropy.add(record.entropy[mask])
-        self._rest_entropy.add(record.rest_entropy[mask])
-        self._nll.add(-record.true_logprob[mask].astype(np.float64))
+        if manifest.record.rest != "counts":  # draws alone tell nothing of these
+            self._entropy.add(record.entropy[mask])
+            self._rest_entropy.add(record.rest_entropy[mask])
+            self._nll.add(-record.true_logprob[mask].astype(np.float64))
         share, has_before = support_overlap(row)
         self._overlap.add(share[mask & has_before])
         true = labels_at_records(row, target)[:, None]

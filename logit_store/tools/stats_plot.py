@@ -140,8 +140,10 @@ def _sure_panel(axes: Any, stats: SplitStats, draw_temperature: float) -> None:
             linewidth=1.9,
             label=f"{name} (mean {spread.mean:.3g})",
         )
+    if not stats.entropy.count:
+        axes.text(0.5, 0.5, "unknown: draws alone", ha="center", transform=axes.transAxes)
     axes.set_xlim(0, top)
-    axes.set_ylim(0, 1.28 * axes.dataLim.ymax)  # room for the legend
+    axes.set_ylim(0, 1.28 * axes.dataLim.ymax or 1.0)  # room for the legend
     axes.set_title("How sure the teacher was, and how right")
     axes.set_xlabel("nats")
     axes.set_ylabel("positions, %")

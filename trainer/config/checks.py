@@ -123,7 +123,8 @@ def _served_by(config: ObjectiveConfig, record: RecordSpec) -> ObjectiveConfig:
     Raises:
         ConfigError: The target mode needs a rest, or a temperature, that the record does not hold.
     """
-    if record.rest == "exact" or config.kd_weight == 0:
+    # Draws alone are made at temperature 1 and serve `sampled` as any draws do.
+    if record.rest in ("exact", "counts") or config.kd_weight == 0:
         return config
     if record.rest == "derived":
         if config.temperature != 1.0:

@@ -28,14 +28,14 @@ from sparsekd.trainer.corpus.fields import RecordError, weight_of_record
 from sparsekd.trainer.corpus.files import LeftOut, SourceFile, list_files, source_name
 from sparsekd.trainer.corpus.forms import Forms
 from sparsekd.trainer.corpus.splitting import split_text
-from sparsekd.trainer.corpus.streams import (
+from sparsekd.trainer.run.errors import DataError
+from sparsekd.trainer.run.streams import (
     LARGEST_DOCUMENT,
     open_text,
     read_lines,
     read_whole,
     without_compression,
 )
-from sparsekd.trainer.run.errors import DataError
 
 # Rows of a Parquet file or dataset that are decoded at a time: enough to hide the cost of a batch, and small
 # beside a row group.

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsekd.trainer.corpus.streams import without_compression
 from sparsekd.trainer.run.errors import DataError
+from sparsekd.trainer.run.streams import without_compression
 
 # What tools leave beside data under names that are not hidden: Spark, Delta Lake, editors, desktops. Not all
 # names with a leading underscore, as Spark and pyarrow have it: `__init__.py` is a document.

@@ -4,8 +4,8 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from sparsekd.trainer.corpus.streams import check_length, read_lines, read_whole
 from sparsekd.trainer.run.errors import DataError
+from sparsekd.trainer.run.streams import check_length, read_lines, read_whole
 
 _CHUNK_BYTES = 1 << 20
 

@@ -45,7 +45,7 @@ class HeldOut:
         document: int64 [N].
         context: int64 [N], tokens of its document that a model sees: the position in the segment, plus 1.
         true_ids: int64 [N], the next token.
-        teacher: None in a token store.
+        teacher: None in a token store, and where the records are draws alone.
     """
 
     rows: int
@@ -93,7 +93,7 @@ def read_held_out(store: LogitStore, rows_limit: int | None) -> HeldOut:
             context=position_ids(row)[where].astype(np.int64) + 1,
             true_ids=row.token_ids[where + 1].astype(np.int64),
         )
-        if row.teacher is not None:
+        if row.teacher is not None and record.rest != "counts":  # draws alone: nothing of the teacher's loss
             said = records_at(row, row.loss_mask)  # outside of train every counted position has a record
             add(loss=-said.true_logprob, entropy=said.entropy)
             if record.k > 0:

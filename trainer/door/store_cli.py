@@ -347,7 +347,9 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher-name", default="unknown", help="the teacher's name, for the manifest")
     parser.add_argument("--teacher-revision", help="the teacher's revision, for the manifest")
     parser.add_argument("--sequence-length", type=_at_least(2), help="tokens of a row (the longest document)")
-    parser.add_argument("--k", type=_at_least(1), help="head entries (as many as every position lists)")
+    parser.add_argument(
+        "--k", type=_at_least(1), help="head entries, or draws (as many as every position lists)"
+    )
     parser.add_argument(
         "--short", choices=SHORT, default="refuse", help="positions that list fewer than k ids (refuse)"
     )
@@ -427,7 +429,7 @@ ACTIONS = {
         "another codec or a smaller head, without the teacher", _reencode_arguments, _reencode
     ),
     "import": Action(
-        "what DistillKit, Megatron-LM, NeMo-Aligner, vLLM or axolotl captured",
+        "what DistillKit, Megatron-LM, NeMo-Aligner, vLLM, axolotl or an API gave",
         _import_arguments,
         _import,
         details=_import_details,

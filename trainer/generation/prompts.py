@@ -13,8 +13,8 @@ from sparsekd.trainer.corpus.fields import RecordError, missing_field
 from sparsekd.trainer.corpus.files import list_files
 from sparsekd.trainer.corpus.findings import Tally
 from sparsekd.trainer.corpus.forms import ALPACA_TEMPLATE, SHAREGPT_FIELD, filled
-from sparsekd.trainer.corpus.streams import open_text, read_lines
 from sparsekd.trainer.run.errors import DataError
+from sparsekd.trainer.run.streams import open_text, read_lines
 
 _MESSAGES = ("messages", SHAREGPT_FIELD)
 _ANSWER = {"role": "assistant", "content": "answer"}

@@ -42,6 +42,7 @@ from sparsekd.trainer.importers.columns import (
     vector,
 )
 from sparsekd.trainer.importers.document import (
+    LINES,
     NOT_LISTED,
     Document,
     Format,
@@ -111,7 +112,7 @@ def read_axolotl(path: Path, options: Options) -> Source:
 FORMAT = Format(
     name="axolotl",
     reads="axolotl's offline sets: prepared target_* columns, or messages with logprobs",
-    suffixes=(".parquet", ".jsonl", ".json"),
+    suffixes=(".parquet", *LINES),
     fields=(
         frozenset(PREPARED),
         *(frozenset({messages, logprobs}) for messages in MESSAGES for logprobs in LOGPROBS),

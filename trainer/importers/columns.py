@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.trainer.importers.document import files_in, one_line, source_files
+from sparsekd.trainer.importers.document import LINES, files_in, has_suffix, one_line, source_files
 from sparsekd.trainer.importers.jsonl import read_objects
 
-SUFFIXES = (".parquet", ".jsonl", ".json")
+SUFFIXES = (".parquet", *LINES)
 VALUES_AT_ONCE = 1 << 22
 """Of the widest column, in the rows that are read together."""
 
@@ -62,7 +62,7 @@ def table_files(path: Path, what: str, suffixes: Sequence[str] = SUFFIXES) -> tu
             f"{path} holds Arrow files, expected Parquet or lines of JSON: write it anew with "
             "datasets.load_from_disk(FOLDER).to_parquet(FILE)."
         )
-    used = [suffix for suffix in suffixes if any(name.endswith(suffix) for name in names)]
+    used = [suffix for suffix in suffixes if any(has_suffix(name, (suffix,)) for name in names)]
     return source_files(path, tuple(used[:1] or suffixes), what)
 
 

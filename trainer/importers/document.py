@@ -2,7 +2,8 @@
 
 An importer is one file with a `Format`, and one entry in `formats.FORMATS`.
 
-Shapes: T tokens of a document, K most ids listed at a position, S documents inside a document.
+Shapes: T tokens of a document, K most ids listed at a position, D most samples of one, S documents inside a
+document.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.errors import StoreError
+from sparsekd.trainer.run.streams import without_compression
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +23,10 @@ if TYPE_CHECKING:
     from sparsekd.logit_store.protocol.reader import LogitStore
 
 NOT_LISTED = -1
-"""Fills `head_ids` behind the ids that a position lists."""
+"""Fills `head_ids` behind the ids that a position lists, and `drawn_ids` behind its samples."""
+
+LINES = (".jsonl", ".json")
+"""How names of files of JSON end; `.gz`, `.zst`, `.bz2` or `.xz` may follow."""
 
 PADDING_SHARE = 4
 """Arrays [T, K] hold at most this many times what is listed: one long list among short ones would make
@@ -46,6 +51,9 @@ class Document:
         segment_starts: int64 [S], where the sequence holds several documents of a corpus: their first
             positions, the first 0. None for one document.
         segment_documents: int64 [S], their numbers in the corpus, -1 for padding; None for one document.
+        drawn_ids: int64 [T, D], ids that the teacher sampled at temperature 1, in the order in which it did
+            (an id as often as it came), then `NOT_LISTED`; of sources whose rest is `counts`, which list
+            nothing, else None.
     """
 
     where: str
@@ -57,6 +65,7 @@ class Document:
     weights: NDArray[np.float32] | None = None
     segment_starts: NDArray[np.int64] | None = None
     segment_documents: NDArray[np.int64] | None = None
+    drawn_ids: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,12 +143,18 @@ def source_files(path: Path, suffixes: tuple[str, ...], what: str) -> tuple[Path
     Raises:
         StoreError: there is none.
     """
-    found = [item for item in files_in(path, what) if path.is_file() or item.name.endswith(suffixes)]
+    found = [item for item in files_in(path, what) if path.is_file() or has_suffix(item.name, suffixes)]
     if not found:
         raise StoreError(
             f"{path} has no file that ends in {' or '.join(suffixes)}, where {what} is expected."
         )
     return tuple(sorted(found, key=_natural))
+
+
+def has_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
+    """Returns whether a file's name ends with one of the suffixes; files of JSON may be compressed."""
+    plain = without_compression(name)
+    return name.endswith(suffixes) or (plain.endswith(LINES) and plain.endswith(suffixes))
 
 
 def files_in(path: Path, what: str) -> list[Path]:

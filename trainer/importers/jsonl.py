@@ -1,51 +1,72 @@
-"""Lines of JSON, one object each, with the place of each for messages."""
+"""Lines of JSON, one object each, compressed or not, with the place of each for messages.
+
+A small file may unpack to a huge one: no more of it is in memory than one line, which is bounded.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.trainer.importers.document import one_line
+from sparsekd.trainer.run.errors import DataError
+from sparsekd.trainer.run.streams import LARGEST_DOCUMENT, open_text, read_lines
 
 
 def read_objects(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Returns (place, object) for each line; a file that is one JSON array gives its elements.
 
     Raises:
-        StoreError: the file cannot be read, or a line is no JSON object, such as one that was cut off.
+        StoreError: the file cannot be read or unpacked, a line is longer than `LARGEST_DOCUMENT`, or is no
+            JSON object, such as one that was cut off.
     """
     try:
-        with file.open(encoding="utf-8") as lines:
-            yield from _objects(lines, file)
-    except (OSError, UnicodeDecodeError) as error:
+        with open_text(file) as stream:
+            yield from _objects((line.decode() for line in read_lines(stream, file)), file)
+    except UnicodeDecodeError as error:
         raise StoreError(f"{file} cannot be read as text ({one_line(error)}): fetch it again.") from error
+    except DataError as error:
+        raise StoreError(str(error)) from error
 
 
-def _objects(lines: IO[str], file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    first = ""
+def _objects(lines: Iterator[str], file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    number, first = 0, ""
     while not first.strip():
-        first = lines.readline()
+        number, first = number + 1, next(lines, "")
         if not first:
             return
     if first.lstrip().startswith("["):  # an array has to be read as a whole
-        parsed = _parse(first + lines.read(), str(file))
+        parsed = _parse(_whole(first, lines, file), str(file))
         if not isinstance(parsed, list):
             raise StoreError(f"{file} holds a {type(parsed).__name__}, expected an array of objects.")
         for number, item in enumerate(parsed):
             yield _an_object(item, f"{file}, element {number}")
         return
     if _is_whole(first):
-        yield _an_object(json.loads(first), f"{file}, line 1")
-        for number, line in enumerate(lines, start=2):
+        yield _an_object(json.loads(first), f"{file}, line {number}")
+        for further, line in enumerate(lines, start=number + 1):
             if line.strip():
-                yield _an_object(_parse(line, f"{file}, line {number}"), f"{file}, line {number}")
+                yield _an_object(_parse(line, f"{file}, line {further}"), f"{file}, line {further}")
         return
     # One object over several lines.
-    yield _an_object(_parse(first + lines.read(), str(file)), str(file))
+    yield _an_object(_parse(_whole(first, lines, file), str(file)), str(file))
+
+
+def _whole(first: str, lines: Iterator[str], file: Path) -> str:
+    parts, length = [first], len(first)
+    for line in lines:
+        parts.append(line)
+        length += len(line)
+        if length > LARGEST_DOCUMENT:
+            raise StoreError(
+                f"{file} is one JSON text of more than {LARGEST_DOCUMENT:,} characters, which would have to "
+                "be in memory as a whole: write one object per line (jq -c '.[]')."
+            )
+    return "".join(parts)
 
 
 def array_of(value: Any, dtype: type, dimensions: int, name: str, where: str) -> NDArray[Any]:

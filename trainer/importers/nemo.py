@@ -22,6 +22,7 @@ import numpy as np
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.trainer.importers.document import (
+    LINES,
     Document,
     Format,
     Options,
@@ -41,7 +42,7 @@ def read_nemo(path: Path, options: Options) -> Source:
     Raises:
         StoreError: there is none, or its first line has other fields.
     """
-    files = source_files(path, (".jsonl", ".json"), "NeMo-Aligner's lines")
+    files = source_files(path, LINES, "NeMo-Aligner's lines")
     first = next((item for file in files for item in read_objects(file)), None)
     if first is None:
         raise StoreError(f"{path} is empty.")
@@ -60,7 +61,7 @@ def read_nemo(path: Path, options: Options) -> Source:
 FORMAT = Format(
     name="nemo",
     reads="NeMo-Aligner's lines of JSON (compute_topk_logits.py)",
-    suffixes=(".jsonl", ".json"),
+    suffixes=LINES,
     fields=(frozenset(KEYS),),
     read=read_nemo,
     cannot_give=(

@@ -2,9 +2,11 @@
 
 A source with full-vocabulary log-probabilities tells the rest's mass at temperature 1 and nothing else of it:
 R_1 = 1 - sum of what it lists. Its rounding may bring that sum above 1: then the listed ids are scaled to sum
-to 1 and the rest is empty. A source of logits without a normaliser tells ratios within its list alone.
+to 1 and the rest is empty. A source of logits without a normaliser tells ratios within its list alone. A
+source of sampled ids tells nothing but these: its records are draws, from a rest that is everything.
 
-Shapes: T tokens of a document, K most ids listed at a position, k head entries, V vocabulary.
+Shapes: T tokens of a document, K most ids listed at a position, k head entries, D most samples of a position,
+n draws, V vocabulary.
 """
 
 import math
@@ -14,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsekd.logit_store.errors import StoreError
-from sparsekd.logit_store.row import TeacherRecord
+from sparsekd.logit_store.row import NO_ID, TeacherRecord
 from sparsekd.logit_store.tools.reencode import log_sum_exp
 from sparsekd.trainer.importers.document import NOT_LISTED, Document
 
@@ -33,7 +35,7 @@ class Checked:
         ids: int64 [T, K], by descending value, equal values by ascending id, then `NOT_LISTED`.
         values: float64 [T, K], then -inf; their exponentials sum to at most 1 where the rest is derived.
         true_logprob: float64 [T], NaN where unknown.
-        listed: int64 [T], ids at each position.
+        listed: int64 [T], ids (of sampled ones: samples) at each position.
         excess: float64 [T], by how much the listed probabilities summed to more than 1.
     """
 
@@ -58,16 +60,18 @@ def put_in_order(document: Document, rest: str, vocabulary_size: int) -> Checked
             f"{document.where}, position {bad[0]}: token id {tokens[bad[0]]} is not in the tokenizer, whose "
             f"ids are 0 to {vocabulary_size - 1}: name the tokenizer that made these ids."
         )
+    if document.drawn_ids is not None:
+        drawn, known = document.drawn_ids, document.drawn_ids != NOT_LISTED
+        _refuse(
+            known & ((drawn < 0) | (drawn >= vocabulary_size)), document, drawn, _not_an_id(vocabulary_size)
+        )
+        nothing = np.zeros(len(drawn))
+        return Checked(document.head_ids, document.head_logprobs, nothing, known.sum(axis=1), nothing)
     used = (document.head_ids != NOT_LISTED) & (document.head_logprobs != -np.inf)
     broken = used & ~(np.abs(document.head_logprobs) <= MOST_NATS)
     _refuse(broken, document, document.head_logprobs, "is no finite value")
     outside = used & ((document.head_ids < 0) | (document.head_ids >= vocabulary_size))
-    _refuse(
-        outside,
-        document,
-        document.head_ids,
-        f"is not an id of the tokenizer, which has 0 to {vocabulary_size - 1}",
-    )
+    _refuse(outside, document, document.head_ids, _not_an_id(vocabulary_size))
     values = np.where(used, document.head_logprobs, -np.inf)
     ids = np.where(used, document.head_ids, vocabulary_size)
     together = np.sort(ids, axis=1)
@@ -161,6 +165,44 @@ def record_of(document: Document, checked: Checked, rest: str, k: int, vocabular
     )
 
 
+def record_of_draws(document: Document, n: int) -> TeacherRecord:
+    """Returns the record of a document of sampled ids: its draws, and 0 for what they do not tell.
+
+    Positions with fewer than n samples get draws of id 0, which say nothing; they must not count in the loss.
+
+    Args:
+        document: of a source whose rest is `counts`, checked.
+        n: draws, the first of each position.
+    """
+    drawn = document.drawn_ids
+    assert drawn is not None
+    length = len(document.token_ids)
+    some = np.zeros((length, n), np.int64)
+    width = min(n, drawn.shape[1])
+    known = (drawn != NOT_LISTED).sum(axis=1) >= n
+    some[known, :width] = drawn[known, :width]
+    some.sort(axis=1)
+    # The first of equal ids takes the counts of all, and goes to the front.
+    first = np.ones(some.shape, np.bool_)
+    first[:, 1:] = some[:, 1:] != some[:, :-1]
+    runs = first.cumsum(axis=1) - 1
+    ids, counts = np.full(some.shape, NO_ID, np.int32), np.zeros(some.shape, np.int32)
+    rows = np.repeat(np.arange(length)[:, None], n, axis=1)
+    ids[rows, runs] = some
+    np.add.at(counts, (rows, runs), 1)
+    unknown = np.zeros(length, np.float32)
+    return TeacherRecord(
+        head_ids=np.empty((length, 0), np.int32),
+        head_logprobs=np.empty((length, 0), np.float32),
+        tail_ids=ids,
+        tail_counts=counts,
+        log_rest=np.zeros((length, 1), np.float32),
+        rest_entropy=unknown,
+        true_logprob=unknown.copy(),
+        entropy=unknown.copy(),
+    )
+
+
 def lasts(document: Document) -> NDArray[np.int64]:
     """Returns the last position of each document inside a document, int64 [S]: no token follows there."""
     starts = np.zeros(1, np.int64) if document.segment_starts is None else document.segment_starts
@@ -175,6 +217,10 @@ def _by_value(
     # and makes unequal ones equal, or equal ones unequal: sort behind it, not before.
     order = np.lexsort((ids, -values.astype(np.float32)), axis=1)
     return np.take_along_axis(ids, order, axis=1), np.take_along_axis(values, order, axis=1)
+
+
+def _not_an_id(vocabulary_size: int) -> str:
+    return f"is not an id of the tokenizer, which has 0 to {vocabulary_size - 1}"
 
 
 def _refuse(

@@ -29,7 +29,7 @@ from sparsekd.logit_store.row import (
 )
 from sparsekd.logit_store.tools.derive import Progress, no_progress, write_stream
 from sparsekd.trainer.importers.document import NOT_LISTED, Document, Format, Source
-from sparsekd.trainer.importers.records import put_in_order, record_of
+from sparsekd.trainer.importers.records import put_in_order, record_of, record_of_draws
 
 OPEN_ROWS = 8
 """Rows that wait for a document that fits: more waste less padding and hold more memory."""
@@ -44,6 +44,10 @@ NOT_GIVEN = {
     ),
     "unknown": (
         "a normaliser: probabilities are relative to what is listed, for target_mode=renormalized only",
+    ),
+    "counts": (
+        "probabilities: the draws are an unbiased estimate of them, for target_mode=sampled at temperature 1",
+        "the entropies and the true tokens' log-probabilities (unknown: KD is up to the teacher's entropy)",
     ),
 }
 """What a source lacks by its `rest`."""
@@ -61,7 +65,7 @@ class ImportSettings:
         teacher: identity of the teacher, as far as it is known.
         codec: of the new store.
         sequence_length: L; None for the longest document.
-        k: head entries; None for as many as every counted position lists.
+        k: head entries, or draws of sampled ids; None for as many as every counted position lists.
         mask_short: leave positions that list fewer than k ids out of the loss, instead of refusing them.
         rows_per_shard: of the new store.
 
@@ -87,7 +91,7 @@ class Survey:
         documents: that have a counted position.
         skipped: documents without one.
         cut_tokens: tokens beyond L.
-        k: head entries.
+        k: head entries, or draws of sampled ids.
         sequence_length: L.
         masked: positions left out because they list fewer than k ids.
         above_one: share of counted positions whose listed probabilities summed to more than 1.
@@ -128,8 +132,12 @@ class ImportResult:
         lines = [
             f"read       {survey.documents:,} documents of {self.layout.name} in "
             f"{len(self.source.files):,} files",
-            f"rows       {survey.sequence_length:,} tokens each, k = {survey.k}, the rest is "
-            f"{self.source.rest}",
+            f"rows       {survey.sequence_length:,} tokens each, "
+            + (
+                f"k = 0, n = {survey.k} draws"
+                if self.source.rest == "counts"
+                else f"k = {survey.k}, the rest is {self.source.rest}"
+            ),
             f"digest     {self.digest}",
         ]
         if survey.skipped:
@@ -149,7 +157,7 @@ class ImportResult:
 
 def not_given(layout: Format, source: Source) -> tuple[str, ...]:
     """Returns what a store holds and this source does not, one phrase each."""
-    true = () if source.gives_true or source.rest == "unknown" else (TRUE_NOT_GIVEN,)
+    true = () if source.gives_true or source.rest != "derived" else (TRUE_NOT_GIVEN,)
     return (*NOT_GIVEN[source.rest], *true, *layout.cannot_give)
 
 
@@ -215,7 +223,12 @@ def _manifest(
         },
         tokenizer=settings.tokenizer,
         record=RecordSpec(
-            k=survey.k, n=0, temperatures=(1.0,), draw_temperature=1.0, seed=0, rest=source.rest
+            k=0 if source.rest == "counts" else survey.k,
+            n=survey.k if source.rest == "counts" else 0,
+            temperatures=(1.0,),
+            draw_temperature=1.0,
+            seed=0,
+            rest=source.rest,
         ),
         teacher=settings.teacher,
         codec=settings.codec,
@@ -303,7 +316,7 @@ def _piece(document: Document, number: int, manifest: Manifest) -> Row:
     size, record = manifest.tokenizer.vocabulary_size, manifest.record
     checked = put_in_order(document, record.rest, size)
     starts, documents = document.segment_starts, document.segment_documents
-    counts = document.loss_mask & (checked.listed >= record.k)
+    counts = document.loss_mask & (checked.listed >= record.k + record.n)
     optional = {}
     if document.weights is not None and "weights" in manifest.planes:
         counts &= document.weights > 0
@@ -313,7 +326,9 @@ def _piece(document: Document, number: int, manifest: Manifest) -> Row:
         loss_mask=counts,
         segment_starts=np.zeros(1, np.int32) if starts is None else starts.astype(np.int32),
         segment_documents=np.array([number], np.int64) if documents is None else documents,
-        teacher=record_of(document, checked, record.rest, record.k, size),
+        teacher=record_of(document, checked, record.rest, record.k, size)
+        if document.drawn_ids is None
+        else record_of_draws(document, record.n),
         optional=optional,
     )
 
@@ -326,6 +341,7 @@ def _padding(length: int, manifest: Manifest) -> Row:
         loss_mask=np.zeros(length, np.bool_),
         head_ids=np.full((length, 1), NOT_LISTED, np.int64),
         head_logprobs=np.full((length, 1), -np.inf),
+        drawn_ids=np.full((length, 1), NOT_LISTED, np.int64) if manifest.record.n else None,
     )
     return _piece(blank, PADDING_DOCUMENT, manifest)
 
@@ -444,7 +460,7 @@ def _cut(document: Document, length: int) -> Document:
         return document
     mask = document.loss_mask[:length].copy()
     mask[-1] = False
-    true, weights = document.true_logprob, document.weights
+    true, weights, drawn = document.true_logprob, document.weights, document.drawn_ids
     return replace(
         document,
         token_ids=document.token_ids[:length],
@@ -453,4 +469,5 @@ def _cut(document: Document, length: int) -> Document:
         head_logprobs=document.head_logprobs[:length],
         true_logprob=None if true is None else true[:length],
         weights=None if weights is None else weights[:length],
+        drawn_ids=None if drawn is None else drawn[:length],
     )

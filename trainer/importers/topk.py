@@ -24,7 +24,15 @@ from numpy.typing import NDArray
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.trainer.importers.columns import TableRow, lists_of, read_rows, table_files, vector
-from sparsekd.trainer.importers.document import NOT_LISTED, Document, Format, Options, Source, padded_lists
+from sparsekd.trainer.importers.document import (
+    LINES,
+    NOT_LISTED,
+    Document,
+    Format,
+    Options,
+    Source,
+    padded_lists,
+)
 
 COLUMNS = ("input_ids", "token_ids", "top_values")
 SOFTMAX = "normalized_logits"
@@ -68,7 +76,7 @@ def read_topk(path: Path, options: Options) -> Source:
 FORMAT = Format(
     name="topk",
     reads="tables with token_ids and top_values, such as arcee's LLaMA-405B logits",
-    suffixes=(".parquet", ".jsonl", ".json"),
+    suffixes=(".parquet", *LINES),
     fields=(frozenset(COLUMNS),),
     read=read_topk,
     cannot_give=("a loss mask (every token of a text counts) and document boundaries inside a text",),

@@ -24,6 +24,7 @@ import numpy as np
 
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.trainer.importers.document import (
+    LINES,
     NOT_LISTED,
     Document,
     Format,
@@ -47,7 +48,7 @@ def read_vllm(path: Path, options: Options) -> Source:
     Raises:
         StoreError: there is none.
     """
-    files = source_files(path, (".jsonl", ".json"), "vLLM's answers")
+    files = source_files(path, LINES, "vLLM's answers")
 
     def documents() -> Iterator[Document]:
         for file in files:
@@ -60,7 +61,7 @@ def read_vllm(path: Path, options: Options) -> Source:
 FORMAT = Format(
     name="vllm",
     reads='answers of vLLM\'s server to "prompt_logprobs": k, "return_token_ids": true',
-    suffixes=(".jsonl", ".json"),
+    suffixes=LINES,
     fields=(frozenset({"choices"}), frozenset({"prompt_logprobs"})),
     read=read_vllm,
     cannot_give=(

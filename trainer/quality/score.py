@@ -64,7 +64,9 @@ def kinds(record: RecordSpec, *, teacher_runs: bool) -> dict[str, str]:
     found = {}
     if record.k > 0:
         found["agreement"] = EXACT
-    if record.rest == "unknown":  # imported without a normaliser: probabilities are relative to the head
+    # Imported without a normaliser: probabilities are relative to the head. Imported draws alone: KL is known
+    # up to the teacher's entropy.
+    if record.rest in ("unknown", "counts"):
         return found
     if 1.0 in record.temperatures:
         if record.n > 0 and record.draw_temperature == 1.0:

@@ -83,7 +83,11 @@ def announce(
         f"engine: {here.world_size} x {here.device.type}, ZeRO stage {config.engine.zero_stage}; weights "
         f"{config.engine.dtype}; optimizer state, gradient accumulation and reduction float32",
         f"loss: {kd}cross-entropy x {objective.ce_weight:g}, impl {loss.impl}; "
-        + "; ".join(f"store {name}{name and ' '}k={it.k} n={it.n}" for name, it in records.items()),
+        + "; ".join(
+            f"store {name}{name and ' '}k={it.k} n={it.n}"
+            + (" (draws alone: kd is up to the teacher's entropy)" if it.rest == "counts" else "")
+            for name, it in records.items()
+        ),
         "memory of the loss: "
         + (
             "dense"

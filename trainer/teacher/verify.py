@@ -1,8 +1,13 @@
 """`store verify PATH --teacher`: run the teacher again on random rows and compare with what is stored.
 
+What sparsekd captured is made again, as it was made, and compared plane by plane. Of what was imported
+nobody knows how it was made: what the teacher says of the same ids is compared. Either way a deviation is
+named where it has a name (`faults.judge`).
+
 Shapes: L positions of a row, k head entries.
 """
 
+import math
 import secrets
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +20,13 @@ from sparsekd.logit_store.manifest import TeacherIdentity
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.row import Row, TeacherRecord, records_at
 from sparsekd.trainer.config.schema import Config, LaunchConfig, TeacherConfig, require
+from sparsekd.trainer.models.opened import OpenModel
 from sparsekd.trainer.models.weights import model_folder, weights_digest
 from sparsekd.trainer.run.errors import ConfigError, DataError
 from sparsekd.trainer.run.ranks import ranks
 from sparsekd.trainer.teacher.deviation import deviation_of
+from sparsekd.trainer.teacher.evidence import evidence_of
+from sparsekd.trainer.teacher.faults import Finding, judge
 from sparsekd.trainer.teacher.features import read_projections
 from sparsekd.trainer.teacher.model import check_teacher_tokenizer, load_teacher
 from sparsekd.trainer.teacher.records import recorded_rows
@@ -48,8 +56,9 @@ def run(config: Config, store_path: str | Path, *, seed: int | None = None) -> N
         seed: Of the choice of rows; None takes a fresh one, so that each call looks at other rows.
 
     Raises:
-        DataError: A plane deviates by more than rounding; names the row and position, and whether the
-            teacher's files are those of the manifest.
+        DataError: A plane deviates by more than rounding; names the row and position, whether the teacher's
+            files are those of the manifest, and the fault where it has a name. Or the records are draws
+            alone, which no teacher says again.
         ModelError: The teacher cannot be loaded or does not fit.
         StoreError: The store cannot be read, or has no teacher's records.
     """
@@ -58,6 +67,9 @@ def run(config: Config, store_path: str | Path, *, seed: int | None = None) -> N
     identity = store.manifest.teacher
     if identity is None:
         raise DataError(f"{store_path} is a token store: it holds nothing of a teacher to verify.")
+    if store.manifest.record.rest != "exact":  # imported
+        _verify_imported(config, path, store)
+        return
     if identity.dtype not in LARGEST:
         raise DataError(
             f"{store_path} was captured in {identity.dtype}; teachers run in {' or '.join(LARGEST)} only."
@@ -124,13 +136,68 @@ def run(config: Config, store_path: str | Path, *, seed: int | None = None) -> N
             files = (
                 "its files are those of the manifest" if same_files else "its files are not the manifest's"
             )
+            name = _fault(teacher, [row for _, _, row, _ in stored], store)
+            fault = f"; the records {name.fault}" if name and name.fault else ""
             raise DataError(
                 f"{store_path} does not hold this teacher's records: {found.plane} of split {found.split}, "
                 f"row {found.row}, position {found.position} deviates by {found.largest:.3g} nats (mean "
                 f"{found.mean:.3g}; in {settings.dtype} at most {bounds[0]:g} and {bounds[1]:g} are "
-                f"rounding), and {files}; give the teacher {identity.name} as teacher.path, or capture again."
+                f"rounding), and {files}{fault}; give the teacher {identity.name} as teacher.path, or "
+                "capture again."
             )
     print(f"next: sparsekd train store.path={store_path} student.path=STUDENT", flush=True)
+
+
+def _verify_imported(config: Config, path: str, store: LogitStore) -> None:
+    """Prints how far imported records are from the teacher's log-probabilities of the same ids.
+
+    Raises:
+        DataError: They are not this teacher's; names the fault where it has a name.
+        ModelError: The teacher cannot be loaded or does not fit.
+    """
+    if store.manifest.record.k == 0:
+        raise DataError(
+            f"{store.path} holds draws alone (record.rest is counts), and a teacher does not say them again; "
+            f"sparsekd store verify {store.path} without --teacher compares them with the text."
+        )
+    seed = secrets.randbits(32)
+    with ranks(config.launch, timeout_minutes=config.engine.timeout_minutes) as place:
+        settings = runnable(config.teacher, place.device, store.manifest.tokenizer.vocabulary_size)
+        check_teacher_tokenizer(settings, path, store)
+        teacher = load_teacher(settings, path, store, place.device)
+        rows = [
+            store.read_row(split, index)
+            for split in store.manifest.splits
+            for index in _random_rows(store, split, seed)
+        ]
+        found = _fault(teacher, rows, store)
+    if found is None or math.isnan(found.deviation):
+        raise DataError(
+            f"{store.path} has too few records in {len(rows)} rows (seed {seed}) to compare with a teacher: "
+            "import more, or verify without --teacher."
+        )
+    print(
+        f"verify: the teacher ran on {len(rows)} random rows (seed {seed}); its log-probabilities of the "
+        f"listed ids, in {settings.dtype}, are {found.deviation:.2g} nats from the records' on "
+        "average",
+        flush=True,
+    )
+    if found.fault:
+        left = f", which leaves {found.unexplained:.2g}" if found.known else ""
+        raise DataError(
+            f"{store.path} does not hold this teacher's records as they should be: they deviate by "
+            f"{found.deviation:.2g} nats on average, and the records {found.fault}{left}; mend the source "
+            "and import it again, or name the teacher that made it as teacher.path."
+        )
+    print(f"next: sparsekd train store.path={store.path} student.path=STUDENT", flush=True)
+
+
+def _fault(teacher: OpenModel, rows: list[Row], store: LogitStore) -> Finding | None:
+    """What is wrong with the records of some rows; None where nothing is found, or nothing can be."""
+    if not store.manifest.record.k or store.manifest.target != "next_token":
+        return None
+    evidence = evidence_of(teacher, rows, store.manifest)
+    return None if evidence is None else judge(evidence)
 
 
 def as_captured(

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from sparsekd.trainer.config.corpus import CorpusConfig
-from sparsekd.trainer.corpus import splitting, streams
+from sparsekd.trainer.corpus import splitting
 from sparsekd.trainer.corpus.documents import read_documents
+from sparsekd.trainer.run import streams
 from sparsekd.trainer.run.errors import ConfigError, DataError
 
 

@@ -17,8 +17,8 @@ import pytest
 import zstandard
 
 from sparsekd.trainer.config.corpus import CorpusConfig
-from sparsekd.trainer.corpus import streams
 from sparsekd.trainer.corpus.documents import CorpusDigest, read_documents
+from sparsekd.trainer.run import streams
 from sparsekd.trainer.run.errors import DataError
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -93,7 +93,7 @@ def test_a_truncated_archive_is_one_sentence(tmp_path: Path, suffix: str) -> Non
 BOMB = """
 import resource, sys
 from sparsekd.trainer.config.corpus import CorpusConfig
-from sparsekd.trainer.corpus import streams
+from sparsekd.trainer.run import streams
 from sparsekd.trainer.corpus.documents import read_documents
 from sparsekd.trainer.run.errors import DataError
 path, format = sys.argv[1:]

@@ -235,6 +235,58 @@ def vllm_answer(text: Text, k: int = 4) -> dict[str, Any]:
     return {"prompt_token_ids": tokens.tolist(), "prompt_logprobs": positions}
 
 
+# APIs
+
+
+def _named(token: int, logprob: float) -> dict[str, Any]:
+    return {"token": f"w{token}", "bytes": list(f"w{token}".encode()), "logprob": float(logprob)}
+
+
+def api_chat(text: Text, prompt: int, k: int = 5) -> dict[str, Any]:
+    """Returns a request and its answer, the text behind its first `prompt` tokens."""
+    tokens, logprobs = text
+    content = []
+    for place in range(prompt, len(tokens)):
+        ids, values = top(logprobs[place - 1 : place], k)
+        listed = [_named(int(token), value) for token, value in zip(ids[0], values[0], strict=True)]
+        own = _named(int(tokens[place]), logprobs[place - 1, tokens[place]])
+        content.append({**own, "top_logprobs": listed})
+    question = " ".join(f"w{token}" for token in tokens[:prompt])
+    return {
+        "messages": [{"role": "user", "content": question}],
+        "choices": [{"index": 0, "logprobs": {"content": content}, "finish_reason": "stop"}],
+        "usage": {},
+    }
+
+
+def api_completion(text: Text, k: int = 5) -> dict[str, Any]:
+    """Returns an answer that echoes its text, tokens as vLLM names them by their ids."""
+    tokens, logprobs = text
+    own = [None, *(float(logprobs[place - 1, tokens[place]]) for place in range(1, len(tokens)))]
+    listed: list[Any] = [None]
+    for place in range(1, len(tokens)):
+        ids, values = top(logprobs[place - 1 : place], k)
+        shown = dict(zip(ids[0].tolist(), values[0].tolist(), strict=True))
+        shown[int(tokens[place])] = own[place]
+        listed.append({f"token_id:{token}": value for token, value in shown.items()})
+    names = [f"token_id:{token}" for token in tokens]
+    return {
+        "prompt": [],
+        "choices": [{"logprobs": {"tokens": names, "token_logprobs": own, "top_logprobs": listed}}],
+    }
+
+
+def sampled_row(text: Text, m: int = 12) -> dict[str, Any]:
+    """Returns a text with m draws at each position."""
+    tokens, logprobs = text
+    random = np.random.default_rng([5, len(tokens)])
+    shares = [np.exp(line) / np.exp(line).sum() for line in logprobs[:-1]]
+    return {
+        "input_ids": tokens.tolist(),
+        "sampled_ids": [random.choice(V, m, p=share).tolist() for share in shares] + [[]],
+    }
+
+
 # Tables of top logits
 
 

@@ -77,12 +77,18 @@ LISTS = _table("lists.jsonl", lambda: [captures.axolotl_offline(text, 4) for tex
 OBJECTS = _table(
     "objects.parquet", lambda: [captures.axolotl_offline(text, 4, objects=True) for text in TEXTS]
 )
+CHAT = _table("chat.jsonl", lambda: [captures.api_chat(text, 4) for text in TEXTS])
+ECHO = _table("echo.jsonl", lambda: [captures.api_completion(text) for text in TEXTS])
+SAMPLES = _table("samples.jsonl", lambda: [captures.sampled_row(text) for text in TEXTS])
 PAIRED = "cache"
 
 CASES = {
     "distillkit": Case("distillkit", _distillkit, "data", 6),
     "nemo": Case("nemo", NEMO, "nemo.jsonl", 5),
     "vllm": Case("vllm", VLLM, "vllm.jsonl", 4),
+    "api chat": Case("api", CHAT, "chat.jsonl", 5),
+    "api completions": Case("api", ECHO, "echo.jsonl", 5),
+    "samples": Case("samples", SAMPLES, "samples.jsonl", 0, "counts"),
     "topk": Case("topk", TOPK, "topk.parquet", 7),
     "topk over the list": Case("topk", TOPK_LIST, "topk.jsonl", 7, "unknown"),
     "axolotl prepared": Case("axolotl", PREPARED, "prepared.parquet", 5, "unknown"),

@@ -71,6 +71,10 @@ def _answer(position: int, change: Callable[[dict[str, Any]], object]) -> Callab
     return _rows("vllm.jsonl", lambda row: change(row["prompt_logprobs"][position]))
 
 
+def _chat(position: int, change: Callable[[dict[str, Any]], object]) -> Callable[[], None]:
+    return _rows("chat.jsonl", lambda row: change(row["choices"][0]["logprobs"]["content"][position]))
+
+
 def _bomb(file: str, column: str) -> Callable[[], None]:
     """Replaces a column by four million equal numbers in some kilobytes."""
 
@@ -183,6 +187,81 @@ SPOILT: dict[str, tuple[str, Callable[[], None], str]] = {
         "vllm",
         _answer(5, lambda entries: [entry.update(logprob=NAN) for entry in entries.values()]),
         "line 4, position 4, entry 0: nan is no finite value",
+    ),
+    "api, cut off": ("api chat", _cut("chat.jsonl"), "is no JSON"),
+    "api, lengths": (
+        "api completions",
+        _rows("echo.jsonl", lambda row: row["choices"][0]["logprobs"]["tokens"].pop()),
+        "line 4 has 32 tokens, 33 token_logprobs and 33 top_logprobs",
+    ),
+    "api, id": (
+        "api completions",
+        _rows(
+            "echo.jsonl",
+            lambda row: row["choices"][0]["logprobs"]["top_logprobs"][5].update({"token_id:300": -9.0}),
+        ),
+        "line 4, position 4, entry 5: 300 is not an id of the tokenizer",
+    ),
+    "api, token": (
+        "api chat",
+        _chat(5, lambda entry: entry["top_logprobs"][1].update(token="zebra", bytes=None)),
+        "line 4, token 5 of the answer: the token 'zebra' is none of --tokenizer's",
+    ),
+    "api, bytes": (
+        "api chat",
+        _chat(5, lambda entry: entry["top_logprobs"][1].update(bytes=[256])),
+        "token 5 of the answer: the bytes of the token",
+    ),
+    "api, lost": (
+        "api chat",
+        _chat(5, lambda entry: entry["top_logprobs"][1].update(token="\ufffd", bytes=None)),
+        "may be one of several ids",
+    ),
+    "api, twice": (
+        "api chat",
+        _chat(5, lambda entry: entry["top_logprobs"].append(entry["top_logprobs"][0])),
+        "token 5 of the answer lists the token",
+    ),
+    "api, NaN": (
+        "api chat",
+        _chat(5, lambda entry: entry["top_logprobs"][1].update(logprob=NAN)),
+        "token 5 of the answer has the logprob nan, expected a number of at most 0",
+    ),
+    "api, positive": (
+        "api chat",
+        _chat(5, lambda entry: entry["top_logprobs"][1].update(logprob=0.5)),
+        "token 5 of the answer has the logprob 0.5, expected a number of at most 0",
+    ),
+    "api, sum": (
+        "api chat",
+        _chat(5, lambda entry: [one.update(logprob=-0.1) for one in entry["top_logprobs"]]),
+        "line 4, position 8: the listed probabilities sum to 4.5",
+    ),
+    "api, none": (
+        "api chat",
+        _chat(5, lambda entry: entry.update(top_logprobs=[])),
+        "token 5 of the answer has 0 top_logprobs, expected 1 to 1,000",
+    ),
+    "api, line": (
+        "api chat",
+        lambda: Path("chat.jsonl").write_text(json.dumps({"choices": [{"logprobs": None}], "prompt": "w5"})),
+        "line 1 has no logprobs: ask with",
+    ),
+    "samples, cut off": ("samples", _cut("samples.jsonl"), "is no JSON"),
+    "samples, lengths": (
+        "samples",
+        _rows("samples.jsonl", lambda row: row["sampled_ids"].pop()),
+        "line 4 has 33 input_ids and 32 sampled_ids",
+    ),
+    "samples, id": (
+        "samples",
+        _rows("samples.jsonl", _set("sampled_ids", 5, 0, 300)),
+        "line 4, position 5, entry 0: 300 is not an id of the tokenizer",
+    ),
+    "samples, NaN": (
+        "samples",
+        _rows("samples.jsonl", _set("sampled_ids", 5, 0, NAN)),
+        "sampled_ids holds double, expected integers",
     ),
     "topk, cut off": ("topk", _cut("topk.parquet"), "topk.parquet cannot be read as Parquet"),
     "topk, lengths": (
