@@ -69,13 +69,16 @@ def warm_up() -> None:
 
 
 def main() -> None:
-    """Serves until standard input ends."""
+    """Serves until standard input ends; ranks that are left then end, too."""
     warm_up()
     print("loaded", flush=True)
+    begun: set[int] = set()
     for line in sys.stdin:
         asked: list[dict[str, Any]] | None = json.loads(line)
         if asked is None:
-            print(json.dumps(ended()), flush=True)
+            gone = ended()
+            begun -= {child for child, _ in gone}
+            print(json.dumps(gone), flush=True)
             continue
         children = []
         for rank in asked:
@@ -83,7 +86,10 @@ def main() -> None:
             if child == 0:
                 be_a_rank(**rank)
             children.append(child)
+        begun |= set(children)
         print(json.dumps(children), flush=True)
+    for child in begun:
+        os.kill(child, signal.SIGKILL)
 
 
 if __name__ == "__main__":

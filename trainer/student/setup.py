@@ -109,8 +109,8 @@ def make_plan(config: Config, here: Ranks, watch: StopWatch | None = None) -> Pl
     """
     sources, objective = open_sources(config, here)
     source = student_source(config.student, sources.first.manifest.tokenizer)
-    # Read once, by the first rank: its files and the store's text, for ids that it lacks, may be gigabytes on a
-    # file system that all share.
+    # Read once, by the first rank: its files, and the store's text for ids that it lacks, may be gigabytes on
+    # a file system that all share.
     known = on_first(
         here,
         patiently(
