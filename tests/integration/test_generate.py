@@ -401,6 +401,26 @@ def test_a_teacher_in_process_stops_where_it_is_asked_to(tmp_path: Path, teacher
 
 
 @pytest.mark.usefixtures("own_environment")
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [("What is <|im_end|>?", r"spells <\|im_end\|>"), ("so " * 300, "more than the 200 positions")],
+)
+def test_a_prompt_that_the_teacher_cannot_take_is_said_or_left_out(
+    tmp_path: Path, teacher: Path, prompt: str, sentence: str
+) -> None:
+    place = tmp_path / "prompts.jsonl"
+    place.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("Why?", prompt)))
+    arguments = in_process(tmp_path / "a", place, teacher)
+    with pytest.raises(UserError, match=sentence):
+        sparsekd.generate(arguments)
+    sparsekd.generate([*arguments, "generate.failed=skip"])
+    assert [each["finish_reason"] == "failed" for each in answers_of(tmp_path / "a")] == [False] * 2 + [
+        True
+    ] * 2
+    assert len(conversations_of(tmp_path / "a")) == 2
+
+
+@pytest.mark.usefixtures("own_environment")
 def test_sampling_follows_the_teachers_distribution(tmp_path: Path, teacher: Path) -> None:
     """First tokens of many answers to one prompt, against the probabilities of the model itself."""
     prompts = prompts_in(tmp_path, 1)
