@@ -17,7 +17,9 @@ from chat_templates import WITH_SYSTEM, chat_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sparsekd
-from sparsekd.trainer.run.errors import ConfigError, OwnerError, UserError
+from sparsekd.trainer.generation.generate import run
+from sparsekd.trainer.run.errors import ConfigError, OwnerError, Stopped, UserError
+from sparsekd.trainer.run.stop import StopRequest, StopWatch
 
 pytestmark = pytest.mark.integration
 
@@ -168,6 +170,31 @@ def lines_in(folder: Path) -> set[str]:
     return found
 
 
+def test_requests_say_what_is_asked_for(tmp_path: Path) -> None:
+    place = tmp_path / "prompts.jsonl"
+    tools = [{"type": "function", "function": {"name": "now", "parameters": {}}}]
+    place.write_text(json.dumps({"prompt": "What time is it?", "tools": tools}) + "\n")
+    call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+
+    def fault(handler: Handler, question: str, count: int) -> bool:
+        handler.answer({"content": None, "reasoning": "A tool knows.", "tool_calls": [call]}, "tool_calls")
+        return True
+
+    with serving(fault) as server:
+        more = ["generate.request={top_k: 20, max_tokens: null}", "generate.answers=1", "generate.system=Hi."]
+        sparsekd.generate(words(tmp_path / "a", server.address, place, *more))
+        [(_, body)] = server.requests
+    messages = [{"role": "system", "content": "Hi."}, {"role": "user", "content": "What time is it?"}]
+    assert body.pop("seed") == answers_of(tmp_path / "a")[0]["seed"]
+    assert body == {
+        **{"model": "teacher", "messages": messages, "tools": tools},
+        **{"temperature": 0.7, "top_p": 1.0, "top_k": 20},
+    }
+    answer = {"role": "assistant", "content": "", "reasoning_content": "A tool knows.", "tool_calls": [call]}
+    [record] = conversations_of(tmp_path / "a")
+    assert record["messages"] == [*messages, answer] and record["tools"] == tools
+
+
 @pytest.mark.parametrize(
     ("status", "headers", "sentence"),
     [
@@ -314,7 +341,9 @@ def in_process(folder: Path, prompts: Path, teacher: Path, *more: str) -> list[s
 def test_a_teacher_in_process_goes_on_after_a_kill_and_prepare_reads_it(
     tmp_path: Path, teacher: Path
 ) -> None:
-    prompts = prompts_in(tmp_path, 6)
+    prompts = tmp_path / "prompts.jsonl"  # of other lengths, so that some of a batch are padded
+    questions = [{"prompt": f"Question {'and so on ' * (number * 5 % 7)}{number}?"} for number in range(6)]
+    prompts.write_text("".join(json.dumps(question) + "\n" for question in questions))
     sparsekd.generate(in_process(tmp_path / "quiet", prompts, teacher))
     wanted = files_of(tmp_path / "quiet")
     answers = answers_of(tmp_path / "quiet")
@@ -345,6 +374,50 @@ def test_a_teacher_in_process_goes_on_after_a_kill_and_prepare_reads_it(
         for row in range(store.rows(split))
     )
     assert learned >= len(answers)
+
+
+@pytest.mark.usefixtures("own_environment")
+def test_a_teacher_in_process_stops_where_it_is_asked_to(tmp_path: Path, teacher: Path) -> None:
+    prompts = prompts_in(tmp_path, 6)
+    arguments = in_process(tmp_path / "a", prompts, teacher)
+    sparsekd.generate(in_process(tmp_path / "quiet", prompts, teacher))
+
+    class Impatient(StopWatch):
+        """Is asked to stop as soon as an answer is there."""
+
+        @property
+        def request(self) -> StopRequest | None:
+            return StopRequest("terminated", "SIGTERM") if lines_in(tmp_path / "a") else None
+
+        @request.setter
+        def request(self, value: StopRequest | None) -> None:
+            pass
+
+    with pytest.raises(Stopped, match="terminated, SIGTERM"):
+        run(sparsekd.compose(arguments), Impatient())
+    assert len(lines_in(tmp_path / "a")) == 3
+    sparsekd.generate(arguments)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "quiet")
+
+
+@pytest.mark.usefixtures("own_environment")
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [("What is <|im_end|>?", r"spells <\|im_end\|>"), ("so " * 300, "more than the 200 positions")],
+)
+def test_a_prompt_that_the_teacher_cannot_take_is_said_or_left_out(
+    tmp_path: Path, teacher: Path, prompt: str, sentence: str
+) -> None:
+    place = tmp_path / "prompts.jsonl"
+    place.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("Why?", prompt)))
+    arguments = in_process(tmp_path / "a", place, teacher)
+    with pytest.raises(UserError, match=sentence):
+        sparsekd.generate(arguments)
+    sparsekd.generate([*arguments, "generate.failed=skip"])
+    assert [each["finish_reason"] == "failed" for each in answers_of(tmp_path / "a")] == [False] * 2 + [
+        True
+    ] * 2
+    assert len(conversations_of(tmp_path / "a")) == 2
 
 
 @pytest.mark.usefixtures("own_environment")

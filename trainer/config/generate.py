@@ -11,18 +11,11 @@ from sparsekd.trainer.config.corpus import check_template
 from sparsekd.trainer.config.option import option
 from sparsekd.trainer.run.errors import ConfigError
 
-REQUEST_FIELDS = (
-    "model",
-    "messages",
-    "tools",
-    "n",
-    "seed",
-    "stream",
-    "temperature",
-    "top_p",
-    "max_tokens",
-)
-"""Fields of a request that have a key of their own, or that the answers' order depends on."""
+SAMPLING_FIELDS = ("seed", "temperature", "top_p", "max_tokens")
+"""Fields of a request that have a key of their own; null leaves them away, where an endpoint refuses them."""
+
+REQUEST_FIELDS = ("model", "messages", "tools", "n", "stream", *SAMPLING_FIELDS)
+"""Fields of a request that are no user's to set."""
 
 
 @dataclass
@@ -112,7 +105,9 @@ class GenerateConfig:
         None, "Environment variable that holds the endpoint's key; the key itself is written nowhere."
     )
     request: dict[str, Any] = option(
-        {}, "Further fields of each request to the endpoint, such as {top_k: 20, reasoning_effort: low}."
+        {},
+        "Further fields of each request to the endpoint, such as {top_k: 20, reasoning_effort: low}; null "
+        "leaves one of seed, temperature, top_p and max_tokens away, for endpoints that refuse it.",
     )
     concurrency: int = option(16, "Requests to the endpoint at one time.", minimum=1, maximum=4096)
     timeout_seconds: float = option(
@@ -198,8 +193,8 @@ def _check_endpoint(config: GenerateConfig, environment: Mapping[str, str]) -> N
         )
     if config.model is None:
         raise ConfigError("generate.endpoint needs generate.model, the name by which it knows its model.")
-    for name in config.request:
-        if name in REQUEST_FIELDS:
+    for name, value in config.request.items():
+        if name in REQUEST_FIELDS and not (value is None and name in SAMPLING_FIELDS):
             raise ConfigError(
                 f"generate.request has the field {name}, which sparsekd sets itself"
                 + (f" by generate.{name}; set that." if hasattr(config, name) else "; leave it away.")

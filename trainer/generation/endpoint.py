@@ -198,7 +198,8 @@ class Endpoint:
                 self.counts.repeated += 1
                 if error.wait is not None:
                     self._not_before = max(self._not_before, time.monotonic() + error.wait)
-                    continue
+                    if attempt == 0:  # its word is enough once
+                        continue
             # Not the seed's business: waits of several askers are to differ.
             await self._pause(min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1))
         raise AssertionError("unreachable")
@@ -238,7 +239,6 @@ class Endpoint:
     def _body(self, task: Task) -> dict[str, Any]:
         config = self._config
         body: dict[str, Any] = {
-            **config.request,
             "model": config.model,
             "messages": task.prompt.messages,
             "seed": task.seed,
@@ -246,6 +246,7 @@ class Endpoint:
             "top_p": config.top_p,
             "max_tokens": config.max_tokens,
         }
+        body = {name: value for name, value in (body | config.request).items() if value is not None}
         return body if task.prompt.tools is None else body | {"tools": task.prompt.tools}
 
     def _said(self, text: str) -> str:

@@ -25,6 +25,7 @@ from transformers import (
 
 from sparsekd.logit_store.errors import first_line
 from sparsekd.trainer.config.schema import Config
+from sparsekd.trainer.corpus.bodies import Conversation, text_of
 from sparsekd.trainer.generation.answers import FAILED, LENGTH, STOP, Reply, Task, message_of
 from sparsekd.trainer.models.causal_lm import DTYPES, load_causal_lm
 from sparsekd.trainer.models.source import teacher_source
@@ -64,6 +65,8 @@ class Writer:
         self._model = model.eval().requires_grad_(False)
         self._settings, self._values = config.generate, config.corpus.chat_template_kwargs
         self._name, self._device, self._watch = config.teacher.path, device, watch
+        added = self._tokenizer.added_tokens_decoder.values()
+        self._controls = [token.content for token in added if token.special and token.content]
         self._ends = _ends_of(model, self._tokenizer)
         self._longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.failed, self.first_failure = 0, ""
@@ -109,6 +112,10 @@ class Writer:
 
     def _encoded(self, task: Task) -> list[int] | str:
         """The ids of a prompt, or why there are none."""
+        text = text_of(Conversation(task.prompt.messages, task.prompt.tools))
+        spelled = next((name for name in self._controls if name in text), None)
+        if spelled is not None:  # it would end the question, where `prepare` takes it for text
+            return f"the prompt spells {spelled}, a control token of the teacher"
         try:
             ids = self._tokenizer.apply_chat_template(
                 task.prompt.messages,

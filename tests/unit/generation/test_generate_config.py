@@ -22,6 +22,7 @@ SERVED = ["generate.endpoint=http://host:8000/v1", "generate.model=m"]
         ([*FILES, SERVED[1], "generate.endpoint='http://host/v1?key=1'"], "no address of the form"),
         ([*FILES, *SERVED, "generate.key_variable=OF_NOBODY"], "OF_NOBODY.*is not set"),
         ([*FILES, *SERVED, "generate.request.seed=1"], r"the field seed.*generate\.seed"),
+        ([*FILES, *SERVED, "generate.request.model=null"], "the field model"),
         ([*FILES, *SERVED, "generate.format=lines"], r"needs generate\.template"),
         ([*FILES, *SERVED, "generate.template='no field'"], "expected names of fields"),
         ([*FILES, *SERVED, "generate.top_p=0"], "leaves no token"),
