@@ -187,7 +187,8 @@ def section(corpus: Corpus, found: Mapping[str, Sequence[Turn]], setting: Settin
         rows.append(
             (name, f"{turns[0].tokens:,}", f"{turns[0].tokens / seconds:,.0f}", _middle(ratios, ".2f"))
         )
-    whole = statistics.median(each.seconds for each in found[ALONE])
+    # Of the processor, which other work on the machine does not lengthen.
+    whole = statistics.median(each.serial for each in found[ALONE])
     serial = statistics.median(each.serial for each in found[JOBS.format(setting.processes)])
     bounds = [f"{number} processes {whole / (serial + (whole - serial) / number):.0f}" for number in (16, 64)]
     size = corpus.path.stat().st_size / 1e6
@@ -197,8 +198,8 @@ def section(corpus: Corpus, found: Mapping[str, Sequence[Turn]], setting: Settin
         f"{size:,.1f} MB of JSON lines, the tokenizer {corpus.tokenizer.name}.",
         "",
         *table(("way", "tokens", "tokens/s", f"times `{ALONE}`"), rows, words=(0,)),
-        f"Of {whole:.1f} s that one thread takes, the first of several processes does {serial:.2f} s by "
-        f"itself ({serial / whole:.1%}): it reads, packs and sends. So no number of "
+        f"Of {whole:.1f} s of a processor that one thread takes, the first of several processes does "
+        f"{serial:.2f} s by itself ({serial / whole:.1%}): it reads, packs and sends. So no number of "
         f"processes is more than {whole / serial:.0f} times as fast, and by this alone (Amdahl) "
         f"{' and '.join(bounds)} times; none were there to measure it.",
         "",
