@@ -178,16 +178,15 @@ def _verify_imported(config: Config, path: str, store: LogitStore) -> None:
         )
     print(
         f"verify: the teacher ran on {len(rows)} random rows (seed {seed}); its log-probabilities of the "
-        f"listed ids, in {settings.dtype}, are {found.deviation:.2g} nats from the records' on "
-        "average",
+        f"listed ids, in {settings.dtype}, are {found.deviation:.2g} nats from the records' on average",
         flush=True,
     )
     if found.fault:
         left = f", which leaves {found.unexplained:.2g}" if found.known else ""
         raise DataError(
             f"{store.path} does not hold this teacher's records as they should be: they deviate by "
-            f"{found.deviation:.2g} nats on average, and the records {found.fault}{left}; mend the source and "
-            "import it again, or name the teacher that made it as teacher.path."
+            f"{found.deviation:.2g} nats on average, and the records {found.fault}{left}; mend the source "
+            "and import it again, or name the teacher that made it as teacher.path."
         )
     print(f"next: sparsekd train store.path={store.path} student.path=STUDENT", flush=True)
 
