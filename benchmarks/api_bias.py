@@ -96,9 +96,9 @@ def prepared(root: Path, model: Path | None, text: Path | None, setting: Setting
     content = sample(text, characters)
     if model is None:
         model = root / "model"
-        tokenizer = train_tokenizer([content], 300)
-        small_teacher(model, len(tokenizer))
-        tokenizer.save_pretrained(model)
+        trained = train_tokenizer([content], 300)
+        small_teacher(model, len(trained))
+        trained.save_pretrained(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     found: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     ids = tokenizer(content, add_special_tokens=False)["input_ids"]
