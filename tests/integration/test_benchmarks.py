@@ -58,6 +58,16 @@ def tables(page: str) -> list[list[str]]:
     return [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line]
 
 
+def test_api_bias(tmp_path: Path) -> None:
+    run("api_bias.py", tmp_path)
+    page = page_of(tmp_path, "api_bias.md")
+    assert NO_CACHE in page
+    cells = {row[0]: row for row in tables(page)}
+    # A list of one that is renormalised is certain of itself: no gradient, so a bias of all that there is.
+    assert float(cells["K = 1, rest dropped, renormalised (`renormalized`)"][2]) == 1
+    assert "none seen" in cells["m = 5, counts of samples (`sampled`, k = 0)"][2]
+
+
 def test_store(tmp_path: Path) -> None:
     run("store.py", tmp_path)
     page = page_of(tmp_path, "store_cpu.md")

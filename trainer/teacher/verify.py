@@ -178,8 +178,7 @@ def _verify_imported(config: Config, path: str, store: LogitStore) -> None:
         )
     print(
         f"verify: the teacher ran on {len(rows)} random rows (seed {seed}); its log-probabilities of the "
-        f"listed ids, in {settings.dtype}, are {found.deviation:.2g} nats from the records' on "
-        "average",
+        f"listed ids, in {settings.dtype}, are {found.deviation:.2g} nats from the records' on average",
         flush=True,
     )
     if found.fault:
