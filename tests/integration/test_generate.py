@@ -421,6 +421,23 @@ def test_a_prompt_that_the_teacher_cannot_take_is_said_or_left_out(
 
 
 @pytest.mark.usefixtures("own_environment")
+def test_a_quantised_teacher_says_so(tmp_path: Path, teacher: Path) -> None:
+    """Its answers are others, and the folder of one is refused to the other."""
+    prompts = prompts_in(tmp_path, 2)
+    said_by = {}
+    for quantization in ("null", "nf4"):
+        folder = tmp_path / quantization
+        words = in_process(folder, prompts, teacher, f"teacher.quantization={quantization}")
+        sparsekd.generate(words)
+        said_by[quantization] = [each["answer"]["content"] for each in answers_of(folder)]
+        named = json.loads((folder / "generation.json").read_text())["quantization"]
+        assert named == (None if quantization == "null" else quantization)
+    assert said_by["null"] != said_by["nf4"]
+    with pytest.raises(UserError, match="quantization"):
+        sparsekd.generate(in_process(tmp_path / "null", prompts, teacher, "teacher.quantization=nf4"))
+
+
+@pytest.mark.usefixtures("own_environment")
 def test_sampling_follows_the_teachers_distribution(tmp_path: Path, teacher: Path) -> None:
     """First tokens of many answers to one prompt, against the probabilities of the model itself."""
     prompts = prompts_in(tmp_path, 1)

@@ -130,6 +130,7 @@ def check_for_verb(config: Config, verb: str) -> None:
         "evaluate": _check_evaluate,
         "plan": _check_plan,
     }
+    _check_placement(config.teacher)
     if verb in checks:
         checks[verb](config)
 
@@ -204,7 +205,6 @@ def _check_teacher_pass(config: Config) -> None:
     _check_model_path(
         require(config.teacher.path, "teacher.path", "to know which teacher to run"), "teacher.path"
     )
-    _check_placement(config.teacher)
     from sparsekd.trainer.config.feature_requests import feature_requests
 
     if store.k == 0 and store.n == 0 and not feature_requests(store.features):

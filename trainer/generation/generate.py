@@ -96,6 +96,7 @@ def _identity(config: Config, digest: str) -> dict[str, Any]:
             "revision": teacher.revision,
             "dtype": teacher.dtype,
             "attention": teacher.attention,
+            "quantization": teacher.quantization,
             "batch_rows": generate.batch_rows,
             "chat_template_kwargs": config.corpus.chat_template_kwargs,
         }

@@ -11,7 +11,7 @@ from itertools import groupby, islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoTokenizer,
     LogitsProcessor,
@@ -60,8 +60,7 @@ class Writer:
             raise ModelError(
                 f"{source.named} has no chat template, so that it cannot be asked; use an instruct model."
             )
-        model: Any = load_causal_lm(source, "teacher", dtype=DTYPES[config.teacher.dtype])
-        nn.Module.to(model, device)
+        model: Any = load_causal_lm(source, "teacher", dtype=DTYPES[config.teacher.dtype], device=device)
         self._model = model.eval().requires_grad_(False)
         self._settings, self._values = config.generate, config.corpus.chat_template_kwargs
         self._name, self._device, self._watch = config.teacher.path, device, watch

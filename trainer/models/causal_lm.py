@@ -20,7 +20,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from sparsekd.kernels.objective import HeadTransform
 from sparsekd.logit_store.errors import first_line
 from sparsekd.trainer.models.config_fields import check_fields, made_config
-from sparsekd.trainer.models.placement import WHOLE, Placement, resident_head
+from sparsekd.trainer.models.placement import WHOLE, Placement, is_placed, resident_head
 from sparsekd.trainer.run.errors import ModelError
 
 # What transformers' errors about an attention implementation have in common with no others.
@@ -104,7 +104,8 @@ def load_causal_lm(
         source: Where it comes from.
         key: The configuration group, named in errors.
         dtype: Of its weights.
-        device: Where the source's placement puts it, on the CPU without one; None: no placement counts.
+        device: Where it goes, unless the source's placement divides it; None leaves it where it was loaded,
+            and no placement counts.
 
     Raises:
         ModelError: The model cannot be loaded; the message says from where and why.
@@ -114,7 +115,7 @@ def load_causal_lm(
             # Not checked again: that would build a model, here perhaps of partitioned parameters.
             return model_of(made_config(*_typed_fields(source, key), key), source, dtype=dtype)
         placed = source.placement.arguments(load_config(source, key), device) if device is not None else {}
-        return AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source.path,
             revision=source.revision,
             dtype=dtype,
@@ -124,6 +125,9 @@ def load_causal_lm(
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(_load_problem(source, key, error)) from error
+    if device is not None and not is_placed(model):
+        nn.Module.to(model, device)  # transformers' own annotation of .to hides its arguments
+    return model
 
 
 def model_of(config: PretrainedConfig, source: ModelSource, *, dtype: torch.dtype) -> PreTrainedModel:

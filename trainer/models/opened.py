@@ -24,7 +24,6 @@ from sparsekd.trainer.models.causal_lm import (
     load_config,
     model_arguments,
 )
-from sparsekd.trainer.models.placement import is_placed
 from sparsekd.trainer.models.probe import check_probe, probe_rows, watched_parts
 from sparsekd.trainer.run.errors import ModelError
 
@@ -95,8 +94,6 @@ def open_model(
     # Of the model in memory it is the dtype that was asked for.
     saved = getattr(load_config(source, key), "dtype", None)
     model = load_causal_lm(source, key, dtype=DTYPES[dtype], device=device)
-    if not is_placed(model):
-        nn.Module.to(model, device)  # transformers' own annotation of .to hides its arguments
     model.eval().requires_grad_(False)
     decoder, head = decoder_and_head(model)
     embeddings = model.get_input_embeddings().weight
