@@ -144,8 +144,10 @@ def test_killed_anywhere_it_goes_on(tmp_path: Path) -> None:
             printed = process.communicate(timeout=60)[0]
             assert process.returncode == (-9 if kind == signal.SIGKILL else 75), printed
             kept |= lines_in(folder)
-        journals = sorted((folder / "raw").glob("*.journal"))
-        with journals[-1].open("a") as file:
+        # Of a part that is not whole; where all that were begun are, of the next one.
+        whole = len(list((folder / "raw").glob("part-*.jsonl")))
+        following = folder / "raw" / f"part-{whole:05d}.journal"
+        with next((folder / "raw").glob("*.journal"), following).open("a") as file:
             file.write('{"prompt": "torn')
         asked = dict(server.asked)
         sparsekd.generate(arguments)
