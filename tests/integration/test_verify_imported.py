@@ -113,9 +113,15 @@ FAULTS: dict[str, tuple[Callable[[World], Texts], str]] = {
 
 
 def imported(
-    world: World, tokens: Path, texts: Texts, place: Path, rest: str = "derived", codec: str = "exact"
+    world: World,
+    tokens: Path,
+    texts: Texts,
+    place: Path,
+    rest: str = "derived",
+    codec: str = "exact",
+    length: int | None = None,
 ) -> Path:
-    """Imports the K most likely ids of each position."""
+    """Imports the K most likely ids of each position, into rows of some length."""
     (place / "source").write_text("")
 
     def documents() -> Iterator[Document]:
@@ -134,7 +140,7 @@ def imported(
         tokenizer_files=store.tokenizer_path,
         teacher=TeacherIdentity("big", None, "unknown", "unknown", "unknown", "imported", {}),
         codec=CodecSpec(codec, {}),
-        sequence_length=None,
+        sequence_length=length,
         k=3 if any(np.isneginf(said).any() for said in texts[1]) else K,
         mask_short=True,
         rows_per_shard=4,
@@ -159,6 +165,26 @@ def test_a_clean_import_is_found_clean(
     printed = capsys.readouterr().out
     assert "are 0.0" in printed or "e-0" in printed
     assert f"next: sparsekd train store.path={store}" in printed
+
+
+@pytest.mark.parametrize("name", [None, "late", "one more token"])
+def test_rows_may_be_padding_for_the_most_part(
+    tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str | None
+) -> None:
+    """What stands behind the last document passes no teacher."""
+    teacher = make_teacher(
+        tmp_path / "long", "llama", tokenizer=tokens / "tokenizer", max_position_embeddings=300
+    )
+    world = World(teacher)
+    texts = (world.tokens, world.dense) if name is None else FAULTS[name][0](world)
+    store = imported(world, tokens, texts, tmp_path, length=300)
+    config = config_for(tokens, teacher, store)
+    if name is None:
+        verify(config, store)
+        assert f"next: sparsekd train store.path={store}" in capsys.readouterr().out
+    else:
+        with pytest.raises(DataError, match=FAULTS[name][1]):
+            verify(config, store)
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -51,7 +51,9 @@ def _of_row(teacher: OpenModel, row: Row) -> dict[str, NDArray] | None:
     starts[row.segment_starts] = True
     ends = np.zeros(length, np.bool_)
     ends[segment_lasts(row)] = True
-    hidden = hidden_states(teacher.decoder, *model_inputs([row], teacher.device))[0]  # (L, H)
+    hidden = hidden_states(teacher.decoder, *model_inputs([row], teacher.device))[0]
+    # Padding at the end does not pass the teacher; nothing is recorded there.
+    hidden = torch.nn.functional.pad(hidden, (0, 0, 0, length - len(hidden)))  # (L, H)
     following = next_tokens(row)[:, None]
     # What position q says of the ids of its own record, of the next one's and of the one's before.
     wanted = [
