@@ -182,7 +182,10 @@ class ObjectFiles:
                 put = self._store.put(_key(path), content, mode={"e_tag": tag}, use_multipart=False)
             except (self._errors.PreconditionError, FileNotFoundError):
                 return None
-            except (self._errors.NotSupportedError, NotImplementedError):
+            except (
+                self._errors.NotSupportedError,
+                NotImplementedError,
+            ):  # the latter where obstore knows none
                 put = self._store.put(_key(path), content, mode="overwrite", use_multipart=False)
         return str(put["e_tag"])
 
@@ -228,6 +231,8 @@ class ObjectFiles:
         with self._told():
             try:
                 self._uploads.put(key, b"first", mode="create", use_multipart=False)
+            except NotImplementedError:  # obstore was told not to ask for it (AWS_CONDITIONAL_PUT=disabled)
+                return False
             except self._errors.BaseError as error:
                 if not isinstance(error, self._errors.NotSupportedError) and "501 Not Imp" not in str(error):
                     raise

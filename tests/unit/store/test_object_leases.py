@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from s3_server import S3Server
 
 from sparsekd.logit_store.places.files import files_below
-from sparsekd.logit_store.places.paths import RemotePath
+from sparsekd.logit_store.places.paths import RemotePath, store_path
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.protocol.writer import create_store
 from sparsekd.logit_store.row import Row
@@ -167,3 +168,26 @@ def test_two_jobs_started_by_hand_share_a_store(bucket: RemotePath, tmp_path: Pa
     assert done == dict.fromkeys(range(SHARDS), 1) and sorted(sealed) == [False, True]
     assert not [name for name in files_below(bucket) if "work" in name]
     assert open_store(bucket).rows("train") == 2 * SHARDS
+
+
+def test_where_conditions_are_switched_off_there_are_no_leases(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a service that does not know them: a store is written, and each worker does its share."""
+    monkeypatch.setenv("AWS_CONDITIONAL_PUT", "disabled")
+    place = store_path(f"s3://bucket/{tmp_path.name}")
+    assert isinstance(place, RemotePath) and not can_be_leased(place)
+    tokenizer = write_synthetic_tokenizer(tmp_path / "tokenizer", MANIFEST.tokenizer.vocabulary_size)
+    create_store(place, MANIFEST, tokenizer)
+    worker = Worker(
+        place,
+        MANIFEST,
+        UNITS,
+        turns_of(list(UNITS), 0, 1),
+        lambda unit: synthetic_rows(MANIFEST, 2, unit.shard),
+        StopWatch(),
+        environment={},
+        is_first=True,
+    )
+    assert worker.work() is None and worker.seal()
+    assert open_store(place).rows("train") == 2 * SHARDS
