@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
+from transformers import AddedToken
 
 from sparsekd.kernels.objective import Objective
 from sparsekd.logit_store.errors import StoreError
@@ -170,6 +171,27 @@ def test_samples_are_draws_and_nothing_else_is_claimed(
     stats = store_stats(Path("new")).text()
     assert "teacher's loss" not in stats.replace("the teacher's loss and", "") and "draws alone" in stats
     assert kinds(spec, teacher_runs=False) == {}
+
+
+def test_samples_behind_the_last_token_speak_of_none(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = captures.sampled_row(TEXT)
+    line["sampled_ids"][-1] = [1] * 12
+    row = row_of(imported([line], capsys))
+    np.testing.assert_array_equal(np.flatnonzero(row.loss_mask), np.arange(len(TEXT[0]) - 1))
+
+
+def test_tokens_that_spell_the_same_bytes_are_no_guess() -> None:
+    """A token that was added beside one of the vocabulary; an answer that names its id is still read."""
+    tokenizer = train_tokenizer(["the cat and the dog and the bird"] * 9, 270)
+    ids = TokenIds(tokenizer)
+    (the,) = tokenizer(" the")["input_ids"]
+    assert ids.id_of(" the", None, "here") == the
+    tokenizer.add_tokens([AddedToken(" the", normalized=False)])
+    both = TokenIds(tokenizer)
+    for spelled in (None, list(b" the")):
+        with pytest.raises(StoreError, match="may be one of several ids"):
+            both.id_of(" the", spelled, "here")
+    assert both.id_of(f"token_id:{the}", None, "here") == the
 
 
 def test_samples_train_sampled_at_temperature_1_alone(
