@@ -3,20 +3,11 @@
 from collections.abc import Iterable
 
 from sparsekd.logit_store.manifest import Manifest, read_manifest
-from sparsekd.logit_store.places.files import exists, sizes_below
+from sparsekd.logit_store.places.files import sizes_below
 from sparsekd.logit_store.places.paths import StorePath
-from sparsekd.logit_store.protocol.layout import INDEX_NAME, QUARANTINE_NAME, WORK_NAME, split_folder
+from sparsekd.logit_store.protocol.layout import QUARANTINE_NAME, WORK_NAME, split_folder
 from sparsekd.logit_store.protocol.writer import committed_shards
 from sparsekd.logit_store.tools.inspect import identity, section, table
-
-
-def is_unfinished(path: StorePath) -> bool:
-    """Whether a store lies there that is not sealed.
-
-    Raises:
-        StoreError: There is none, or its manifest cannot be read.
-    """
-    return not exists(path / INDEX_NAME) and read_manifest(path) is not None
 
 
 def unfinished_text(path: StorePath) -> str:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import sparsekd
 from sparsekd.trainer.generation.generate import run
-from sparsekd.trainer.run.errors import ConfigError, OwnerError, Stopped, UserError
+from sparsekd.trainer.run.errors import ConfigError, DataError, OwnerError, Stopped, UserError
 from sparsekd.trainer.run.stop import StopRequest, StopWatch
 
 pytestmark = pytest.mark.integration
@@ -282,6 +282,47 @@ def test_replies_without_an_end_and_late_ones_are_left(tmp_path: Path) -> None:
         )
         assert set(server.asked.values()) == {2}
     assert len(sent) < 40, "it was read beyond what a reply may have"
+
+
+@pytest.mark.parametrize("part", ["part-00000.jsonl", "part-00000.journal"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[1]", "{}", "null", "[" * 100_000, '"text"',
+        '{"prompt": "a", "sample": 0, "place": "p", "finish_reason": null, "messages": [3], "answer": null}',
+        '{"prompt": "a", "sample": 0, "place": "p", "finish_reason": null, "messages": [],'
+        ' "answer": {"role": "assistant", "content": 7}}',
+        '{"prompt": "a", "sample": 0, "place": "p", "finish_reason": null, "messages": [], "answer": [1]}',
+    ],
+    ids=range(8),
+)  # fmt: skip
+def test_a_stranger_s_answers_are_one_sentence(tmp_path: Path, part: str, line: str) -> None:
+    """JSON of another shape, in a file that seems whole and in one that is gone on with."""
+    prompts = prompts_in(tmp_path, 2)
+    with serving() as server:
+        arguments = words(tmp_path / "a", server.address, prompts)
+        sparsekd.generate(arguments)
+        whole = tmp_path / "a" / "raw" / "part-00000.jsonl"
+        lines = whole.read_text().splitlines()
+        whole.unlink()
+        (whole.parent / part).write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
+        with pytest.raises(DataError, match=rf"{part}, line 2 is damaged \(.*again") as refused:
+            sparsekd.generate(arguments)
+        assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
+
+
+def test_an_answer_to_another_question_is_not_taken(tmp_path: Path) -> None:
+    prompts = prompts_in(tmp_path, 2)
+    with serving() as server:
+        arguments = words(tmp_path / "a", server.address, prompts)
+        sparsekd.generate(arguments)
+        whole = tmp_path / "a" / "raw" / "part-00000.jsonl"
+        record = json.loads(whole.read_text().splitlines()[0])
+        whole.rename(whole.with_suffix(".journal"))
+        with whole.with_suffix(".journal").open("a") as file:
+            file.write(json.dumps(record | {"prompt": "0" * 64}) + "\n")
+        with pytest.raises(DataError, match=r"line 5 is damaged .*answers nothing that is asked for"):
+            sparsekd.generate(arguments)
 
 
 def test_other_settings_and_another_process_are_refused(tmp_path: Path) -> None:

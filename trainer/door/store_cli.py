@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from sparsekd.logit_store.manifest import read_manifest
+from sparsekd.logit_store.places.files import exists
 from sparsekd.logit_store.places.paths import StorePath, store_path
+from sparsekd.logit_store.protocol.layout import INDEX_NAME
 from sparsekd.trainer.config.schema import Config, StoreConfig, require
 from sparsekd.trainer.run.console import ProgressLine
 from sparsekd.trainer.run.errors import ConfigError, TypedError, typed
@@ -129,13 +131,14 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(flags: argparse.Namespace, _: list[str]) -> int:
     from sparsekd.logit_store.tools.inspect import inspect_text
-    from sparsekd.logit_store.tools.unfinished import is_unfinished, unfinished_text
+    from sparsekd.logit_store.tools.unfinished import unfinished_text
 
-    if is_unfinished(path := store_path(flags.path)):
+    path = store_path(flags.path)
+    if not exists(path / INDEX_NAME):
         print(unfinished_text(path))
         print("next: the command that writes it goes on with it")
         return 0
-    print(inspect_text(store_path(flags.path), positions=flags.positions, sample_rows=flags.rows))
+    print(inspect_text(path, positions=flags.positions, sample_rows=flags.rows))
     print(f"next: sparsekd store verify {flags.path}")
     return 0
 

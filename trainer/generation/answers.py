@@ -85,6 +85,38 @@ def line_of(task: Task, reply: Reply) -> str:
     return json.dumps(record, ensure_ascii=True, separators=(",", ":"))
 
 
+def answer_of(line: str | bytes) -> dict[str, Any]:
+    """An answer as `line_of` has written it; what is read of it is of the types that it has there.
+
+    Raises:
+        ValueError: The line is something else.
+    """
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError("no object")
+    for name, kinds in _FIELDS.items():
+        if not isinstance(record.get(name), kinds):
+            raise ValueError(f"{name} is of type {type(record.get(name)).__name__}")
+    answer = record["answer"]
+    for message in [*record["messages"], *([] if answer is None else [answer])]:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError("a message without a role")
+    if answer is not None and not isinstance(answer.get("content"), str | None):
+        raise ValueError("an answer whose content is no text")
+    return record
+
+
+_FIELDS: dict[str, Any] = {
+    "prompt": str,
+    "sample": int,
+    "place": str,
+    "finish_reason": str | None,
+    "messages": list,
+    "answer": dict | None,
+}
+"""Of an answer's line: what is read again, with its types."""
+
+
 def message_of(content: str, reasoning: str | None = None, calls: list[Any] | None = None) -> dict[str, Any]:
     """The assistant's message; what it thought is told from its answer where both are one text."""
     if reasoning is None and _CLOSED in content:

@@ -7,14 +7,15 @@ when an answer came, nor how often the command was started.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
+from sparsekd.logit_store.errors import first_line
 from sparsekd.logit_store.json_text import canonical_json
-from sparsekd.trainer.generation.answers import Reply, Task, line_of, seed_of
+from sparsekd.trainer.generation.answers import Reply, Task, answer_of, line_of, seed_of
 from sparsekd.trainer.generation.prompts import Prompt
-from sparsekd.trainer.run.errors import ConfigError, DataError, UserError, writing
+from sparsekd.trainer.run.errors import ConfigError, DataError, writing
 from sparsekd.trainer.run.files import write_whole
 
 IDENTITY_NAME = "generation.json"
@@ -60,7 +61,9 @@ class AnswerFolder:
             if self._whole(part).is_file():
                 self._journal(part).unlink(missing_ok=True)
             else:
-                self._lines[part] = _read_journal(self._journal(part))
+                self._lines[part] = _read_journal(
+                    self._journal(part), {task.key for task in self.tasks(part)}
+                )
 
     @property
     def parts(self) -> int:
@@ -138,11 +141,11 @@ class AnswerFolder:
             with place.open(encoding="ascii") as file:
                 for number, line in enumerate(file, start=1):
                     try:
-                        yield json.loads(line)
-                    except ValueError as error:
+                        yield answer_of(line)
+                    except (ValueError, RecursionError) as error:
                         raise DataError(
-                            f"{place}, line {number} is damaged; remove the file, and the same command asks "
-                            "for its answers again."
+                            f"{place}, line {number} is damaged ({first_line(error)[:200]}); remove the "
+                            "file, and the same command asks for its answers again."
                         ) from error
 
     def _wanted(self, part: int) -> int:
@@ -163,7 +166,7 @@ def _require_identity(place: Path, identity: dict[str, Any]) -> None:
     except FileNotFoundError:
         write_whole(place, canonical_json(identity))
         return
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{place} is damaged; take another generate.path.") from error
     # As it is read again: tuples are lists there.
     wanted = json.loads(canonical_json(identity))
@@ -178,8 +181,12 @@ def _require_identity(place: Path, identity: dict[str, Any]) -> None:
     )
 
 
-def _read_journal(place: Path) -> dict[tuple[str, int], str]:
+def _read_journal(place: Path, keys: Set[tuple[str, int]]) -> dict[tuple[str, int], str]:
     """The lines of a journal; a line that was torn by a kill is cut off the file.
+
+    Args:
+        place: Of the journal.
+        keys: Of the answers that belong there.
 
     Raises:
         DataError: It is damaged elsewhere.
@@ -195,10 +202,14 @@ def _read_journal(place: Path) -> dict[tuple[str, int], str]:
     lines = {}
     for number, line in enumerate(data[:whole].splitlines(), start=1):
         try:
-            record = json.loads(line)
-            lines[record["prompt"], record["sample"]] = line.decode("ascii")
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{place}, line {number} is damaged; remove the line, and its answer is asked for again."
+            record = answer_of(line)
+            key = record["prompt"], record["sample"]
+            if key not in keys:
+                raise ValueError("it answers nothing that is asked for here")
+            lines[key] = line.decode("ascii")
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{place}, line {number} is damaged ({first_line(error)[:200]}); remove the line, and its "
+                "answer is asked for again."
             ) from error
     return lines
