@@ -8,6 +8,8 @@ few parts of it that can hold them.
 N positions, C positions of a slice, V vocabulary (true), k head, n draws, G grid temperatures.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -65,37 +67,46 @@ def _one_slice(
     sums: SumsOfRest,
     scratch: Tensor,
 ) -> TeacherStatistics:
-    """The record of C positions; uses up `logits` [C, V], and `scratch` [2, C or more, V]."""
-    powers, products = scratch[:, : logits.shape[0]]
-    normaliser = _logsumexp(logits, powers)
-    true_logprob = (logits.gather(1, labels.clamp_min(0)[:, None]) - normaliser)[:, 0]
-    head_ids = top_ids(logits, normaliser, inputs.k)
-    head_logprobs = logits.gather(1, head_ids) - normaliser
-    rest = logits.scatter_(1, head_ids, -torch.inf)
-    maximum = rest.amax(1, keepdim=True)
-    reference = torch.where(maximum > -torch.inf, maximum, 0.0)  # an empty rest has no largest entry
-    # Now the largest of each rest is 0; NaN stays. What is outside is held finite: 0 times -inf is NaN.
-    rest.sub_(reference + 0.0 * normaliser).clamp_(min=torch.finfo(rest.dtype).min)
-    offset = (reference - normaliser)[:, 0]
-    log_sums, entropies = {}, {}
+    """The record of C positions; uses up `logits` [C, V], and `scratch` [2, C or more, V].
+
+    The row is read as seldom as can be: its largest entries come first, and with them the largest of the
+    rest, so that no powers but those of the rest are made: their sum and the head's is the normaliser.
+    """
+    rest, powers = scratch[:, : logits.shape[0]]
+    label_logits = logits.gather(1, labels.clamp_min(0)[:, None])[:, 0]
+    head_ids, maximum, known = largest_ids(logits, inputs.k)
+    head_logits = logits.gather(1, head_ids)
+    reference = torch.where(maximum == -torch.inf, 0.0, maximum)  # an empty rest has no largest entry
+    # The largest of each rest becomes 0; NaN stays. What is of the head is held finite: 0 times -inf is NaN.
+    lowest = torch.finfo(rest.dtype).min
+    torch.sub(logits.scatter_(1, head_ids, lowest), reference, out=rest)
+    log_totals, entropies = {}, {}
     tail = coalesce_draws(uniforms.int()[:, :0])
     for index, temperature in enumerate(sums.temperatures):
         if sums.squares[index]:
             powers.square_()
         else:
             torch.div(rest, temperature, out=powers).exp_()
-        total = powers.sum(1)
+        masses = part_masses(powers)
+        total = masses.sum(1)
         some = total != 0  # NaN is no empty rest
-        log_total = torch.where(some, total, 1.0).log()
-        log_sums[temperature] = torch.where(some, log_total + offset / temperature, -torch.inf)
+        log_totals[temperature] = torch.where(some, torch.where(some, total, 1.0).log(), -torch.inf)
         if index in sums.entropies:
+            weighted = torch.mul(powers, rest, out=logits).sum(1)
+            if not weighted.isfinite().all():  # an entry of -inf is outside, too
+                weighted = torch.mul(powers, rest.clamp_(min=lowest), out=logits).sum(1)
             # -sum p log p = log total - sum of powers * rest / T / total.
-            weighted = torch.mul(powers, rest, out=products).sum(1) / temperature
-            entropies[temperature] = torch.where(
-                some, log_total - weighted / torch.where(some, total, 1.0), 0.0
-            )
+            weighted = weighted / temperature / torch.where(some, total, 1.0)
+            entropies[temperature] = torch.where(some, log_totals[temperature] - weighted, 0.0)
         if index == sums.drawn:
-            tail = draw_tail(powers, uniforms)
+            tail = draw_tail(powers, uniforms, masses)
+    of_rest = log_totals[1.0][:, None] + reference
+    normaliser = torch.where(
+        known.isnan(), torch.cat([head_logits, of_rest], 1).logsumexp(1, keepdim=True), known
+    )
+    head_ids, head_logprobs = in_order(head_ids, head_logits - normaliser)
+    offset = (reference - normaliser)[:, 0]
+    log_sums = {T: total + offset / T for T, total in log_totals.items()}
     tail_ids, tail_counts = tail
     tail_logprobs = rest.gather(1, tail_ids.clamp_min(0).long()) + offset[:, None]
     log_rest = [log_sums[temperature] for temperature in inputs.temperatures]
@@ -107,47 +118,54 @@ def _one_slice(
         tail_counts=tail_counts,
         log_rest=torch.stack(log_rest, 1).float() if log_rest else rest.new_empty(rest.shape[0], 0).float(),
         rest_entropy=entropies[1.0].float(),
-        true_logprob=torch.where(labels >= 0, true_logprob, 0.0).float(),
+        true_logprob=torch.where(labels >= 0, label_logits - normaliser[:, 0], 0.0).float(),
         entropy=whole_entropy(head_logprobs, log_sums[drawn_at], entropies[drawn_at], drawn_at).float(),
         tail_logprobs=torch.where(tail_ids >= 0, tail_logprobs, -torch.inf).float(),
     )
 
 
-def _logsumexp(logits: Tensor, scratch: Tensor) -> Tensor:
-    """torch.logsumexp over V, [C, 1], without memory of its own; uses up `scratch`, both [C, V].
+def largest_ids(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k most likely entries of each row in any order, and the largest of the others.
 
-    NaN where the largest entry is no finite number: such a row is no distribution, and every plane says so.
-    """
-    maximum = logits.amax(1, keepdim=True)
-    return torch.sub(logits, maximum, out=scratch).exp_().sum(1, keepdim=True).log_().add_(maximum)
-
-
-def top_ids(logits: Tensor, normaliser: Tensor, k: int) -> Tensor:
-    """Ids of the k most likely entries of each row, descending, ties by ascending id: int64 [C, k].
-
-    Ranked after normalisation: two logits may round to one log-probability, and the tie rule is of those.
-    `torch.topk` leaves the order of equal values open, and which of them it takes at the edge. So it is asked
-    for one more; rows whose edge is tied are sorted whole.
+    Which of equal ones is taken at the edge is a rule of log-probabilities: the one of smaller id. Two logits
+    may round to one log-probability, so rows whose edge is that close are normalised and sorted whole.
 
     Args:
         logits: [C, V].
-        normaliser: [C, 1], their logsumexp.
         k: 0 to V.
+
+    Returns:
+        (ids int64 [C, k]; the largest other logit [C, 1], -inf where there is none, NaN where the row's
+        largest entry is no finite number: such a row is no distribution, and every plane says so;
+        the logsumexp [C, 1] of the rows that were sorted, NaN elsewhere).
     """
     size = logits.shape[1]
-    if k == 0:
-        return torch.empty(logits.shape[0], 0, dtype=torch.int64, device=logits.device)
-    candidates = _largest_parts(logits, k + 1)
-    top, places = (logits.gather(1, candidates) - normaliser).topk(min(k + 1, size), dim=1)
-    edge_tied = top[:, k - 1] == top[:, k] if k < size else torch.zeros_like(top[:, 0], dtype=torch.bool)
-    ids = candidates.gather(1, places[:, :k]).sort(dim=1).values
-    values = logits.gather(1, ids) - normaliser
-    ids = ids.gather(1, values.sort(dim=1, descending=True, stable=True).indices)
-    tied = edge_tied.nonzero()[:, 0]
-    if tied.numel():
-        whole = logits[tied] - normaliser[tied]
-        ids[tied] = whole.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return ids
+    candidates = _largest_parts(logits, min(k + 1, size))
+    top, places = logits.gather(1, candidates).topk(min(k + 1, size), dim=1)
+    ids = candidates.gather(1, places[:, :k])
+    largest, known = top[:, :1], torch.full_like(top[:, :1], torch.nan)
+    if k == size:
+        return ids, torch.full_like(largest, -torch.inf) + 0.0 * largest, known
+    if k > 0:
+        # Each log-probability is rounded by no more than half a unit in the last place of these sums.
+        inside, outside = top[:, k - 1], top[:, k]
+        close = torch.finfo(top.dtype).eps * (largest[:, 0].abs() + inside.abs() + math.log(size))
+        tied = (inside - outside <= close).nonzero()[:, 0]
+        if tied.numel():
+            known[tied] = logits[tied].logsumexp(1, keepdim=True) + 0.0 * largest[tied]
+            ranked = (logits[tied] - known[tied]).sort(dim=1, descending=True, stable=True).indices
+            ids[tied], top[tied, k] = (
+                ranked[:, :k],
+                logits[tied].scatter(1, ranked[:, :k], -torch.inf).amax(1),
+            )
+    return ids, top[:, k:] + 0.0 * largest, known
+
+
+def in_order(ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids [C, k] and their values [C, k] by descending value, ties by ascending id."""
+    ids, order = ids.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return ids.gather(1, order), values
 
 
 def _largest_parts(logits: Tensor, number: int) -> Tensor:
@@ -172,7 +190,17 @@ def _largest_parts(logits: Tensor, number: int) -> Tensor:
     return torch.cat([chosen.flatten(1), columns[parts * PART :].expand(count, -1)], dim=1)
 
 
-def draw_tail(powers: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+def part_masses(powers: Tensor) -> Tensor:
+    """Sums [C, parts] of the parts of each row, from powers [C, V]; a last one may be shorter, or empty."""
+    size = powers.shape[1]
+    whole = size // PART * PART
+    return torch.cat(
+        [powers[:, :whole].unflatten(1, (size // PART, PART)).sum(2), powers[:, whole:].sum(1, keepdim=True)],
+        dim=1,
+    )
+
+
+def draw_tail(powers: Tensor, uniforms: Tensor, masses: Tensor) -> tuple[Tensor, Tensor]:
     """Draws with replacement from powers / their sum by inverse CDF, coalesced.
 
     A draw finds its part by the parts' cumulative sums, and its entry by those inside of the part; where the
@@ -181,6 +209,7 @@ def draw_tail(powers: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         powers: [C, V] unnormalised probabilities, the largest of a row 1; a row of zeros gives no draws.
         uniforms: float64 [C, n] in [0, 1).
+        masses: of the parts of `powers`, from `part_masses`.
 
     Returns:
         (ids int32 [C, n] distinct, ascending, padded with -1; counts int32 [C, n] padded with 0).
@@ -192,11 +221,6 @@ def draw_tail(powers: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         cumulative = powers.to(torch.float64, copy=True).cumsum_(1)
         drawn = _first_above(cumulative, uniforms * cumulative[:, -1:])
         return coalesce_draws(torch.where(cumulative[:, -1:] > 0, drawn, -1))
-    whole = size // PART * PART
-    masses = torch.cat(
-        [powers[:, :whole].unflatten(1, (size // PART, PART)).sum(2), powers[:, whole:].sum(1, keepdim=True)],
-        dim=1,
-    )
     # float64: in float32 a cumulative sum over 10^5 entries loses those below its 10^-7.
     cumulative = masses.double().cumsum_(1)
     points = uniforms * cumulative[:, -1:]

@@ -7,8 +7,8 @@ import torch
 
 from sparsekd.kernels.objective import HeadTransform
 from sparsekd.kernels.teacher import teacher_statistics
-from sparsekd.kernels.teacher_record import TeacherStatistics
-from sparsekd.kernels.teacher_torch import draw_tail, top_ids
+from sparsekd.kernels.teacher_record import TeacherInputs, TeacherStatistics, sums_of_rest
+from sparsekd.kernels.teacher_torch import _one_slice, draw_tail, in_order, largest_ids, part_masses
 
 GRID = (1.0, 2.0, 4.0)
 IMPLEMENTATIONS = ("torch", "triton")
@@ -164,17 +164,33 @@ def test_chunks_do_not_matter(impl, chunks, monkeypatch):
                 assert torch.allclose(one, other, rtol=0, atol=3e-6)
 
 
+def top_ids(logits, k):
+    """Ids of the head in order, and the largest log-probability outside, as lists of rows."""
+    ids, other, known = largest_ids(logits, k)
+    normaliser = torch.where(known.isnan(), logits.logsumexp(1, keepdim=True), known)
+    return in_order(ids, logits.gather(1, ids) - normaliser)[0].tolist(), (other - normaliser)[:, 0].tolist()
+
+
+def one_slice(logits, labels, uniforms, k, head):
+    """The record of rows of logits, without a product: 0 times infinity would be in every column."""
+    grid = (1.0, 2.0)
+    inputs = TeacherInputs(logits, logits, None, labels, head, k, grid, 1.0, uniforms, len(logits))
+    scratch = torch.empty(2, *logits.shape)
+    return _one_slice(logits.clone(), labels, uniforms, inputs, sums_of_rest(grid, 1.0), scratch)
+
+
 def test_ties_go_to_the_smaller_id():
     generator = torch.Generator().manual_seed(1)
     # Few distinct values, so that ties lie inside the head and across its edge.
     for size, most in ((40, 4), (1999, 600), (1999, 4)):
         values = torch.randint(0, most, (50, size), generator=generator).float()
-        normaliser = values.logsumexp(1, keepdim=True)
-        for k in (1, 3, 7, 20, 39, 40):
-            found = top_ids(values, normaliser, k)
-            logprobs = (values - normaliser).tolist()
-            for row, ids in zip(logprobs, found.tolist(), strict=True):
-                assert ids == sorted(range(size), key=lambda v: (-row[v], v))[:k]
+        logprobs = (values - values.logsumexp(1, keepdim=True)).tolist()
+        for k in (0, 1, 3, 7, 20, 39, 40):
+            found, others = top_ids(values, k)
+            for row, ids, other in zip(logprobs, found, others, strict=True):
+                ranked = sorted(range(size), key=lambda v: (-row[v], v))
+                assert ids == ranked[:k]
+                assert other == (row[ranked[k]] if k < size else -math.inf)
 
 
 def test_ties_are_those_of_log_probabilities():
@@ -184,7 +200,22 @@ def test_ties_are_those_of_log_probabilities():
     values[0, 800] = 1000.0
     normaliser = values.logsumexp(1, keepdim=True)
     assert (values - normaliser)[0, 1500] == (values - normaliser)[0, 3]
-    assert top_ids(values, normaliser, 2).tolist() == [[800, 3]]
+    assert top_ids(values, 2)[0] == [[800, 3]]
+
+
+def test_a_row_without_a_largest_finite_entry_is_no_distribution():
+    """Every plane that a distribution would decide says so; the other rows are as they were."""
+    logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(4))
+    logits[1, 7], logits[2, 7], logits[3, 7] = math.nan, math.inf, -math.inf
+    head = HeadTransform(vocabulary_size=300, scale=1.0, softcap=None)
+    labels = torch.full((4,), 5)
+    uniforms = torch.rand(4, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    for k in (0, 2, 300):
+        found = one_slice(logits, labels, uniforms, k, head)
+        for name in ("head_logprobs", "log_rest", "rest_entropy", "true_logprob", "entropy"):
+            plane = getattr(found, name)
+            assert plane[[1, 2]].isnan().all(), name
+            assert not plane[[0, 3]].isnan().any(), name
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -203,12 +234,12 @@ def test_a_head_beyond_one_logsumexp_of_the_next(impl):
 def test_uniforms_at_the_ends():
     rest = torch.tensor([[-math.inf, 0.0, -1.0, -math.inf, -2.0, -math.inf]])
     ends = torch.tensor([[0.0, 1 - 2**-53]], dtype=torch.float64)
-    ids, counts = draw_tail(rest.exp(), ends)
+    ids, counts = draw_tail(rest.exp(), ends, part_masses(rest.exp()))
     assert ids.tolist() == [[1, 4]] and counts.tolist() == [[1, 1]]
     # The same in parts: none of them whole, some empty.
     long = torch.full((1, 1999), -math.inf)
     long[0, [300, 301, 1400]] = torch.tensor([0.0, -1.0, -2.0])
-    ids, counts = draw_tail(long.exp(), ends)
+    ids, counts = draw_tail(long.exp(), ends, part_masses(long.exp()))
     assert ids.tolist() == [[300, 1400]] and counts.tolist() == [[1, 1]]
 
 
