@@ -16,7 +16,9 @@ from sparsekd.trainer.data.used_ids import UsedIds
 from sparsekd.trainer.models.causal_lm import load_config
 from sparsekd.trainer.models.source import student_source
 from sparsekd.trainer.run.errors import DataError, ModelError
+from sparsekd.trainer.run.ranks import Ranks
 from sparsekd.trainer.student.model import check_student
+from sparsekd.trainer.teacher.capture import _checked_teacher
 from sparsekd.trainer.teacher.capture import run as capture
 from sparsekd.trainer.teacher.verify import run as verify
 
@@ -168,3 +170,21 @@ def test_the_text_is_read_no_further_than_to_the_answer(tokens: Path) -> None:
     assert first[int(found.place.rpartition(" ")[2])] == found.token_id
     assert used.first(missing) is None
     assert all(used.first([index, *missing]) is not None for index in occurring.tolist())
+
+
+def test_of_the_ranks_of_a_capture_the_first_alone_looks_for_ids_that_the_teacher_lacks(
+    longer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For that it has to read all of the text."""
+    tokens = prepared(tmp_path / "a", longer)
+    teacher = make_teacher(tmp_path / "teacher", "llama", vocab_size=VOCABULARY, tokenizer=longer)
+    config = config_for(Path(str(tokens.path)), teacher, tmp_path / "store")
+    reads: list[int] = []
+    read = LogitStore.read_planes
+    monkeypatch.setattr(LogitStore, "read_planes", lambda *words: reads.append(rank) or read(*words))
+    for rank in range(2):
+        place = Ranks(rank, rank, 2, torch.device("cpu"))
+        opened = _checked_teacher(config, str(teacher), tokens, place)
+        assert opened.transform.vocabulary_size == VOCABULARY
+    assert reads.count(0) >= sum(tokens.rows(split) for split in tokens.manifest.splits)
+    assert reads.count(1) < reads.count(0) / 2  # for the probe alone

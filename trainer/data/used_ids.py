@@ -24,8 +24,10 @@ class UsedIds:
         store: The store.
     """
 
-    def __init__(self, store: LogitStore) -> None:
+    def __init__(self, store: LogitStore, *, looks: bool = True) -> None:
+        """Of the ranks of a job one looks for all of them; to the others nothing occurs."""
         self.store = store
+        self._looks = looks
         # By id: where it was found first.
         self._found: dict[int, str] = {}
         self._unread = self._rows()
@@ -34,7 +36,7 @@ class UsedIds:
         """One of some ids that occurs, or None. An id that the store's vocabulary lacks never does."""
         size = self.store.manifest.tokenizer.vocabulary_size
         possible = {index for index in ids if index < size}
-        if not possible:
+        if not possible or not self._looks:
             return None
         if known := possible & self._found.keys():
             return Occurrence(min(known), self._found[min(known)])

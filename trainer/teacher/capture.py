@@ -219,7 +219,7 @@ def _announce(config: Config, path: StorePath, teacher_path: str, tokens: LogitS
 
 
 def _checked_teacher(config: Config, path: str, tokens: LogitStore, place: Ranks) -> OpenModel:
-    settings, used = config.teacher, UsedIds(tokens)
+    settings, used = config.teacher, UsedIds(tokens, looks=place.is_first)
     if settings.device_map is not None and place.device.type == "cuda" and len(place.on_this_machine) > 1:
         raise ConfigError(
             f"teacher.device_map={settings.device_map} takes all GPUs of a machine for one teacher, but "
