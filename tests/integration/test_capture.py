@@ -26,6 +26,8 @@ from sparsekd.trainer.config.schema import Config
 from sparsekd.trainer.corpus.tokenizer import save_tokenizer, train_tokenizer
 from sparsekd.trainer.run.errors import ConfigError, DataError, ModelError
 from sparsekd.trainer.teacher.capture import run as capture
+from sparsekd.trainer.teacher.deviation import deviation_of
+from sparsekd.trainer.teacher.verify import VALUE_PLANES
 from sparsekd.trainer.teacher.verify import run as verify
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -163,6 +165,30 @@ def test_records_are_what_the_model_says_of_each_document_alone(
     # The check above can fail: the records of one position further do not pass it.
     shifted = np.concatenate(found["entropy"])
     assert relative(np.roll(shifted, 1), np.concatenate(expected["entropy"])) > 1e-2
+
+
+def test_micro_batches_move_records_by_rounding_alone(tokens: Path, tmp_path: Path) -> None:
+    """They may change a product's bits, so their size is part of a store's identity; ranks change nothing."""
+    teacher = make_teacher(tmp_path / "teacher", "llama")
+    stores = []
+    for rows in (1, 3, 8):
+        place = tmp_path / f"rows-{rows}"
+        capture(config_for(tokens, teacher, place, teacher__micro_batch_rows=rows, store__codec="exact"))
+        stores.append(open_store(place))
+    alone = stores[0]
+    for store in stores[1:]:
+        assert store.digest != alone.digest
+        pairs, draws = [], []
+        for split in store.manifest.splits:
+            for index in range(store.rows(split)):
+                left, right = alone.read_row(split, index), store.read_row(split, index)
+                assert left.teacher is not None and right.teacher is not None
+                assert np.array_equal(left.recorded, right.recorded)
+                pairs.append((split, index, left, right.teacher))
+                draws.append((left.teacher.tail_ids == right.teacher.tail_ids).all(axis=1))
+        for plane in VALUE_PLANES:
+            assert deviation_of(plane, pairs).largest < 2e-5, plane
+        assert np.concatenate(draws).mean() > 0.995
 
 
 def start(ranks: int, config: Config, **keywords: object) -> subprocess.Popen:
