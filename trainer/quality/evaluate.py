@@ -28,6 +28,7 @@ from sparsekd.trainer.models.source import judged_source, teacher_source
 from sparsekd.trainer.models.tokenizers import check_tokenizer
 from sparsekd.trainer.quality.result import (
     EXACT,
+    LOWER_BOUND,
     RESULT_VERSION,
     Breakdown,
     Category,
@@ -191,20 +192,22 @@ def _deviation(held: HeldOut, loss: NDArray[np.float32], teacher: TeacherConfig)
     return deviation
 
 
-def _teacher_figures(loss: float, calibration: float | None) -> dict[str, Figure]:
-    """A teacher agrees with itself by definition."""
-    found = {"loss": loss, "perplexity": math.exp(loss), "kl": 0.0, "agreement": 1.0}
+def _teacher_figures(loss: float, calibration: float | None, kind: str = EXACT) -> dict[str, Figure]:
+    """A teacher agrees with itself by definition; of its loss `kind` says how far it can be trusted."""
+    found = {"loss": Figure(loss, kind), "perplexity": Figure(math.exp(loss), kind)}
+    found |= {"kl": Figure(0.0, EXACT), "agreement": Figure(1.0, EXACT)}
     if calibration is not None:
-        found["calibration_error"] = calibration
-    found["acceptance"] = 1.0
-    return {name: Figure(value, EXACT) for name, value in found.items()}
+        found["calibration_error"] = Figure(calibration, EXACT)
+    return found | {"acceptance": Figure(1.0, EXACT)}
 
 
 def _stored_teacher(held: HeldOut, store: LogitStore) -> _Outcome:
     stored, identity = held.teacher, store.manifest.teacher
     assert stored is not None and identity is not None
+    rest = store.manifest.record.rest
     bins = []
-    if stored.confidence is not None and stored.hit is not None:
+    # Without a normaliser the head's probabilities are relative to it: no confidence of the teacher.
+    if rest != "unknown" and stored.confidence is not None and stored.hit is not None:
         bins = reliability(stored.confidence, stored.hit)
     calibration = calibration_error(bins) if bins else None
     return _Outcome(
@@ -212,7 +215,10 @@ def _stored_teacher(held: HeldOut, store: LogitStore) -> _Outcome:
             name=TEACHER,
             role=TEACHER,
             path=None,
-            figures=_teacher_figures(_mean(stored.loss), calibration),
+            # A label that the source did not list is worth no more than its record says.
+            figures=_teacher_figures(
+                _mean(stored.loss), calibration, EXACT if rest == "exact" else LOWER_BOUND
+            ),
             parameters=None,
             weight_bytes=None,
             tokens_per_second=None,

@@ -79,9 +79,9 @@ def marks_legend(kinds: set[str]) -> str:
     if kinds - {EXACT, LOWER_BOUND, UPPER_BOUND}:
         parts.append("~ unbiased estimate from the stored draws")
     if LOWER_BOUND in kinds:
-        parts.append(">= lower bound (all tokens outside the head as one outcome)")
+        parts.append(">= lower bound (what stands outside the head is known as one outcome)")
     if UPPER_BOUND in kinds:
-        parts.append("<= upper bound (all tokens outside the head as one outcome)")
+        parts.append("<= upper bound (what stands outside the head is known as one outcome)")
     return "; ".join(parts) + ("; evaluate.teacher=load makes all exact" if parts else "")
 
 
@@ -109,7 +109,12 @@ def headline(evaluation: Evaluation) -> str:
     won = round(margin.wins * margin.documents)
     sentence += f"; it is better on {won} of {margin.documents} held-out documents"
     if evaluation.gap_closed is not None and margin.value > 0:
-        sentence += f", and closes {evaluation.gap_closed:.0%} of {baseline.name}'s distance to the teacher"
+        teacher = evaluation.model("teacher")
+        bound = teacher is not None and teacher.figures["loss"].kind == LOWER_BOUND
+        sentence += (
+            f", and closes {'at least ' if bound else ''}{evaluation.gap_closed:.0%} of {baseline.name}'s "
+            "distance to the teacher"
+        )
     return sentence + "."
 
 
