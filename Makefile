@@ -6,7 +6,7 @@ BIN := $(abspath $(VENV))/bin
 # The current folder must not come first on Python's path (see docs/architecture.md, "one import name").
 export PYTHONSAFEPATH := 1
 
-.PHONY: help setup demo test check format lint copy types pytest cluster pyarrow-range soak goodput fuzz clean
+.PHONY: help setup demo test check format lint copy types pytest pytest-jobs pytest-commands cluster pyarrow-range soak goodput fuzz clean
 
 help:  ## Shows the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,15 +46,22 @@ copy: setup
 types: copy  ## Types, on a non-editable copy.
 	cd .check && MYPYPATH=.:../benchmarks $(BIN)/mypy --config-file ../pyproject.toml -p sparsekd $(SCRIPTS)
 
-# Units and numerics run beside one another, with one thread each; then, one by one, whole commands and jobs of
-# several processes, and what measures a device.
+# Units and numerics run beside one another, with one thread each. Then jobs of several processes, one by one, and
+# beside them whole commands, one by one: both wait more than they compute. The latter's output follows at their end.
 JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
-ALONE := tests/distributed tests/gpu tests/integration tests/slurm
 pytest: setup  ## All tests but most of `make cluster`; those that need a GPU or Slurm skip with a reason (JOBS).
 	@failed=0; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/numerics -n $(JOBS) --dist loadfile || failed=1; \
-	$(BIN)/python -m pytest $(ALONE) -m "not slurm or ci" || failed=1; \
+	$(MAKE) -j 2 pytest-jobs pytest-commands || failed=1; \
 	exit $$failed
+
+pytest-jobs: setup
+	$(BIN)/python -m pytest tests/distributed tests/gpu
+
+pytest-commands: setup
+	@said=$$(mktemp); trap 'rm -f "$$said"' EXIT; \
+	$(BIN)/python -m pytest tests/integration tests/slurm -m "not slurm or ci" > "$$said" 2>&1; code=$$?; \
+	cat "$$said"; exit $$code
 
 cluster: setup  ## Jobs on a Slurm cluster of two nodes on this machine; needs slurm-wlm, munge and root.
 	$(BIN)/python -m pytest tests/slurm
