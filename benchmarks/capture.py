@@ -192,6 +192,7 @@ def ways(world: World, setting: Setting, root: Path) -> dict[str, Callable[[], i
                 "train",
                 projections={},
                 micro_batch_rows=config.micro_batch_rows,
+                sort_rows=config.sort_rows,
                 chunk_positions=chunk,
                 impl=config.impl,
             )

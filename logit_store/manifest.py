@@ -14,7 +14,7 @@ from sparsekd.logit_store.json_text import canonical_json
 from sparsekd.logit_store.manifest_checks import check_manifest, check_version
 from sparsekd.logit_store.places.paths import StorePath
 from sparsekd.logit_store.trees import differing
-from sparsekd.logit_store.typed_json import parse_json, read_bounded, short, typed
+from sparsekd.logit_store.typed_json import parse_json, read_bounded, short_pair, typed
 
 MANIFEST_NAME = "MANIFEST.json"
 
@@ -286,7 +286,7 @@ def compare_manifests(found: Manifest, wanted: Manifest) -> list[str]:
         One line per field, such as `record.k: found 8, wanted 16`; empty when they are equal.
     """
     return [
-        f"{name}: found {short(left)}, wanted {short(right)}"
+        "{}: found {}, wanted {}".format(name, *short_pair(left, right))
         for name, left, right in differing(asdict(found), asdict(wanted), absent=_Nothing())
     ]
 

@@ -98,6 +98,17 @@ def short(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:40]}... ({len(text):,} letters)"
 
 
+def short_pair(left: object, right: object) -> tuple[str, str]:
+    """Returns two values as `short` does; of long texts that begin alike, from the word that differs."""
+    if isinstance(left, str) and isinstance(right, str) and max(len(left), len(right)) > 90:
+        one, other = left.split(" "), right.split(" ")
+        pairs = enumerate(zip(one, other, strict=False))
+        alike = next((place for place, words in pairs if words[0] != words[1]), min(len(one), len(other)))
+        if alike:
+            left, right = (f"...{' '.join(words[alike:])}" for words in (one, other))
+    return short(left), short(right)
+
+
 def one_line(text: str) -> str:
     """Returns a text that may quote anything, without control characters and cut in its middle."""
     clean = "".join(letter if letter.isprintable() else "?" for letter in text[:_SENTENCE])

@@ -43,7 +43,7 @@ class Pass:
             *(f"teacher.path={place / 'teacher'}", "teacher.dtype=float32", "teacher.micro_batch_rows=1"),
             *("teacher.chunk_positions=16", "launch.device=cpu", "launch.start_minutes=1"),
             *("engine.timeout_minutes=1", f"store.k={self.k}", f"store.n={self.n}"),
-            *(f"store.codec={self.codec}", f"teacher.unit_rows={self.unit_rows}"),
+            *(f"store.codec={self.codec}", f"teacher.unit_rows={self.unit_rows}", "teacher.sort_rows=0"),
         ]
 
 

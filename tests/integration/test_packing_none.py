@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.row import is_real
 from sparsekd.trainer.config.schema import Config
 from sparsekd.trainer.corpus.prepare import run as prepare
+from sparsekd.trainer.data.inputs import model_inputs
 from sparsekd.trainer.run.errors import ModelError
 from sparsekd.trainer.teacher.capture import run as capture
+from sparsekd.trainer.teacher.verify import run as verify
 
 sys.path.insert(0, str(Path(__file__).parent))
-from capture_world import config_for
+from capture_world import config_for, make_teacher
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_environment")]
 
@@ -36,6 +39,46 @@ def tokens_of(folder: Path, packing: str) -> Path:
     config.store.tokens = str(folder / packing)
     prepare(config)
     return folder / packing
+
+
+def test_rows_of_a_length_pass_the_teacher_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Less padding passes it, the records are those of rows in their order, and `verify` makes them again."""
+    words = Path(json.__file__).with_name("decoder.py").read_text().split()
+    lines = [" ".join(words[start : start + 2 + 5 * (start % 5)]) for start in range(30)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    tokens = tokens_of(tmp_path, "none")
+    teacher = make_teacher(tmp_path / "teacher", "llama", vocab_size=280, max_position_embeddings=LENGTH)
+    batches: list[torch.Tensor] = []
+
+    def seen(*words: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        found = model_inputs(*words)
+        batches.append(found[0])
+        return found
+
+    monkeypatch.setattr("sparsekd.trainer.teacher.records.model_inputs", seen)
+    passes, stores = {}, {}
+    for rows in (0, 16):
+        batches.clear()
+        place = tmp_path / f"sorted-{rows}"
+        capture(config_for(tokens, teacher, place, teacher__sort_rows=rows, store__codec="exact"))
+        passes[rows], stores[rows] = list(batches), open_store(place)
+    positions = {rows: sum(batch.numel() for batch in found) for rows, found in passes.items()}
+    assert positions[16] < 0.9 * positions[0]
+    assert "sort_rows=16" in stores[16].manifest.teacher.engine
+    for split in ("train", "heldout"):
+        for index in range(stores[0].rows(split)):
+            left, right = (store.read_row(split, index) for store in stores.values())
+            assert np.array_equal(left.token_ids, right.token_ids)
+            assert left.teacher is not None and right.teacher is not None
+            assert np.abs(left.teacher.log_rest - right.teacher.log_rest).max(initial=0) < 2e-5
+    batches.clear()
+    capsys.readouterr()
+    verify(config_for(tokens, teacher, tmp_path / "unused"), tmp_path / "sorted-16")
+    told = [line for line in capsys.readouterr().out.splitlines() if "largest deviation" in line]
+    assert len(told) == 5 and all("largest deviation 0 nats" in line for line in told)
+    assert batches and all(any(torch.equal(again, batch) for batch in passes[16]) for again in batches)
 
 
 def test_records_are_those_of_each_document_alone(tmp_path: Path) -> None:

@@ -107,10 +107,17 @@ class TeacherConfig:
         "{0: 70GiB, cpu: 200GiB}; what is beyond goes to the disk.",
     )
     micro_batch_rows: int = option(8, "Rows in one forward pass; a part of the records' identity.", minimum=1)
+    sort_rows: int = option(
+        64,
+        "Of so many neighbouring rows those of a length pass the teacher together, since padding behind the "
+        "longest row of a micro-batch passes nothing; 0 keeps their order. Rows that are packed full are of "
+        "one length. A part of the records' identity.",
+        minimum=0,
+    )
     unit_rows: int = option(
         64,
-        "Rows that a worker of `capture` takes at a time, rounded up to whole micro-batches; what a death "
-        "costs, and what memory holds three times. The store is the same with any number.",
+        "Rows that a worker of `capture` takes at a time, rounded up to a multiple of sort_rows; what a "
+        "death costs, and what memory holds three times. The store is the same with any number.",
         minimum=1,
     )
     impl: str = option(

@@ -15,6 +15,11 @@ _WHOLE = 64
 """Positions that a forward pass is a multiple of: of few lengths kernels are chosen or compiled once each."""
 
 
+def real_length(row: Row) -> int:
+    """Positions until padding alone follows; 1 where nothing else is."""
+    return int(np.flatnonzero(is_real(row)).max(initial=0)) + 1
+
+
 def model_inputs(rows: Sequence[Row], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Token ids, and position ids that restart at each document, int64 (B, M) each.
 
@@ -26,7 +31,7 @@ def model_inputs(rows: Sequence[Row], device: torch.device | None = None) -> tup
         device: Where they go; None leaves them on the CPU.
     """
     length = len(rows[0].token_ids)
-    real = max(int(np.flatnonzero(is_real(row)).max(initial=0)) + 1 for row in rows)
+    real = max(map(real_length, rows))
     until = min(length, -(-real // _WHOLE) * _WHOLE)
     token_ids = np.stack([row.token_ids[:until] for row in rows]).astype(np.int64)
     positions = np.stack([position_ids(row)[:until] for row in rows]).astype(np.int64)

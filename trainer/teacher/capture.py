@@ -380,6 +380,7 @@ def captured_rows(
         split,
         projections=projections,
         micro_batch_rows=config.micro_batch_rows,
+        sort_rows=config.sort_rows,
         chunk_positions=config.chunk_positions,
         impl=config.impl,
     )

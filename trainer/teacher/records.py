@@ -18,10 +18,11 @@ from sparsekd.logit_store.planes import empty_record
 from sparsekd.logit_store.positions import content_uniforms, recorded_positions
 from sparsekd.logit_store.projections import Projection
 from sparsekd.logit_store.row import Row, TeacherRecord, labels_of_records
-from sparsekd.trainer.data.inputs import model_inputs
+from sparsekd.trainer.data.inputs import model_inputs, real_length
 from sparsekd.trainer.models.causal_lm import states_of_layers
 from sparsekd.trainer.models.opened import OpenModel
 from sparsekd.trainer.teacher.features import stored_features
+from sparsekd.trainer.teacher.units import micro_batches
 
 
 def recorded_rows(
@@ -32,6 +33,7 @@ def recorded_rows(
     *,
     projections: Mapping[str, Projection],
     micro_batch_rows: int,
+    sort_rows: int,
     chunk_positions: int | None,
     impl: str,
 ) -> Iterator[Row]:
@@ -48,25 +50,48 @@ def recorded_rows(
         split: Of the rows.
         projections: Of its features, by plane.
         micro_batch_rows: Rows in one forward pass.
+        sort_rows: Of how many neighbours those of a length pass it together.
         chunk_positions: Positions whose logits exist at one time.
         impl: Implementation of the head's statistics.
     """
-    for start in range(0, len(rows), micro_batch_rows):
-        batch = rows[start : start + micro_batch_rows]
+    done: dict[int, Row] = {}
+    following = 0
+    for numbers in micro_batches([real_length(row) for row in rows], micro_batch_rows, sort_rows):
+        batch = [rows[number] for number in numbers]
         recorded = [recorded_positions(row, manifest, split) for row in batch]
-        if not manifest.features and not np.concatenate(recorded).any():
-            for row, places in zip(batch, recorded, strict=True):
-                yield replace(row, teacher=empty_record(manifest), recorded=places)
-            continue
-        with torch.inference_mode():
-            token_ids, positions = model_inputs(batch, teacher.device)
-            hidden, states = states_of_layers(
-                teacher.decoder, token_ids, positions, [spec.layer for spec in manifest.features]
-            )
-            records = _records_of_batch(teacher, hidden, batch, recorded, manifest, chunk_positions, impl)
-            features = stored_features(states, batch, recorded, manifest, projections)
-        for row, places, record, kept in zip(batch, recorded, records, features, strict=True):
-            yield replace(row, teacher=record, recorded=places, optional={**row.optional, **kept})
+        done |= zip(
+            numbers,
+            _rows_of_batch(teacher, batch, recorded, manifest, projections, chunk_positions, impl),
+            strict=True,
+        )
+        while following in done:
+            yield done.pop(following)
+            following += 1
+
+
+def _rows_of_batch(
+    teacher: OpenModel,
+    batch: Sequence[Row],
+    recorded: Sequence[NDArray[np.bool_]],
+    manifest: Manifest,
+    projections: Mapping[str, Projection],
+    chunk_positions: int | None,
+    impl: str,
+) -> Iterator[Row]:
+    """The B rows of a micro-batch with their records and features; `recorded` is bool [L] for each."""
+    if not manifest.features and not np.concatenate(recorded).any():
+        for row, places in zip(batch, recorded, strict=True):
+            yield replace(row, teacher=empty_record(manifest), recorded=places)
+        return
+    with torch.inference_mode():
+        token_ids, positions = model_inputs(batch, teacher.device)
+        hidden, states = states_of_layers(
+            teacher.decoder, token_ids, positions, [spec.layer for spec in manifest.features]
+        )
+        records = _records_of_batch(teacher, hidden, batch, recorded, manifest, chunk_positions, impl)
+        features = stored_features(states, batch, recorded, manifest, projections)
+    for row, places, record, kept in zip(batch, recorded, records, features, strict=True):
+        yield replace(row, teacher=record, recorded=places, optional={**row.optional, **kept})
 
 
 def _records_of_batch(

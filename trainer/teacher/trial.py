@@ -62,6 +62,7 @@ def measured(config: Config) -> Measured:
                     split,
                     projections={},
                     micro_batch_rows=settings.micro_batch_rows,
+                    sort_rows=settings.sort_rows,
                     chunk_positions=settings.chunk_positions,
                     impl=settings.impl,
                 )

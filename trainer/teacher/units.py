@@ -1,6 +1,6 @@
 """Units of work: ranges of rows of one shard, and the order in which each of several workers takes them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sparsekd.logit_store.protocol.reader import LogitStore
@@ -35,13 +35,41 @@ class Turn:
 
 
 def rows_of_unit(settings: TeacherConfig) -> int:
-    """Rows of a unit: `unit_rows`, and then as many more as make micro-batches whole.
+    """Rows of a unit: `unit_rows`, and then as many more as make what is sorted together whole.
 
     So every micro-batch has the rows that it has without units, and a store's bytes do not depend on
     `unit_rows`.
     """
-    micro = settings.micro_batch_rows
-    return -(-settings.unit_rows // micro) * micro
+    return _whole(settings.unit_rows, rows_sorted(settings.micro_batch_rows, settings.sort_rows))
+
+
+def rows_sorted(micro_batch_rows: int, sort_rows: int) -> int:
+    """Rows of which micro-batches are made: `sort_rows`, and then as many more as make the last one whole."""
+    return _whole(max(sort_rows, 1), micro_batch_rows)
+
+
+def micro_batches(lengths: Sequence[int], micro_batch_rows: int, sort_rows: int) -> Iterator[tuple[int, ...]]:
+    """Yields the rows of each micro-batch, by their numbers.
+
+    Rows of a length are put together, since all rows of a micro-batch are as long as the longest; the longest
+    come first, so that memory that is enough for the first micro-batch is enough.
+
+    Args:
+        lengths: Of the rows of a shard, or of whole units of it: positions until padding alone follows.
+        micro_batch_rows: Rows in one forward pass.
+        sort_rows: Of how many neighbours the longest are looked for; 0 leaves the rows in their order.
+    """
+    together = rows_sorted(micro_batch_rows, sort_rows)
+    for start in range(0, len(lengths), together):
+        rows: Sequence[int] = range(start, min(start + together, len(lengths)))
+        if sort_rows:
+            rows = sorted(rows, key=lambda row: -lengths[row])  # stable: equal rows stay in their order
+        for first in range(0, len(rows), micro_batch_rows):
+            yield tuple(rows[first : first + micro_batch_rows])
+
+
+def _whole(rows: int, of: int) -> int:
+    return -(-rows // of) * of
 
 
 def units_of_shard(shard: Shard, rows: int, unit_rows: int) -> list[Unit]:

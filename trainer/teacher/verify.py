@@ -20,6 +20,7 @@ from sparsekd.logit_store.manifest import TeacherIdentity
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.row import Row, TeacherRecord, records_at
 from sparsekd.trainer.config.schema import Config, LaunchConfig, TeacherConfig, require
+from sparsekd.trainer.data.inputs import real_length
 from sparsekd.trainer.models.opened import OpenModel
 from sparsekd.trainer.models.weights import model_folder, weights_digest
 from sparsekd.trainer.run.errors import ConfigError, DataError
@@ -31,6 +32,7 @@ from sparsekd.trainer.teacher.features import read_projections
 from sparsekd.trainer.teacher.model import check_teacher_tokenizer, load_teacher
 from sparsekd.trainer.teacher.records import recorded_rows
 from sparsekd.trainer.teacher.settings import resolved_settings
+from sparsekd.trainer.teacher.units import micro_batches, rows_sorted
 from sparsekd.trainer.teacher.verify_features import add_features, check_features, record_of_features
 from sparsekd.trainer.teacher.weights import engine_settings
 
@@ -93,7 +95,7 @@ def run(config: Config, store_path: str | Path, *, seed: int | None = None) -> N
         codec = codec_of(store.manifest)
         for split in store.manifest.splits:
             for index in _random_rows(store, split, seed):
-                group, offset = _micro_batch(store, split, index, settings.micro_batch_rows)
+                group, offset = _micro_batch(store, split, index, settings)
                 again = list(
                     recorded_rows(
                         teacher,
@@ -102,6 +104,7 @@ def run(config: Config, store_path: str | Path, *, seed: int | None = None) -> N
                         split,
                         projections=projections,
                         micro_batch_rows=settings.micro_batch_rows,
+                        sort_rows=0,  # the group is a micro-batch in its order
                         chunk_positions=settings.chunk_positions,
                         impl=settings.impl,
                     )
@@ -209,6 +212,8 @@ def as_captured(
         settings = replace(settings, attention=found["attention"])
     if "micro_batch_rows" in found:
         settings = replace(settings, micro_batch_rows=int(found["micro_batch_rows"]))
+    # Stores of versions that sorted nothing do not name it.
+    settings = replace(settings, sort_rows=int(found.get("sort_rows", 0)))
     if "chunk_positions" in found:
         settings = replace(settings, chunk_positions=int(found["chunk_positions"]))
     if found.get("quantization") in ("int8", "nf4"):  # another is the folder's own
@@ -249,12 +254,16 @@ def _random_rows(store: LogitStore, split: str, seed: int) -> list[int]:
     return sorted(generator.choice(count, size=min(ROWS, count), replace=False).tolist())
 
 
-def _micro_batch(store: LogitStore, split: str, index: int, micro_batch_rows: int) -> tuple[list[Row], int]:
+def _micro_batch(store: LogitStore, split: str, index: int, settings: TeacherConfig) -> tuple[list[Row], int]:
     """The rows with which capture ran row `index`, and its place among them: equal shapes give equal bits."""
+    micro, sort = settings.micro_batch_rows, settings.sort_rows
     shard_rows = store.shard_rows(split, index // store.manifest.rows_per_shard)
-    first = index - (index - shard_rows.start) % micro_batch_rows
-    group = range(first, min(first + micro_batch_rows, shard_rows.stop))
-    return [store.read_row(split, number) for number in group], index - first
+    together = rows_sorted(micro, sort)
+    first = index - (index - shard_rows.start) % together
+    rows = [store.read_row(split, row) for row in range(first, min(first + together, shard_rows.stop))]
+    groups = micro_batches([real_length(row) for row in rows], micro, sort)
+    group = next(group for group in groups if index - first in group)
+    return [rows[number] for number in group], group.index(index - first)
 
 
 def _equal_share(stored: list[tuple[str, int, Row, TeacherRecord]], *planes: str) -> float:

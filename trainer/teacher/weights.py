@@ -41,6 +41,7 @@ def teacher_identity(
         "device": device_type,
         **({"threads": threads} if device_type == "cpu" else {}),
         "micro_batch_rows": config.micro_batch_rows,
+        **({"sort_rows": config.sort_rows} if config.sort_rows else {}),
         "chunk_positions": config.chunk_positions,
         "impl": config.impl,
         **({"quantization": quantization} if quantization is not None else {}),

@@ -226,3 +226,19 @@ def test_what_no_reader_takes_is_not_written(tmp_path: Path, fields: dict[str, A
     with pytest.raises(StoreError, match=words):
         create_store(tmp_path / "store", manifest, tokenizer)
     assert not (tmp_path / "store").exists()
+
+
+def test_of_long_texts_the_words_that_differ_are_shown() -> None:
+    engine = "transformers attention=sdpa device=cpu threads=1 micro_batch_rows={} sort_rows=64 chunk=640"
+    manifest = synthetic_manifest()
+    assert manifest.teacher is not None
+    one, other = (
+        dataclasses.replace(
+            manifest,
+            teacher=dataclasses.replace(manifest.teacher, engine=engine.format(rows) + " impl=torch" * 9),
+        )
+        for rows in (2, 16)
+    )
+    (line,) = compare_manifests(one, other)
+    assert line.startswith("teacher.engine: found '...micro_batch_rows=2 ")
+    assert "wanted '...micro_batch_rows=16 " in line and len(line) < 250
