@@ -12,6 +12,7 @@ from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.row import Row, position_ids
 from sparsekd.trainer.config.compose import check_for_verb, compose_config
+from sparsekd.trainer.door.cli import main
 from sparsekd.trainer.run.errors import ConfigError
 from sparsekd.trainer.teacher.capture import run as capture
 from sparsekd.trainer.teacher.verify import run as verify
@@ -46,7 +47,7 @@ def test_layers_on_the_disk_change_no_byte(
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_records_of_a_quantised_teacher_are_its_own_and_say_so(
-    tokens: Path, tmp_path: Path, quantization: str
+    tokens: Path, tmp_path: Path, quantization: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     teacher = make_teacher(tmp_path / "teacher", "llama", hidden_size=64, intermediate_size=128)
     config = config_for(tokens, teacher, tmp_path / "store", store__codec="exact")
@@ -75,6 +76,12 @@ def test_records_of_a_quantised_teacher_are_its_own_and_say_so(
     verify(config, tmp_path / "store")  # as the manifest says, whatever the settings of now
     config.teacher.quantization = None
     verify(config, tmp_path / "store")
+    # `store verify --repair` finds nothing that is not as at the capture.
+    (tmp_path / "store/shards/heldout/000/000000.arrow").unlink()
+    capsys.readouterr()
+    words = [f"teacher.path={teacher}", f"store.tokens={tokens}", "launch.device=cpu"]
+    assert main(["store", "verify", str(tmp_path / "store"), "--repair", *words]) == 0
+    assert "not as at the capture" not in capsys.readouterr().out
     # A capture without it is another one.
     with pytest.raises(StoreError, match="is another store than this run would write"):
         capture(config)

@@ -89,6 +89,9 @@ class TeacherConfig:
         "auto", "attn_implementation of transformers; auto is what it picks for the model, and is announced."
     )
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
+    gguf_file: str | None = option(
+        None, "File of teacher.path in GGUF, llama.cpp's format; null: that of a folder with no other model."
+    )
     quantization: str | None = option(
         None,
         "Load the weights of the layers in 8 bits (int8) or 4 (nf4), by bitsandbytes; null as they are "

@@ -51,9 +51,7 @@ class Writer:
         assert config.teacher.path is not None
         source = teacher_source(config.teacher, config.teacher.path)
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
-            )
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(source.path, **source.files)
         except (OSError, ValueError, ImportError) as error:
             raise ModelError(f"{source.named} brings no tokenizer ({first_line(error)}).") from error
         if self._tokenizer.chat_template is None:

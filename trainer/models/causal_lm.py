@@ -20,6 +20,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from sparsekd.kernels.objective import HeadTransform
 from sparsekd.logit_store.errors import first_line
 from sparsekd.trainer.models.config_fields import check_fields, made_config
+from sparsekd.trainer.models.gguf_file import gguf_problem
 from sparsekd.trainer.models.placement import WHOLE, Placement, is_placed, resident_head
 from sparsekd.trainer.run.errors import ModelError
 
@@ -43,6 +44,13 @@ class ModelSource:
     setting: str  # that names the path, for messages
     config: dict[str, Any] | None = None
     placement: Placement = WHOLE
+    gguf_file: str | None = None  # of the path
+
+    @property
+    def files(self) -> dict[str, Any]:
+        """What `from_pretrained` is told of the place, beside the path."""
+        found = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        return found | ({"gguf_file": self.gguf_file} if self.gguf_file is not None else {})
 
     @property
     def named(self) -> str:
@@ -69,10 +77,8 @@ def load_config(source: ModelSource, key: str) -> PretrainedConfig:
     """
     if source.path is not None:
         try:
-            return AutoConfig.from_pretrained(
-                source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
-            )
-        except (OSError, ValueError) as error:
+            return AutoConfig.from_pretrained(source.path, **source.files)
+        except (OSError, ValueError, ImportError) as error:
             raise ModelError(_load_problem(source, key, error)) from error
     model_type, fields = _typed_fields(source, key)
     config = made_config(model_type, fields, key)
@@ -117,10 +123,9 @@ def load_causal_lm(
         placed = source.placement.arguments(load_config(source, key), device) if device is not None else {}
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source.path,
-            revision=source.revision,
             dtype=dtype,
             attn_implementation=_asked(source),
-            trust_remote_code=source.trust_remote_code,
+            **source.files,
             **placed,
         )
     except (OSError, ValueError, ImportError) as error:
@@ -177,6 +182,8 @@ def _load_problem(source: ModelSource, key: str, error: Exception) -> str:
             f"{key}.quantization={source.placement.quantization} needs bitsandbytes ({reason}); "
             "pip install 'sparsekd[quantised]'."
         )
+    if source.gguf_file is not None:
+        return f"{what}: {gguf_problem(source.gguf_file, error)}"
     if source.path is None:
         return f"{what} does not make a model ({reason}); compare it with the model type's own fields."
     hint = (

@@ -59,8 +59,12 @@ def _of_bitsandbytes(quantization: str) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization)
 
 
-def quantization_of(config: PretrainedConfig, placement: Placement) -> str | None:
+def quantization_of(
+    config: PretrainedConfig, placement: Placement, gguf_file: str | None = None
+) -> str | None:
     """By what a model is quantised: what is asked for, or the folder's own method; None where it is not."""
+    if gguf_file is not None:
+        return "gguf"
     if placement.quantization is not None:
         return placement.quantization
     own = getattr(config, "quantization_config", None)

@@ -3,11 +3,16 @@
 from sparsekd.logit_store.manifest import TokenizerIdentity
 from sparsekd.trainer.config.schema import StudentConfig, TeacherConfig
 from sparsekd.trainer.models.causal_lm import ModelSource
+from sparsekd.trainer.models.gguf_file import gguf_file_of
 from sparsekd.trainer.models.placement import Placement
 
 
 def teacher_source(config: TeacherConfig, path: str) -> ModelSource:
-    """Where the teacher comes from."""
+    """Where the teacher comes from.
+
+    Raises:
+        ModelError: It is a GGUF file, and which one is not known.
+    """
     return ModelSource(
         path=path,
         revision=config.revision,
@@ -15,6 +20,7 @@ def teacher_source(config: TeacherConfig, path: str) -> ModelSource:
         trust_remote_code=config.trust_remote_code,
         setting="teacher.path",
         placement=Placement(config.quantization, config.device_map, config.max_memory),
+        gguf_file=gguf_file_of(path, config.gguf_file, setting="teacher.path"),
     )
 
 

@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 from sparsekd.logit_store.protocol.reader import LogitStore
 from sparsekd.trainer.data.used_ids import UsedIds
 from sparsekd.trainer.models.causal_lm import ModelSource
+from sparsekd.trainer.models.gguf_file import gguf_place, gguf_tokens
 from sparsekd.trainer.run.errors import ModelError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -40,6 +41,8 @@ def check_tokenizer(source: ModelSource, *, store: LogitStore, used: UsedIds, re
             loaded.
     """
     assert source.path is not None
+    if source.gguf_file is not None:
+        return _check_gguf(source, source.gguf_file, store=store, used=used, remedy=remedy)
     if not _has_tokenizer(source.path, source.revision):
         return False
     name = store.manifest.tokenizer.name
@@ -49,9 +52,7 @@ def check_tokenizer(source: ModelSource, *, store: LogitStore, used: UsedIds, re
     if all(files) and _difference(files[0], files[1], used) is None:
         return True
     try:
-        own = AutoTokenizer.from_pretrained(
-            source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
+        own = AutoTokenizer.from_pretrained(source.path, **source.files)
         stored = AutoTokenizer.from_pretrained(str(store.tokenizer_path))
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
@@ -60,10 +61,28 @@ def check_tokenizer(source: ModelSource, *, store: LogitStore, used: UsedIds, re
         ) from error
     difference = _difference(_description(own), _description(stored), used)
     if difference is not None:
-        raise ModelError(
-            f"The tokenizer of {source.named} is not the store's ({name}): {difference}; {remedy}."
-        )
+        raise _other(source, store, difference, remedy)
     return True
+
+
+def _check_gguf(source: ModelSource, file: str, *, store: LogitStore, used: UsedIds, remedy: str) -> bool:
+    """The same of a GGUF file, whose tokens are compared; how it cuts text is not said in words of files."""
+    assert source.path is not None
+    tokens = gguf_tokens(gguf_place(source.path, file, source.revision), source.named)
+    if not tokens:
+        return False
+    stored = AutoTokenizer.from_pretrained(str(store.tokenizer_path))
+    difference = _difference(_Description(tokens, None), _description(stored), used)
+    if difference is not None:
+        raise _other(source, store, difference, remedy)
+    return True
+
+
+def _other(source: ModelSource, store: LogitStore, difference: str, remedy: str) -> ModelError:
+    return ModelError(
+        f"The tokenizer of {source.named} is not the store's ({store.manifest.tokenizer.name}): "
+        f"{difference}; {remedy}."
+    )
 
 
 def tokenizer_difference(own: Any, stored: Any) -> str | None:

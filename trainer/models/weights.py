@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from sparsekd.trainer.models.causal_lm import ModelSource, load_config
+from sparsekd.trainer.models.gguf_file import gguf_place
 from sparsekd.trainer.run.errors import ModelError
 
 READ_BYTES = 1 << 24
@@ -48,10 +49,28 @@ def weights_digest(folder: Path) -> str:
     total = hashlib.sha256()
     for path in files:
         total.update(path.name.encode("utf-8") + b"\0" + path.stat().st_size.to_bytes(8, "little"))
-        with path.open("rb") as stream:
-            while block := stream.read(READ_BYTES):
-                total.update(block)
+        _take_in(total, path)
     return total.hexdigest()
+
+
+def files_digest(source: ModelSource, *, key: str) -> str:
+    """SHA-256 (hex) of a source's `weights_digest`, or of its GGUF file.
+
+    Raises:
+        ModelError: The source has no model.
+    """
+    assert source.path is not None
+    if source.gguf_file is None:
+        return weights_digest(model_folder(source.path, source.revision, key=key))
+    total = hashlib.sha256()
+    _take_in(total, gguf_place(source.path, source.gguf_file, source.revision))
+    return total.hexdigest()
+
+
+def _take_in(total: "hashlib._Hash", path: Path) -> None:
+    with path.open("rb") as stream:
+        while block := stream.read(READ_BYTES):
+            total.update(block)
 
 
 def content_of(source: ModelSource, key: str) -> str | None:
@@ -66,4 +85,4 @@ def content_of(source: ModelSource, key: str) -> str | None:
     commit: str | None = getattr(config, "_commit_hash", None)
     if commit is not None and not Path(source.path).is_dir():
         return commit  # its weights are perhaps not here yet
-    return weights_digest(model_folder(source.path, source.revision, key=key))
+    return files_digest(source, key=key)

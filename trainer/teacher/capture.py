@@ -42,8 +42,7 @@ from sparsekd.trainer.config.schema import Config, StoreConfig, TeacherConfig, r
 from sparsekd.trainer.data.used_ids import UsedIds
 from sparsekd.trainer.models.causal_lm import AUTO_ATTENTION, attention_of
 from sparsekd.trainer.models.opened import OpenModel
-from sparsekd.trainer.models.placement import quantization_of, where
-from sparsekd.trainer.models.source import teacher_source
+from sparsekd.trainer.models.placement import where
 from sparsekd.trainer.run.errors import ConfigError, DataError, Stopped
 from sparsekd.trainer.run.lost import lost_ranks_named
 from sparsekd.trainer.run.ranks import Ranks, on_first, ranks, together
@@ -255,9 +254,6 @@ def _identity(config: Config, teacher_path: str, teacher: OpenModel, place: Rank
         device_type=place.device.type,
         threads=config.launch.threads_per_rank,
         revision=teacher.commit or config.teacher.revision,
-        quantization=quantization_of(
-            teacher.model.config, teacher_source(config.teacher, teacher_path).placement
-        ),
     )
 
 

@@ -14,7 +14,8 @@ from sparsekd.logit_store.tools.verify import VerifyResult
 from sparsekd.logit_store.trees import differing
 from sparsekd.trainer.config.schema import Config, TeacherConfig, require
 from sparsekd.trainer.models.opened import OpenModel
-from sparsekd.trainer.models.weights import model_folder, weights_digest
+from sparsekd.trainer.models.source import teacher_source
+from sparsekd.trainer.models.weights import files_digest
 from sparsekd.trainer.run.errors import DataError
 from sparsekd.trainer.run.ranks import Ranks, one_process
 from sparsekd.trainer.teacher.capture import captured_rows
@@ -58,7 +59,7 @@ def run(config: Config, found: VerifyResult, *, reseal: bool) -> None:
     path = require(config.teacher.path, "teacher.path", "by store verify --repair, to run the teacher again")
     tokens = _tokens(config.store.tokens, store)
     settings, launch = as_captured(config.teacher, config.launch, identity)
-    if weights_digest(model_folder(path, settings.revision, key="teacher")) != identity.weights_digest:
+    if files_digest(teacher_source(settings, path), key="teacher") != identity.weights_digest:
         raise DataError(
             f"The files of teacher.path={path} are not those that made {found.path} ({identity.name}, "
             f"weights {identity.weights_digest[:12]}): give that teacher, or capture the whole store with "

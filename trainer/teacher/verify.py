@@ -22,7 +22,8 @@ from sparsekd.logit_store.row import Row, TeacherRecord, records_at
 from sparsekd.trainer.config.schema import Config, LaunchConfig, TeacherConfig, require
 from sparsekd.trainer.data.inputs import real_length
 from sparsekd.trainer.models.opened import OpenModel
-from sparsekd.trainer.models.weights import model_folder, weights_digest
+from sparsekd.trainer.models.source import teacher_source
+from sparsekd.trainer.models.weights import files_digest
 from sparsekd.trainer.run.errors import ConfigError, DataError
 from sparsekd.trainer.run.ranks import ranks
 from sparsekd.trainer.teacher.deviation import deviation_of
@@ -82,9 +83,7 @@ def run(config: Config, store_path: str | Path, *, seed: int | None = None) -> N
     with ranks(launch, timeout_minutes=config.engine.timeout_minutes) as place:
         settings = runnable(settings, place.device, store.manifest.tokenizer.vocabulary_size)
         check_teacher_tokenizer(settings, path, store)
-        same_files = (
-            weights_digest(model_folder(path, settings.revision, key="teacher")) == identity.weights_digest
-        )
+        same_files = files_digest(teacher_source(settings, path), key="teacher") == identity.weights_digest
         if not same_files:
             print(f"verify: the files of {path} are not those of the manifest ({identity.name})", flush=True)
         teacher = load_teacher(settings, path, store, place.device)

@@ -5,7 +5,10 @@ from pathlib import Path
 
 from sparsekd.logit_store.manifest import TeacherIdentity
 from sparsekd.trainer.config.schema import TeacherConfig
-from sparsekd.trainer.models.weights import model_folder, weights_digest
+from sparsekd.trainer.models.causal_lm import load_config
+from sparsekd.trainer.models.placement import quantization_of
+from sparsekd.trainer.models.source import teacher_source
+from sparsekd.trainer.models.weights import files_digest
 from sparsekd.trainer.run.versions import MODEL_PACKAGES, versions_of
 
 
@@ -21,7 +24,6 @@ def teacher_identity(
     device_type: str,
     threads: int,
     revision: str | None,
-    quantization: str | None = None,
 ) -> TeacherIdentity:
     """What the manifest says of the teacher, its engine and the settings that decide bits.
 
@@ -31,11 +33,12 @@ def teacher_identity(
         device_type: "cpu" or "cuda".
         threads: CPU threads of a rank: they change the order of sums on the CPU.
         revision: Commit of a hub model where it is known.
-        quantization: By what its weights are quantised; None where they are not.
 
     Raises:
         ModelError: The teacher's files cannot be found.
     """
+    source = teacher_source(config, path)
+    quantization = quantization_of(load_config(source, "teacher"), source.placement, source.gguf_file)
     settings = {
         "attention": config.attention,
         "device": device_type,
@@ -52,7 +55,7 @@ def teacher_identity(
     return TeacherIdentity(
         name=teacher_name(path),
         revision=revision,
-        weights_digest=weights_digest(model_folder(path, config.revision, key="teacher")),
+        weights_digest=files_digest(source, key="teacher"),
         dtype=config.dtype,
         logits_dtype="float32",
         engine="transformers " + " ".join(f"{name}={value}" for name, value in settings.items()),

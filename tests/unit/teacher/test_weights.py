@@ -17,7 +17,7 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-FILES = {"config.json": b"{}", "a.safetensors": b"one", "b.safetensors": b"two"}
+FILES = {"config.json": b'{"model_type": "llama"}', "a.safetensors": b"one", "b.safetensors": b"two"}
 
 
 def test_digest_depends_on_names_and_bytes_alone(tmp_path: Path) -> None:
