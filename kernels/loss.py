@@ -132,7 +132,7 @@ def sparse_kd_loss(
 
     # Dropped positions stay where they are, since taking them out would wait for the device: they get value
     # and gradient 0, but their hidden states must be finite, and they cost what the others do. The trainer
-    # leaves them out beforehand, by indices made on the CPU.
+    # leaves them out beforehand, by indices made on the CPU, but for the few that fill up its batch.
     return LossOutput(*run_fused(TRITON, inputs))
 
 
