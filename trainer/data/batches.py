@@ -51,6 +51,7 @@ class MicroBatch:
     targets: SparseTargets | None  # of P positions; None where the distillation term has weight 0
     weight_sum: Tensor  # float32 scalar: what the micro-batch adds to the denominator of the loss
     routed: Tensor  # (B, M) bool: tokens, no padding, of rows in which the loss counts somewhere
+    scale: Tensor | None = None  # float32 scalar, > 0: of the loss that is trained on; None for 1
 
 
 def rest_formula_of(objective: Objective, manifest: Manifest) -> RestFormula | None:
