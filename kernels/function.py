@@ -1,6 +1,6 @@
 """The autograd Function of the default mode: gradients made in forward, scaled in backward.
 
-The weight's own is one product away: it waits for the upstream gradient, so that it is rounded once. Reading
+The weight's own is one product away: it waits for the upstream gradient, and is written once. Reading
 the weight in forward alone, and handing its gradient back through autograd, is what keeps ZeRO-3,
 tied embeddings and gradient accumulation right: nothing is gathered again, nothing writes `.grad`.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsekd.kernels.blocks import Implementation
-from sparsekd.kernels.gemm import plain_precision, wide_product
+from sparsekd.kernels.gemm import plain_precision, product_into
 from sparsekd.kernels.inputs import LossInputs
 from sparsekd.kernels.memory import SCALE_ELEMENTS
 from sparsekd.kernels.slabs import loss_in_slabs
@@ -75,23 +75,24 @@ def scaled_gradient(gradient: Tensor | None, upstream: Tensor, dtype: torch.dtyp
 
 
 def scaled_product(logit_gradient: Tensor, hidden: Tensor, upstream: Tensor, rows: int) -> Tensor:
-    """upstream * logit_gradient.T @ hidden, rounded once: [rows, H] in the dtype of `hidden`.
+    """logit_gradient.T @ (upstream * hidden) as one product: [rows, H] in the dtype of `hidden`.
+
+    Rounded once where the upstream gradient is a power of 2, such as the 1 of whoever puts its denominator
+    into the weights of the positions; else the scaled hidden states are rounded besides.
 
     Args:
         logit_gradient: [N, V], dtype of `hidden`.
-        hidden: [N, H].
-        upstream: scalar.
+        hidden: [N, H]; stays as it is.
+        upstream: wide scalar.
         rows: of the weight; those from V on are padding and get exactly 0.
     """
     size, width = logit_gradient.shape[1], hidden.shape[1]
+    # In the wide dtype: of two dtypes a scalar's would give way, and the upstream gradient itself be rounded.
+    scaled = hidden.to(upstream.dtype, copy=True).mul_(upstream).to(hidden.dtype)
     gradient = hidden.new_empty(rows, width)
     gradient[size:] = 0.0
-    step = max(1, SCALE_ELEMENTS // max(width, 1))
     with plain_precision(hidden.device, hidden.dtype):
-        for start in range(0, size, step):
-            part = slice(start, min(start + step, size))
-            product = wide_product(logit_gradient[:, part].T, hidden)
-            torch.mul(product, upstream, out=gradient[part])
+        product_into(gradient[:size], logit_gradient.T, scaled)
     return gradient
 
 

@@ -31,13 +31,15 @@ class LossOutput(NamedTuple):
     smoothing and z-loss inside `loss` alone, so that `ce` compares between runs whatever they were trained
     with.
 
+    Of float32; for float64 inputs of float64.
+
     Attributes:
-        loss: float32 scalar, the weighted sum; differentiable in hidden, weight and bias.
-        kd: float32 [N], nats times T^2, detached, unweighted; 0 where kd_weights is 0 and where the
+        loss: scalar, the weighted sum; differentiable in hidden, weight and bias.
+        kd: [N], nats times T^2, detached, unweighted; 0 where kd_weights is 0 and where the
             objective's kd_weight is.
-        ce: float32 [N], -log q(label), nats, without label smoothing and z-loss, detached, unweighted; 0
+        ce: [N], -log q(label), nats, without label smoothing and z-loss, detached, unweighted; 0
             where ce_weights is 0 or the label is ignored.
-        agreement: float32 [N], 1 where the student's most likely id is the teacher's; 0 where kd_weights is 0
+        agreement: [N], 1 where the student's most likely id is the teacher's; 0 where kd_weights is 0
             and where the record has no head.
     """
 
@@ -132,7 +134,7 @@ def sparse_kd_loss(
 
     # Dropped positions stay where they are, since taking them out would wait for the device: they get value
     # and gradient 0, but their hidden states must be finite, and they cost what the others do. The trainer
-    # leaves them out beforehand, by indices made on the CPU.
+    # leaves them out beforehand, by indices made on the CPU, but for the few that fill up its batch.
     return LossOutput(*run_fused(TRITON, inputs))
 
 

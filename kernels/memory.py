@@ -27,8 +27,7 @@ ROW_ALIGNMENT = 128
 # Low-memory mode: columns of a slice, the widest that fits first.
 SLICE_COLUMNS = (8192, 4096, 2048, 1024, 512, 256, 128, 64)
 
-# Elements of a gradient that are float32 at one time on their way to low precision: 16 MiB, and at H = 4096
-# still a product of 1024 rows.
+# Elements of a gradient that are float32 at one time on their way to low precision: 16 MiB.
 SCALE_ELEMENTS = 4 * 1024 * 1024
 
 
@@ -186,10 +185,15 @@ def _slabs(impl: str, shape: LossShape, slab: int, buffer: int, *, separate: boo
     arguments = widths.widened * of_weight + (element * of_hidden if impl == "torch" else 0)
     forward = arguments + widths.logits * held * stride + buffered + widths.wide * of_hidden
     forward += 0 if in_backward else kept
-    # The wide gradient of hidden goes once it is scaled; a part of the weight's is wide before its rounding.
-    weight_scaled = element * of_weight
-    weight_scaled += widths.wide * min(SCALE_ELEMENTS, of_weight) if element < widths.wide else 0
-    backward = kept + element * of_hidden + max(widths.wide * of_hidden, weight_scaled)
+    if in_backward:
+        # The hidden states once more, scaled, by way of wide ones that go before the weight's gradient comes.
+        backward = 2 * element * of_hidden + max(widths.wide * of_hidden, element * of_weight)
+    else:
+        # A part of the weight's gradient is wide before its rounding.
+        scaled = element * of_weight
+        scaled += widths.wide * min(SCALE_ELEMENTS, of_weight) if element < widths.wide else 0
+        backward = element * of_hidden + max(widths.wide * of_hidden, scaled)
+    backward += kept
     return MemoryPlan(slab, buffer, separate, in_backward, 0, max(forward, backward))
 
 

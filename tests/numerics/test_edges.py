@@ -171,10 +171,22 @@ def test_nothing_to_do(oracle, impl, empty):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("mode", ["tail_bucket", "sampled"])
-def test_what_is_dropped_cannot_harm(oracle, impl, mode):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_mode": "tail_bucket"},
+        {"target_mode": "tail_bucket", "temperature": 2.0},
+        {"target_mode": "tail_bucket", "temperature": 3.0, "label_smoothing": 0.1, "z_loss": 0.05},
+        {"target_mode": "sampled"},
+        {"target_mode": "sampled", "temperature": 4.0},
+        {"divergence": "reverse_kl", "temperature": 2.0},
+        {"divergence": "jensen_shannon", "mixture": 0.5},
+    ],
+    ids=str,
+)
+def test_what_is_dropped_cannot_harm(oracle, impl, changes):
     """Rubbish in the record, the label and the logits of a position of weight 0."""
-    case = oracle.make_case(seed=27, target_mode=mode)
+    case = oracle.make_case(seed=27, **changes)
     expected = oracle.dense(case)
     targets = SparseTargets(*(value.clone() for value in case.targets))
     targets.head_logprobs[3] = torch.nan

@@ -63,6 +63,8 @@ def shape_of(case, dtype) -> memory.LossShape:
         ((256, 8192, 16), 200, 2.0, 9.0, torch.float32),
         ((256, 8192, 16), None, 1.0, None, torch.bfloat16),
         ((128, 8192, 256), 64, 1.0, None, torch.float32),
+        # Hidden states that are most of it: those that count are copied.
+        ((1024, 256, 512), 64, 1.0, None, torch.float32),
         ((128, 8192, 256), 64, 1.0, None, torch.bfloat16),
     ],
     ids=str,

@@ -51,6 +51,7 @@ class MicroBatch:
     targets: SparseTargets | None  # of P positions; None where the distillation term has weight 0
     weight_sum: Tensor  # float32 scalar: what the micro-batch adds to the denominator of the loss
     routed: Tensor  # (B, M) bool: tokens, no padding, of rows in which the loss counts somewhere
+    scale: Tensor | None = None  # float32 scalar, > 0: of the loss that is trained on; None for 1
 
 
 def rest_formula_of(objective: Objective, manifest: Manifest) -> RestFormula | None:
@@ -66,7 +67,7 @@ def rest_formula_of(objective: Objective, manifest: Manifest) -> RestFormula | N
 
 
 class HeadPositions(NamedTuple):
-    """The positions of some rows that reach the head, in the rows' order."""
+    """The positions of some rows that reach the head, in the rows' order; those that fill it up weigh 0."""
 
     positions: NDArray[np.int64]  # (P,), ascending: which of the B * M positions they are
     labels: NDArray[np.int64]  # (P,), or IGNORED_LABEL
@@ -81,6 +82,8 @@ def head_positions(
     ce_weights: NDArray[np.float32],
     kd_weights: NDArray[np.float32],
     recorded: NDArray[np.bool_] | None,
+    *,
+    multiple: int = 1,
 ) -> HeadPositions:
     """Leaves out the positions of rows that nothing is learned from.
 
@@ -93,6 +96,8 @@ def head_positions(
         kd_weights: [B, M], the same times the inverse of the probability with which the position was
             recorded, and 0 where it was not.
         recorded: [B, M], which positions have a record; None where every position has one.
+        multiple: Of which P is one, so that shapes repeat: the first of the positions left out come in, with
+            weight 0, as far as there are any. Where nothing is learned from at all, P stays 0.
 
     Raises:
         ValueError: a weight in `kd_weights` where nothing is recorded.
@@ -103,7 +108,10 @@ def head_positions(
         records = np.arange(labels.size)
     else:
         records = np.where(recorded, recorded.cumsum().reshape(recorded.shape) - 1, -1).reshape(-1)
-    positions = np.flatnonzero((ce_weights != 0) | (kd_weights != 0))
+    reaches = ((ce_weights != 0) | (kd_weights != 0)).reshape(-1)
+    # Others than those that count, so that each position stands once and its gradient has one addend.
+    reaches[np.flatnonzero(~reaches)[: -np.count_nonzero(reaches) % multiple]] = True
+    positions = np.flatnonzero(reaches)
     chosen = kd_weights.reshape(-1)[positions]
     read = np.where(chosen != 0, records[positions], -1)
     lost = positions[(chosen != 0) & (read < 0)]
@@ -130,6 +138,7 @@ def micro_batch(
     target: str = "next_token",
     weighted: bool = True,
     counting: int | None = None,
+    multiple: int = 1,
 ) -> MicroBatch:
     """Stacks rows into the tensors of a forward pass, on the CPU.
 
@@ -138,6 +147,7 @@ def micro_batch(
         target: The manifest's: what a label is.
         weighted: Whether weights of documents count; held-out figures are one per counted position.
         counting: How many of the rows count; those behind them fill a forward pass. None: all do.
+        multiple: Of which the number of positions that reach the head is one (`head_positions`).
     """
     rows, records = [row for row, _ in found], [records for _, records in found]
     token_ids, places = model_inputs(rows)
@@ -154,7 +164,7 @@ def micro_batch(
         kd_weights = weights * recorded
         kd_weights /= np.array([[each.share] for each in records], np.float32)
     labels = np.stack([labels_of(row, target)[passes] for row in rows])
-    head = head_positions(labels, weights, kd_weights, recorded)
+    head = head_positions(labels, weights, kd_weights, recorded, multiple=multiple)
     return MicroBatch(
         token_ids=token_ids,
         position_ids=places,

@@ -71,31 +71,40 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
         group["lr"] = rate
 
 
+def gradient_scale(global_weight: Tensor, world_size: int) -> Tensor:
+    """What the sum of losses of a micro-batch is multiplied by, float32 scalar: its part in the global mean.
+
+    Args:
+        global_weight: Sum of the counted positions' weights over all micro-batches of all ranks in this step,
+            float32 scalar.
+        world_size: Number of ranks, over which DeepSpeed averages.
+    """
+    return world_size / global_weight
+
+
 def backward(
     engine: deepspeed.DeepSpeedEngine,
-    loss_sum: Tensor,
-    global_weight: Tensor,
+    loss: Tensor,
     world_size: int,
     *,
     share: Tensor | None = None,
 ) -> None:
     """Accumulates the gradient of (sum of losses over the whole global batch) / (sum of its weights).
 
-    DeepSpeed averages over ranks, hence the factor; it must not divide by the accumulation as well. So the
-    result does not depend on accumulation, ranks or padding (7e-9, measured).
+    DeepSpeed must not divide by the accumulation as well. So the result does not depend on accumulation,
+    ranks or padding (7e-9, measured).
 
     Args:
         engine: The engine whose forward made the loss.
-        loss_sum: Weighted sum of the micro-batch, float32 scalar.
-        global_weight: Sum of the counted positions' weights over all micro-batches of all ranks in this step,
-            float32 scalar.
+        loss: Weighted sum of the micro-batch times `gradient_scale`, float32 scalar. Nothing scales it any
+            more, so that its own upstream gradient is 1.
         world_size: Number of ranks.
         share: What this micro-batch adds to the mean besides, float32 scalar.
     """
-    loss = loss_sum / global_weight
-    if share is not None:
-        loss = loss + share
-    engine.backward(loss * world_size, scale_wrt_gas=False)
+    # A tensor of our own in any case: at stage 0 DeepSpeed divides by the accumulation, whatever it is told,
+    # where it is handed the very output of its forward (seen: 0.17 off).
+    whole = loss.clone() if share is None else loss + share * world_size
+    engine.backward(whole, scale_wrt_gas=False)
 
 
 def parameter_count(student: nn.Module) -> int:

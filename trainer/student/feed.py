@@ -12,6 +12,10 @@ from sparsekd.trainer.run.ranks import Ranks
 from sparsekd.trainer.state.record import Commit
 from sparsekd.trainer.student.setup import Plan
 
+# Positions that reach the row kernels come in multiples of this: shapes repeat, and the products' edges are
+# aligned, for at most 63 positions more. The other implementations gain nothing by it.
+POSITIONS_MULTIPLE = 64
+
 
 def steps_ahead(
     plan: Plan, config: Config, begin: Commit, rows: RowsOrNothing, here: Ranks
@@ -35,5 +39,6 @@ def _batch_of(
     rows: Sequence[SourceRow], plan: Plan, here: Ranks, counting: int | None = None, *, heldout: bool = False
 ) -> MicroBatch:
     target = plan.store.manifest.target
-    batch = micro_batch(rows, target=target, weighted=not heldout, counting=counting)
+    multiple = POSITIONS_MULTIPLE if plan.loss.impl == "triton" else 1
+    batch = micro_batch(rows, target=target, weighted=not heldout, counting=counting, multiple=multiple)
     return pinned(batch) if here.device.type == "cuda" else batch

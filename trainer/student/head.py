@@ -45,7 +45,7 @@ class Probe:
 class WeightedLoss(NamedTuple):
     """The loss of a micro-batch and what it is made of, all weighted sums over its positions."""
 
-    loss: Tensor  # float32 scalar, differentiable
+    loss: Tensor  # float32 scalar, differentiable; times the micro-batch's scale
     parts: Tensor  # float64 (3,): kd by kd_weights, ce by ce_weights, agreement by kd_weights; detached
     router: Tensor | None = None  # float32 scalar, differentiable: a mean over tokens, not part of `loss`
 
@@ -68,6 +68,7 @@ class DistillationHead(nn.Linear):
             return super().forward(input)
         if isinstance(request, Probe):
             return dense_logits(input, self, self.settings.transform)
+        scale = 1.0 if request.scale is None else request.scale
         # Also where no position is left: under ZeRO-3 every rank's head must take part in both passes.
         output = sparse_kd_loss(
             input.flatten(0, -2).index_select(0, request.positions),
@@ -75,8 +76,9 @@ class DistillationHead(nn.Linear):
             bias=self.bias,
             targets=request.targets,
             labels=request.labels,
-            ce_weights=request.ce_weights,
-            kd_weights=request.kd_weights,
+            # Scaled here and not in the loss: the weight's gradient is then made as it is written.
+            ce_weights=request.ce_weights * scale,
+            kd_weights=request.kd_weights * scale,
             objective=self.settings.objective,
             head=self.settings.transform,
             impl=self.settings.impl,

@@ -1,7 +1,7 @@
 """One optimizer step, and what changes with it. Nothing in a step waits for the device."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import deepspeed
@@ -15,7 +15,7 @@ from sparsekd.trainer.data.skipping import RowsOrNothing
 from sparsekd.trainer.run.errors import UserError
 from sparsekd.trainer.run.ranks import Ranks, leave_together
 from sparsekd.trainer.run.vote import Vote
-from sparsekd.trainer.student.engine import backward, local_gradient_norm, set_learning_rate
+from sparsekd.trainer.student.engine import backward, gradient_scale, local_gradient_norm, set_learning_rate
 from sparsekd.trainer.student.setup import Plan
 from sparsekd.trainer.student.speed import Speed
 from sparsekd.trainer.student.spikes import Spikes
@@ -88,9 +88,11 @@ def take_step(
     dist.all_reduce(reduced)
     state.vote.count(reduced[1])
     weight = torch.where(reduced[0] == 0, 1.0, reduced[0])
+    scale = gradient_scale(weight, here.world_size)
     norm = None
     step_sums = no_sums(here.device)
-    for number, batch in enumerate(batches):
+    for number, unscaled in enumerate(batches):
+        batch = replace(unscaled, scale=scale)
         output = engine(batch)
         # A mean over tokens of its own: all micro-batches of all ranks count alike.
         factor = plan.loss.router_coefficient / (len(batches) * here.world_size)
@@ -103,7 +105,7 @@ def take_step(
         if plan.nonfinite_most is not None:
             # So every rank finds it in the gradient's norm, by which DeepSpeed leaves the step out.
             loss = loss * torch.where(is_bad, torch.nan, 1.0)
-        backward(engine, loss, weight, here.world_size, share=share)
+        backward(engine, loss, here.world_size, share=share)
         if engine.is_gradient_accumulation_boundary():
             norm = local_gradient_norm(engine)
         engine.step()

@@ -21,9 +21,11 @@ def no_sums(device: torch.device) -> Tensor:
 
 
 def sums_of(output: WeightedLoss, batch: MicroBatch) -> Tensor:
-    """The sums of one micro-batch, float64 (9,)."""
+    """The sums of one micro-batch, float64 (9,), without its scale."""
     weights = [batch.weight_sum.double(), batch.kd_weights.double().sum(), batch.ce_weights.double().sum()]
     loss = output.loss.detach().double()
+    if batch.scale is not None:
+        loss = loss / batch.scale.double()
     nothing = torch.zeros_like(loss)
     router = [nothing, nothing] if output.router is None else [output.router.detach().double(), nothing + 1]
     return torch.cat([loss.reshape(1), output.parts, torch.stack([*weights, *router])])

@@ -32,6 +32,7 @@ from sparsekd.trainer.student.head import (
     Student,
     make_distillation_head,
 )
+from sparsekd.trainer.student.sums import sums_of
 
 VOCABULARY = 97
 MANIFEST = synthetic_manifest(vocabulary_size=VOCABULARY, sequence_length=32, k=3, n=4)
@@ -107,6 +108,23 @@ def weighted_batch() -> MicroBatch:
     for name, value in NOTHING.items():
         planes[name][nothing] = value
     return replace(some, ce_weights=ce_weights, kd_weights=kd_weights, targets=SparseTargets(**planes))
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_the_scale_is_of_the_gradient_alone(impl: str) -> None:
+    """Loss and gradients are multiplied by it; what is logged is not."""
+    student, plain = Student(llama(), replace(settings(), impl=impl)), weighted_batch()
+    found = []
+    for some in (plain, replace(plain, scale=torch.tensor(0.37))):
+        student.zero_grad()
+        output = student(some)
+        output.loss.backward()
+        gradient = torch.cat([value.grad.flatten() for value in student.parameters()])
+        found.append((output.loss.item(), gradient, sums_of(output, some)))
+    (loss, gradient, sums), (scaled_loss, scaled_gradient, scaled_sums) = found
+    assert scaled_loss == pytest.approx(0.37 * loss, rel=1e-6)
+    assert torch.allclose(scaled_gradient, 0.37 * gradient, rtol=1e-4, atol=1e-7)
+    assert torch.allclose(scaled_sums, sums, rtol=1e-6) and torch.equal(scaled_sums[1:], sums[1:])
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
