@@ -43,6 +43,7 @@ def teacher_identity(
         "micro_batch_rows": config.micro_batch_rows,
         "chunk_positions": config.chunk_positions,
         "impl": config.impl,
+        **({"tensor_parallel": config.tensor_parallel} if config.tensor_parallel > 1 else {}),
         **({"quantization": quantization} if quantization is not None else {}),
     }
     packages: tuple[str, ...] = MODEL_PACKAGES
