@@ -183,6 +183,11 @@ def test_teachers_that_cannot_be_divided_are_refused(
     assert not (tmp_path / "store").exists()
 
 
+def test_other_verbs_do_not_divide_a_teacher(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "teacher.tensor_parallel=2"]) == 2
+    assert "leave it out of `evaluate`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
