@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from sparsekd.kernels.objective import HeadTransform
+from sparsekd.kernels.shard import VocabularyShard
 from sparsekd.kernels.teacher_memory import positions_rule
 from sparsekd.kernels.teacher_record import TeacherInputs, TeacherStatistics
+from sparsekd.kernels.teacher_shard import own_columns
 from sparsekd.kernels.teacher_torch import torch_statistics
 
 IMPLEMENTATIONS: tuple[str, ...] = ("torch", "triton")
@@ -32,6 +34,7 @@ def teacher_statistics(
     uniforms: Tensor,
     chunk_positions: int | None = None,
     impl: str = "torch",
+    shard: VocabularyShard | None = None,
 ) -> TeacherStatistics:
     """The teacher's record of N positions, from float32 logits, a chunk at a time.
 
@@ -54,11 +57,15 @@ def teacher_statistics(
         uniforms: float64 [N, n] in [0, 1), one per draw; they decide the draws and nothing else does.
         chunk_positions: positions whose logits exist at one time; None takes `teacher_memory.positions_rule`.
         impl: "torch" (any device) or "triton" (CUDA).
+        shard: which rows of the head `weight` and `bias` are, where it is split over ranks (`torch` only):
+            every rank of the group calls with the same positions, and has the whole record.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value.
     """
     _check(hidden, weight, bias, labels, head, k, n, uniforms, chunk_positions)
+    _check_rows(weight, head, shard)
+    _expect(shard is None or impl == "torch", "impl", repr(impl), "'torch' for a head split over ranks")
     _check_implementation(impl, hidden)
     inputs = TeacherInputs(
         hidden=hidden,
@@ -71,6 +78,7 @@ def teacher_statistics(
         draw_temperature=draw_temperature,
         uniforms=uniforms,
         chunk_positions=chunk_positions or positions_rule(impl, head.vocabulary_size),
+        shard=shard,
     )
     if impl == "torch":
         return torch_statistics(inputs)
@@ -97,7 +105,6 @@ def _check(
     _expect(
         weight.shape[1] == hidden.shape[1], "weight's shape", tuple(weight.shape), f"[V, {hidden.shape[1]}]"
     )
-    _expect(0 < size <= rows, "head.vocabulary_size", size, f"a number from 1 to the weight's {rows} rows")
     _expect(
         bias is None or bias.shape == (rows,), "bias", bias is not None and tuple(bias.shape), f"({rows},)"
     )
@@ -112,6 +119,18 @@ def _check(
         chunk_positions,
         "None or a number > 0",
     )
+
+
+def _check_rows(weight: Tensor, head: HeadTransform, shard: VocabularyShard | None) -> None:
+    """The weight has the rows of the true vocabulary, or a part of them."""
+    rows, size = weight.shape[0], head.vocabulary_size
+    if shard is None:
+        _expect(
+            0 < size <= rows, "head.vocabulary_size", size, f"a number from 1 to the weight's {rows} rows"
+        )
+        return
+    found = own_columns(shard, rows, size)
+    _expect(found > 0, "shard.start", shard.start, f"below the vocabulary size {size}, with rows behind it")
 
 
 def _check_implementation(impl: str, hidden: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsekd.kernels.objective import HeadTransform
+from sparsekd.kernels.shard import VocabularyShard
 
 
 class TeacherStatistics(NamedTuple):
@@ -52,6 +53,7 @@ class TeacherInputs(NamedTuple):
     draw_temperature: float
     uniforms: Tensor
     chunk_positions: int
+    shard: VocabularyShard | None = None
 
 
 class SumsOfRest(NamedTuple):

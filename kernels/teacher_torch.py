@@ -5,7 +5,8 @@ it reads them a dozen times and they stay in the cache. So a chunk of logits is 
 in slices. Neither a row's largest entries nor its draws need an order of the row: both are looked for in the
 few parts of it that can hold them.
 
-N positions, C positions of a slice, V vocabulary (true), k head, n draws, G grid temperatures.
+N positions, C positions of a slice, V vocabulary (true; of a split head, this rank's part of it), k head,
+n draws, G grid temperatures.
 """
 
 import math
@@ -20,6 +21,7 @@ from sparsekd.kernels.gemm import (
     wide_dtype,
     wide_product,
 )
+from sparsekd.kernels.shard import VocabularyShard
 from sparsekd.kernels.teacher_memory import PART, torch_slice
 from sparsekd.kernels.teacher_record import (
     SumsOfRest,
@@ -29,14 +31,24 @@ from sparsekd.kernels.teacher_record import (
     sums_of_rest,
     whole_entropy,
 )
+from sparsekd.kernels.teacher_shard import (
+    added,
+    drawn_by_all,
+    highest,
+    own_columns,
+    points_here,
+    values_at,
+    whole_head,
+)
 
 
 def torch_statistics(inputs: TeacherInputs) -> TeacherStatistics:
     """The record of N positions."""
-    hidden, size = inputs.hidden, inputs.head.vocabulary_size
+    hidden, whole = inputs.hidden, inputs.head.vocabulary_size
+    size = own_columns(inputs.shard, inputs.weight.shape[0], whole)
     count, dtype = hidden.shape[0], wide_dtype(hidden.dtype)
     chunk = min(inputs.chunk_positions, max(count, 1))
-    step = torch_slice(chunk, inputs.uniforms.shape[1], size, on_cpu=not hidden.is_cuda)
+    step = torch_slice(chunk, inputs.uniforms.shape[1], whole, on_cpu=not hidden.is_cuda)
     bias = None if inputs.bias is None else inputs.bias[:size].to(dtype)
     sums = sums_of_rest(inputs.temperatures, inputs.draw_temperature)
     slices = []
@@ -73,14 +85,21 @@ def _one_slice(
     rest, so that no powers but those of the rest are made: their sum and the head's is the normaliser.
     """
     rest, powers = scratch[:, : logits.shape[0]]
-    label_logits = logits.gather(1, labels.clamp_min(0)[:, None])[:, 0]
-    head_ids, maximum, known = largest_ids(logits, inputs.k)
-    head_logits = logits.gather(1, head_ids)
+    shard = inputs.shard
+    label_logits = values_at(logits, labels.clamp_min(0)[:, None], shard)[:, 0]
+    columns, others, known = largest_ids(logits, min(inputs.k, logits.shape[1]))
+    columns, entries = in_order(columns, logits.gather(1, columns))
+    head = whole_head(columns, entries, inputs.k, shard)
+    if shard is not None:
+        # Largest entries of this rank that are in no head are of the rest.
+        others = torch.cat([others, torch.where(head.is_in, -torch.inf, entries)], 1).amax(1, keepdim=True)
+        known = torch.full_like(others, torch.nan)
+    maximum = highest(others, shard)
     reference = torch.where(maximum == -torch.inf, 0.0, maximum)  # an empty rest has no largest entry
     # The largest of each rest becomes 0; NaN stays. What is of the head is held finite: 0 times -inf is NaN.
     lowest = torch.finfo(rest.dtype).min
-    torch.sub(logits.scatter_(1, head_ids, lowest), reference, out=rest)
-    log_totals, entropies = {}, {}
+    torch.sub(logits.scatter_(1, columns, torch.where(head.is_in, lowest, entries)), reference, out=rest)
+    sums_of_rank, weighted_of_rank = [], []
     tail = coalesce_draws(uniforms.int()[:, :0])
     for index, temperature in enumerate(sums.temperatures):
         if sums.squares[index]:
@@ -88,27 +107,32 @@ def _one_slice(
         else:
             torch.div(rest, temperature, out=powers).exp_()
         masses = part_masses(powers)
-        total = masses.sum(1)
-        some = total != 0  # NaN is no empty rest
-        log_totals[temperature] = torch.where(some, torch.where(some, total, 1.0).log(), -torch.inf)
+        sums_of_rank.append(masses.sum(1))
         if index in sums.entropies:
             weighted = torch.mul(powers, rest, out=logits).sum(1)
             if not weighted.isfinite().all():  # an entry of -inf is outside, too
                 weighted = torch.mul(powers, rest.clamp_(min=lowest), out=logits).sum(1)
-            # -sum p log p = log total - sum of powers * rest / T / total.
-            weighted = weighted / temperature / torch.where(some, total, 1.0)
-            entropies[temperature] = torch.where(some, log_totals[temperature] - weighted, 0.0)
+            weighted_of_rank.append(weighted / temperature)
         if index == sums.drawn:
-            tail = draw_tail(powers, uniforms, masses)
+            tail = draw_tail(powers, uniforms, masses, shard)
+    totals = added(torch.stack([*sums_of_rank, *weighted_of_rank]), shard)
+    weighted_totals = iter(totals[len(sums_of_rank) :])
+    log_totals, entropies = {}, {}
+    for index, (temperature, total) in enumerate(zip(sums.temperatures, totals, strict=False)):
+        some = total != 0  # NaN is no empty rest
+        log_totals[temperature] = torch.where(some, torch.where(some, total, 1.0).log(), -torch.inf)
+        if index in sums.entropies:
+            # -sum p log p = log total - sum of powers * rest / T / total.
+            mean = next(weighted_totals) / torch.where(some, total, 1.0)
+            entropies[temperature] = torch.where(some, log_totals[temperature] - mean, 0.0)
     of_rest = log_totals[1.0][:, None] + reference
-    normaliser = torch.where(
-        known.isnan(), torch.cat([head_logits, of_rest], 1).logsumexp(1, keepdim=True), known
-    )
-    head_ids, head_logprobs = in_order(head_ids, head_logits - normaliser)
+    normaliser = torch.cat([head.values, of_rest], 1).logsumexp(1, keepdim=True)
+    normaliser = torch.where(known.isnan(), normaliser, known)
+    head_ids, head_logprobs = in_order(head.ids, head.values - normaliser)
     offset = (reference - normaliser)[:, 0]
     log_sums = {T: total + offset / T for T, total in log_totals.items()}
     tail_ids, tail_counts = tail
-    tail_logprobs = rest.gather(1, tail_ids.clamp_min(0).long()) + offset[:, None]
+    tail_logprobs = values_at(rest, tail_ids.clamp_min(0).long(), shard) + offset[:, None]
     log_rest = [log_sums[temperature] for temperature in inputs.temperatures]
     drawn_at = inputs.draw_temperature
     return TeacherStatistics(
@@ -200,7 +224,9 @@ def part_masses(powers: Tensor) -> Tensor:
     )
 
 
-def draw_tail(powers: Tensor, uniforms: Tensor, masses: Tensor) -> tuple[Tensor, Tensor]:
+def draw_tail(
+    powers: Tensor, uniforms: Tensor, masses: Tensor, shard: VocabularyShard | None = None
+) -> tuple[Tensor, Tensor]:
     """Draws with replacement from powers / their sum by inverse CDF, coalesced.
 
     A draw finds its part by the parts' cumulative sums, and its entry by those inside of the part; where the
@@ -210,27 +236,43 @@ def draw_tail(powers: Tensor, uniforms: Tensor, masses: Tensor) -> tuple[Tensor,
         powers: [C, V] unnormalised probabilities, the largest of a row 1; a row of zeros gives no draws.
         uniforms: float64 [C, n] in [0, 1).
         masses: of the parts of `powers`, from `part_masses`.
+        shard: where the powers are those of this rank's columns.
 
     Returns:
         (ids int32 [C, n] distinct, ascending, padded with -1; counts int32 [C, n] padded with 0).
     """
     if uniforms.numel() == 0:
         return coalesce_draws(uniforms.int())
-    size = powers.shape[1]
-    if uniforms.shape[1] * PART >= size:
-        cumulative = powers.to(torch.float64, copy=True).cumsum_(1)
-        drawn = _first_above(cumulative, uniforms * cumulative[:, -1:])
-        return coalesce_draws(torch.where(cumulative[:, -1:] > 0, drawn, -1))
+    in_parts = uniforms.shape[1] * PART < powers.shape[1]
     # float64: in float32 a cumulative sum over 10^5 entries loses those below its 10^-7.
-    cumulative = masses.double().cumsum_(1)
-    points = uniforms * cumulative[:, -1:]
-    part = _first_above(cumulative, points)  # (C, n)
-    before = torch.where(part > 0, cumulative.gather(1, (part - 1).clamp_min(0)), 0.0)
-    columns = part[:, :, None] * PART + torch.arange(PART, device=powers.device)  # (C, n, PART)
-    entries = powers.gather(1, columns.clamp_max(size - 1).flatten(1)).view(columns.shape)
-    inside = torch.where(columns < size, entries, 0.0).double().cumsum_(2)
-    drawn = part * PART + _first_above(inside, (points - before)[:, :, None])[:, :, 0]
-    return coalesce_draws(torch.where(cumulative[:, -1:] > 0, drawn, -1))
+    summands = masses.double() if in_parts else powers.to(torch.float64, copy=True)
+    cumulative = summands.cumsum_(1)
+    total = cumulative[:, -1:]
+    if shard is None:
+        drawn = _columns_at(powers, cumulative, uniforms * total, in_parts=in_parts)
+        return coalesce_draws(torch.where(total > 0, drawn, -1))
+    is_here, points = points_here(total[:, 0], uniforms, shard)
+    drawn = _columns_at(powers, cumulative, points, in_parts=in_parts)
+    return coalesce_draws(drawn_by_all(drawn, is_here, shard))
+
+
+def _columns_at(powers: Tensor, cumulative: Tensor, points: Tensor, *, in_parts: bool) -> Tensor:
+    """The column in which each point lies, int64 [C, n].
+
+    Args:
+        powers: [C, V].
+        cumulative: float64, sums of the columns or of the parts.
+        points: float64 [C, n], from 0 to the last of these sums.
+        in_parts: whether `cumulative` is of parts.
+    """
+    found = _first_above(cumulative, points)  # (C, n)
+    if not in_parts:
+        return found
+    before = torch.where(found > 0, cumulative.gather(1, (found - 1).clamp_min(0)), 0.0)
+    columns = found[:, :, None] * PART + torch.arange(PART, device=powers.device)  # (C, n, PART)
+    entries = powers.gather(1, columns.clamp_max(powers.shape[1] - 1).flatten(1)).view(columns.shape)
+    inside = torch.where(columns < powers.shape[1], entries, 0.0).double().cumsum_(2)
+    return found * PART + _first_above(inside, (points - before)[:, :, None])[:, :, 0]
 
 
 def _first_above(cumulative: Tensor, points: Tensor) -> Tensor:

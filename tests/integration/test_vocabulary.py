@@ -18,7 +18,7 @@ from sparsekd.trainer.models.source import student_source
 from sparsekd.trainer.run.errors import DataError, ModelError
 from sparsekd.trainer.run.ranks import Ranks
 from sparsekd.trainer.student.model import check_student
-from sparsekd.trainer.teacher.capture import _checked_teacher
+from sparsekd.trainer.teacher.capture import _loaded_teacher
 from sparsekd.trainer.teacher.capture import run as capture
 from sparsekd.trainer.teacher.verify import run as verify
 
@@ -184,7 +184,8 @@ def test_of_the_ranks_of_a_capture_the_first_alone_looks_for_ids_that_the_teache
     monkeypatch.setattr(LogitStore, "read_planes", lambda *words: reads.append(rank) or read(*words))
     for rank in range(2):
         place = Ranks(rank, rank, 2, torch.device("cpu"))
-        opened = _checked_teacher(config, str(teacher), tokens, place)
+        used = UsedIds(tokens, looks=place.is_first)
+        opened = _loaded_teacher(config, str(teacher), used, place)
         assert opened.transform.vocabulary_size == VOCABULARY
     assert reads.count(0) >= sum(tokens.rows(split) for split in tokens.manifest.splits)
     assert reads.count(1) < reads.count(0) / 2  # for the probe alone

@@ -131,6 +131,7 @@ def check_for_verb(config: Config, verb: str) -> None:
         "plan": _check_plan,
     }
     _check_placement(config.teacher)
+    _check_tensor_parallel(config, verb)
     if verb in checks:
         checks[verb](config)
 
@@ -246,6 +247,27 @@ def _check_placement(teacher: TeacherConfig) -> None:
                 f"teacher.max_memory={{{name}: {size}}}: expected a GPU's number or cpu, and a size such as "
                 "70GiB or 500MB."
             )
+
+
+def _check_tensor_parallel(config: Config, verb: str) -> None:
+    teacher = config.teacher
+    if teacher.tensor_parallel == 1:
+        return
+    asked = f"teacher.tensor_parallel={teacher.tensor_parallel}"
+    if verb != "capture":
+        raise ConfigError(
+            f"{asked} divides the teacher of `capture` among its ranks; leave it out of `{verb}`, where "
+            "teacher.device_map=auto divides a teacher."
+        )
+    others = {
+        "teacher.device_map": teacher.device_map,
+        "teacher.quantization": teacher.quantization,
+        "teacher.impl": "triton" if teacher.impl == "triton" else None,
+        "store.features": config.store.features or None,
+    }
+    for key, value in others.items():
+        if value is not None:
+            raise ConfigError(f"{asked} does not go with {key}={value}; leave one of the two out.")
 
 
 def _check_train(config: Config) -> None:

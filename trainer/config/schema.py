@@ -104,6 +104,12 @@ class TeacherConfig:
         "teacher beyond one device, in one process a machine. null: whole on one device.",
         choices=("auto", "balanced", "balanced_low_0", "sequential"),
     )
+    tensor_parallel: int = option(
+        1,
+        "Ranks of `capture` that hold one teacher together, each a part of every layer and of the head, by "
+        "transformers' tensor-parallel plan: all ranks of the job. A part of the records' identity.",
+        minimum=1,
+    )
     max_memory: dict[Any, Any] = option(
         {},
         "With teacher.device_map: what each GPU, by its number, and cpu may hold of the weights, such as "

@@ -21,7 +21,7 @@ from sparsekd.kernels.objective import HeadTransform
 from sparsekd.logit_store.errors import first_line
 from sparsekd.trainer.models.config_fields import check_fields, made_config
 from sparsekd.trainer.models.gguf_file import gguf_problem
-from sparsekd.trainer.models.placement import WHOLE, Placement, is_placed, resident_head
+from sparsekd.trainer.models.placement import WHOLE, Placement, is_placed, resident_head, whole
 from sparsekd.trainer.run.errors import ModelError
 
 # What transformers' errors about an attention implementation have in common with no others.
@@ -116,6 +116,11 @@ def load_causal_lm(
     Raises:
         ModelError: The model cannot be loaded; the message says from where and why.
     """
+    if source.gguf_file is not None and source.placement.tensor_parallel > 1:
+        raise ModelError(
+            f"{source.named} is a GGUF file, which is not divided among ranks: leave {key}.tensor_parallel out, "
+            "or name the model as transformers saves it."
+        )
     try:
         if source.path is None:
             # Not checked again: that would build a model, here perhaps of partitioned parameters.
@@ -186,6 +191,9 @@ def _load_problem(source: ModelSource, key: str, error: Exception) -> str:
         return f"{what}: {gguf_problem(source.gguf_file, error)}"
     if source.path is None:
         return f"{what} does not make a model ({reason}); compare it with the model type's own fields."
+    if source.placement.tensor_parallel > 1 and isinstance(error, ValueError):
+        ranks = source.placement.tensor_parallel
+        return f"{what} cannot be loaded with {key}.tensor_parallel={ranks}: {reason}."
     hint = (
         "the folder holds no model that transformers can load"
         if Path(source.path).is_dir()
@@ -340,9 +348,9 @@ def dense_logits(
             f"{hidden.shape[-1]:,}: something stands between them that sparsekd does not know (ELECTRA and "
             "RoFormer are so); choose a model whose head reads the decoder's hidden states."
         )
-    logits = torch.nn.functional.linear(hidden.float(), head.weight.float())
+    logits = torch.nn.functional.linear(hidden.float(), whole(head.weight).float())
     if head.bias is not None:
-        logits = logits + head.bias.float()
+        logits = logits + whole(head.bias).float()
     logits = transform.scale * logits[..., : transform.vocabulary_size]
     if transform.softcap is not None:
         logits = transform.softcap * torch.tanh(logits / transform.softcap)

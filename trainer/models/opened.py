@@ -24,6 +24,7 @@ from sparsekd.trainer.models.causal_lm import (
     load_config,
     model_arguments,
 )
+from sparsekd.trainer.models.placement import check_head_part
 from sparsekd.trainer.models.probe import check_probe, probe_rows, watched_parts
 from sparsekd.trainer.run.errors import ModelError
 
@@ -107,6 +108,7 @@ def open_model(
         name=source.named,
         remedy=remedy,
     )
+    check_head_part(head, vocabulary, source.named)
     opened = OpenModel(
         model,
         decoder,

@@ -1,16 +1,24 @@
-"""Models that do not fit one device as they are saved: of fewer bits, over several devices, host and disk.
+"""Models that do not fit one device as they are saved: of fewer bits, over several devices, host and disk, or
+several ranks.
 
 transformers, accelerate and bitsandbytes do the work. What is here says it to them, and gives the head's
 weight to those who multiply by it themselves.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from sparsekd.kernels.shard import VocabularyShard
+from sparsekd.trainer.run.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -21,11 +29,14 @@ class Placement:
         quantization: `int8` or `nf4`, of bitsandbytes; None for the folder's own, or none.
         device_map: How accelerate divides the layers among all devices that it sees; None for one device.
         max_memory: That each device, by its number, and `cpu` may hold of them, such as "70GiB".
+        tensor_parallel: Ranks of the job that hold one model together, each a part of every layer; 1 for a
+            whole model on each.
     """
 
     quantization: str | None = None
     device_map: str | None = None
     max_memory: Mapping[str | int, str] = field(default_factory=dict)
+    tensor_parallel: int = 1
 
     def arguments(self, config: PretrainedConfig, device: torch.device) -> dict[str, Any]:
         """What `from_pretrained` is told.
@@ -36,7 +47,15 @@ class Placement:
 
         Raises:
             ImportError: bitsandbytes is needed and not installed.
+            ValueError: The model cannot be divided among the ranks.
         """
+        if self.tensor_parallel > 1:
+            if (problem := _tensor_parallel_problem(config, self, device)) is not None:
+                raise ValueError(problem)
+            if device.index is not None:
+                # Where transformers looks for the GPU; Slurm may show a task none but its own.
+                os.environ["LOCAL_RANK"] = str(device.index)
+            return {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=self.tensor_parallel)}
         found: dict[str, Any] = {}
         if self.quantization is not None:
             found["quantization_config"] = _of_bitsandbytes(self.quantization)
@@ -74,9 +93,34 @@ def quantization_of(
     return str(getattr(method, "value", method) or "unnamed")
 
 
+def _tensor_parallel_problem(
+    config: PretrainedConfig, placement: Placement, device: torch.device
+) -> str | None:
+    """Why transformers' plan cannot divide a model among the ranks of this job, for a message."""
+    ranks = placement.tensor_parallel
+    here = dist.get_world_size() if dist.is_initialized() else 1
+    if here != ranks:
+        return f"it was to be divided among {ranks} ranks, and there are {here}"
+    text = config.get_text_config()
+    if not getattr(text, "base_model_tp_plan", None):
+        return f"transformers has no tensor-parallel plan for its type, {text.model_type}"
+    if (method := quantization_of(config, placement)) is not None:
+        return f"it is quantised by {method}, and tensor_parallel takes weights as they are trained"
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        number = getattr(text, name, None)
+        if isinstance(number, int) and number % ranks:
+            return f"its {name}={number} cannot be divided among {ranks} ranks"
+    accelerator = torch.accelerator.current_accelerator()
+    found = "cpu" if accelerator is None else accelerator.type
+    if found != device.type:
+        return f"transformers divides it on {found}, and launch.device asks for {device.type}"
+    return None
+
+
 def is_placed(model: PreTrainedModel) -> bool:
     """Whether a model is already where it belongs."""
-    return getattr(model, "hf_device_map", None) is not None
+    is_divided = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return is_divided or getattr(model, "hf_device_map", None) is not None
 
 
 def where(model: PreTrainedModel) -> str:
@@ -100,3 +144,58 @@ def resident_head(head: nn.Linear) -> nn.Linear:
         setattr(here, name, nn.Parameter(value.detach().clone(), requires_grad=False))
     hook.post_forward(head, None)
     return here
+
+
+class HeadPart(NamedTuple):
+    """What this rank holds of a linear head.
+
+    Attributes:
+        weight: [rows, H].
+        bias: [rows] or None.
+        shard: Which rows of the whole head these are; None for all of them.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    shard: VocabularyShard | None
+
+
+def head_part(head: nn.Linear) -> HeadPart:
+    """The rows of a head on this rank."""
+    weight, bias = head.weight, head.bias
+    if not isinstance(weight, DTensor):
+        return HeadPart(weight, bias, None)
+    group = weight.device_mesh.get_group()
+    # As torch.chunk divides: all ranks hold as many rows, but for the last ones.
+    step = -(-weight.shape[0] // dist.get_world_size(group))
+    start = min(dist.get_rank(group) * step, weight.shape[0])
+    own_bias = bias.to_local() if isinstance(bias, DTensor) else bias
+    return HeadPart(weight.to_local(), own_bias, VocabularyShard(group=group, start=start))
+
+
+def check_head_part(head: nn.Linear, vocabulary_size: int, name: str) -> None:
+    """Refuses a head of which a rank holds padding alone.
+
+    Args:
+        head: Of the model.
+        vocabulary_size: The true one.
+        name: How the model is named in messages.
+
+    Raises:
+        ModelError: It is so, on any rank.
+    """
+    weight = head.weight
+    if not isinstance(weight, DTensor):
+        return
+    ranks = weight.device_mesh.size()
+    step = -(-weight.shape[0] // ranks)
+    if (ranks - 1) * step >= vocabulary_size:
+        raise ModelError(
+            f"The last of {ranks} ranks would hold none of the {vocabulary_size:,} ids of {name}, whose head "
+            f"has {weight.shape[0]:,} rows; set teacher.tensor_parallel to fewer ranks."
+        )
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A parameter as it is saved, gathered from all ranks where it is divided."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight

@@ -19,7 +19,9 @@ def teacher_source(config: TeacherConfig, path: str) -> ModelSource:
         attention=config.attention,
         trust_remote_code=config.trust_remote_code,
         setting="teacher.path",
-        placement=Placement(config.quantization, config.device_map, config.max_memory),
+        placement=Placement(
+            config.quantization, config.device_map, config.max_memory, config.tensor_parallel
+        ),
         gguf_file=gguf_file_of(path, config.gguf_file, setting="teacher.path"),
     )
 

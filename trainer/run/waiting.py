@@ -127,11 +127,11 @@ def _verdict(here: Ranks, store: Store, is_over: threading.Event, watch: StopWat
         store.set(_ASKED, json.dumps(asdict(watch.request)))
     if not here.is_first:
         seconds = _SECONDS_BETWEEN_LOOKS if is_over.is_set() else 0.0
-        return store.get(_VERDICT).decode() if _are_there(store, [_VERDICT], seconds) else None
+        return store.get(_VERDICT).decode() if are_there(store, [_VERDICT], seconds) else None
     everyones = [f"done/{rank}" for rank in range(here.world_size)]
     if store.check([_ASKED]):
         verdict = store.get(_ASKED).decode()
-    elif is_over.is_set() and _are_there(store, everyones, _SECONDS_BETWEEN_LOOKS):
+    elif is_over.is_set() and are_there(store, everyones, _SECONDS_BETWEEN_LOOKS):
         verdict = _GO_ON
     else:
         return None
@@ -141,7 +141,7 @@ def _verdict(here: Ranks, store: Store, is_over: threading.Event, watch: StopWat
     return verdict
 
 
-def _are_there(store: Store, names: list[str], seconds: float) -> bool:
+def are_there(store: Store, names: list[str], seconds: float) -> bool:
     """Whether a store has all of these, now or within some seconds."""
     if store.check(names):
         return True

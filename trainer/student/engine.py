@@ -4,7 +4,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import groups
+from deepspeed.utils import groups, set_z3_leaf_module
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -52,10 +52,25 @@ def adamw(model: nn.Module, optimizer: OptimizerConfig) -> torch.optim.AdamW:
     )
 
 
+def gather_experts_together(student: nn.Module) -> None:
+    """Has ZeRO-3 gather the experts of a list, and what stands beside them, whenever their block is called.
+
+    It gathers a module's parameters when that is called, by collectives of all ranks. But ranks call other
+    experts, each those to which its tokens are routed: each would wait for its own. DeepSpeed knows three
+    classes of such blocks by name. Experts in one tensor, as those of transformers are, need nothing.
+    """
+    for block in student.modules():
+        if any(
+            isinstance(child, nn.ModuleList) and "expert" in name for name, child in block.named_children()
+        ):
+            set_z3_leaf_module(block, True)
+
+
 def build_engine(
     student: nn.Module, settings: dict[str, Any], optimizer: OptimizerConfig
 ) -> deepspeed.DeepSpeedEngine:
     """Hands the student to DeepSpeed; `settings` is what `deepspeed_config` returned."""
+    gather_experts_together(student)
     engine, *_ = deepspeed.initialize(
         model=student, optimizer=adamw(student, optimizer), config=settings, dist_init_required=False
     )

@@ -45,17 +45,18 @@ from sparsekd.trainer.models.opened import OpenModel
 from sparsekd.trainer.models.placement import where
 from sparsekd.trainer.run.errors import ConfigError, DataError, Stopped
 from sparsekd.trainer.run.lost import lost_ranks_named
-from sparsekd.trainer.run.ranks import Ranks, on_first, ranks, together
-from sparsekd.trainer.run.stop import StopWatch, watched
+from sparsekd.trainer.run.ranks import Ranks, leave_together, on_first, ranks, together
+from sparsekd.trainer.run.stop import StopRequest, StopWatch, watched
 from sparsekd.trainer.run.waiting import patiently
 from sparsekd.trainer.teacher.features import make_features, read_projections
 from sparsekd.trainer.teacher.model import check_teacher_tokenizer, load_teacher
 from sparsekd.trainer.teacher.records import recorded_rows
+from sparsekd.trainer.teacher.replica import Leader, follow
 from sparsekd.trainer.teacher.settings import resolved_settings
 from sparsekd.trainer.teacher.summary import summary_of
-from sparsekd.trainer.teacher.units import Shard, rows_of_unit, turns_of, units_of_tokens
+from sparsekd.trainer.teacher.units import Shard, Unit, rows_of_unit, turns_of, units_of_tokens
 from sparsekd.trainer.teacher.weights import teacher_identity, teacher_name
-from sparsekd.trainer.teacher.work import Worker, leases_are_possible
+from sparsekd.trainer.teacher.work import Compute, Worker, leases_are_possible
 
 # Rows that are read for the summary at the end, evenly spaced: a mean over more says nothing new.
 SUMMARY_ROWS = 256
@@ -93,12 +94,11 @@ def run(config: Config, watch: StopWatch | None = None) -> None:
             lost_ranks_named(place, "captures what is missing"),
         ):
             begun = _begin(config, path, tokens_path, teacher_path, place, watch)
-        # No rank needs another one from here on: what befalls one costs the others nothing.
-        worker = _worker(begun, path, watch)
-        stopped = worker.work()
-        if stopped is None:
-            was_sealed = worker.seal()
-            stopped = watch.request if was_sealed is None else None
+            if begun.settings.tensor_parallel > 1:
+                stopped, was_sealed = _work_as_one(begun, path, watch)
+        if begun.settings.tensor_parallel == 1:
+            # No rank needs another one from here on: what befalls one costs the others nothing.
+            stopped, was_sealed = _work(_worker(begun, path, watch), watch)
     if stopped is not None:
         raise Stopped(f"{path} was asked to stop ({stopped}); every unit that was begun is written")
     if was_sealed or (begun.was_sealed and place.is_first):
@@ -138,11 +138,17 @@ def _begin(
     vocabulary_size = tokens.manifest.tokenizer.vocabulary_size
     settings = together(place, lambda: resolved_settings(config.teacher, place.device, vocabulary_size))
     config = replace(config, teacher=settings)
+    if settings.tensor_parallel not in (1, place.world_size):
+        leave_together(place, _other_ranks(settings.tensor_parallel, place.world_size))
     if not (place.is_first and sys.stderr.isatty()):
         disable_progress_bar()  # of transformers: one bar for each rank, and none of use in a log
     if place.is_first:
         _announce(config, path, teacher_path, tokens, place)
-    teacher = together(place, lambda: _checked_teacher(config, teacher_path, tokens, place))
+    # Apart from its loading, in which the ranks of a divided teacher wait for one another.
+    # Those of a divided teacher would wait in its probe for a first rank that has found something: all look.
+    used = UsedIds(tokens, looks=place.is_first or settings.tensor_parallel > 1)
+    together(place, lambda: _check_tokenizer(settings, teacher_path, used, place))
+    teacher = together(place, lambda: _loaded_teacher(config, teacher_path, used, place))
     identity = on_first(
         place,
         patiently(place, lambda: _identity(config, teacher_path, teacher, place), watch),
@@ -161,25 +167,63 @@ def _array_share() -> tuple[int, int]:
         raise ConfigError(str(error)) from error
 
 
-def _worker(begun: _Begun, path: StorePath, watch: StopWatch) -> Worker:
-    """This rank's worker, with its share of all workers that are known to be."""
+def _work(worker: Worker, watch: StopWatch) -> tuple[StopRequest | None, bool]:
+    """Works until the store is sealed; why it was stopped before, and whether this worker sealed it."""
+    stopped = worker.work()
+    if stopped is not None:
+        return stopped, False
+    was_sealed = worker.seal()
+    return (watch.request if was_sealed is None else None), bool(was_sealed)
+
+
+def _work_as_one(begun: _Begun, path: StorePath, watch: StopWatch) -> tuple[StopRequest | None, bool]:
+    """`_work` of all ranks together, which are one replica: the first is its worker."""
+    units = _units(begun, path)
+    compute = partial(_rows_of_unit, begun)
+    if not begun.place.is_first:
+        return follow(begun.place, units, compute, watch), False
+    leader = Leader(begun.place, units, compute, watch)
+    try:
+        stopped, was_sealed = _work(_worker(begun, path, watch, leader.compute), watch)
+    except BaseException:
+        leader.fail()
+        raise
+    leader.end(stopped)
+    return stopped, was_sealed
+
+
+def _units(begun: _Begun, path: StorePath) -> dict[Shard, list[Unit]]:
+    return units_of_tokens(begun.tokens, _unit_rows(begun.settings, path, begun.manifest))
+
+
+def _rows_of_unit(begun: _Begun, unit: Unit) -> list[Row]:
+    return captured_rows(
+        begun.settings,
+        begun.manifest,
+        begun.tokens,
+        begun.teacher,
+        begun.projections,
+        (unit.split, unit.shard),
+        unit.rows,
+    )
+
+
+def _worker(begun: _Begun, path: StorePath, watch: StopWatch, compute: Compute | None = None) -> Worker:
+    """This rank's worker, with its share of all workers that are known to be.
+
+    Args:
+        compute: Gives the rows of a unit, where all ranks together are one worker.
+    """
     place = begun.place
     job, jobs = begun.array_share
-    units = units_of_tokens(begun.tokens, _unit_rows(begun.settings, path, begun.manifest))
+    number, workers = (place.rank, place.world_size) if compute is None else (0, 1)
+    units = _units(begun, path)
     return Worker(
         path,
         begun.manifest,
         units,
-        turns_of(list(units), job * place.world_size + place.rank, jobs * place.world_size),
-        lambda unit: captured_rows(
-            begun.settings,
-            begun.manifest,
-            begun.tokens,
-            begun.teacher,
-            begun.projections,
-            (unit.split, unit.shard),
-            unit.rows,
-        ),
+        turns_of(list(units), job * workers + number, jobs * workers),
+        compute or partial(_rows_of_unit, begun),
         watch,
         environment=os.environ,
         is_first=place.is_first,
@@ -194,10 +238,11 @@ def _unit_rows(settings: TeacherConfig, path: StorePath, manifest: Manifest) -> 
 def _announce(config: Config, path: StorePath, teacher_path: str, tokens: LogitStore, place: Ranks) -> None:
     unit_rows = _unit_rows(config.teacher, path, tokens.manifest)
     units = sum(map(len, units_of_tokens(tokens, unit_rows).values()))
+    as_one = ", which hold it together" if config.teacher.tensor_parallel > 1 else ""
     positions = sum(tokens.tokens(split)[0] for split in tokens.manifest.splits)
     print(
         f"capture: teacher {teacher_name(teacher_path)} in {config.teacher.dtype} on {place.world_size} x "
-        f"{place.device.type}; {positions:,} positions in {units:,} units; k={config.store.k}, "
+        f"{place.device.type}{as_one}; {positions:,} positions in {units:,} units; k={config.store.k}, "
         f"n={config.store.n}, impl {config.teacher.impl}",
         flush=True,
     )
@@ -217,16 +262,27 @@ def _announce(config: Config, path: StorePath, teacher_path: str, tokens: LogitS
         )
 
 
-def _checked_teacher(config: Config, path: str, tokens: LogitStore, place: Ranks) -> OpenModel:
-    settings, used = config.teacher, UsedIds(tokens, looks=place.is_first)
+def _other_ranks(wanted: int, found: int) -> ConfigError:
+    return ConfigError(
+        f"teacher.tensor_parallel={wanted} is one teacher of all ranks of a job, but this one has {found}: "
+        f"start {wanted} ranks; more of the same are jobs of their own on the same store."
+    )
+
+
+def _check_tokenizer(settings: TeacherConfig, path: str, used: UsedIds, place: Ranks) -> None:
+    if place.is_first and not check_teacher_tokenizer(settings, path, used.store, used=used):
+        print(
+            f"capture: {path} has no tokenizer files; that of {used.store.path} is taken for its own",
+            flush=True,
+        )
+
+
+def _loaded_teacher(config: Config, path: str, used: UsedIds, place: Ranks) -> OpenModel:
+    settings, tokens = config.teacher, used.store
     if settings.device_map is not None and place.device.type == "cuda" and len(place.on_this_machine) > 1:
         raise ConfigError(
             f"teacher.device_map={settings.device_map} takes all GPUs of a machine for one teacher, but "
             f"{len(place.on_this_machine)} ranks run on this one: start one on each machine."
-        )
-    if place.is_first and not check_teacher_tokenizer(settings, path, tokens, used=used):
-        print(
-            f"capture: {path} has no tokenizer files; that of {tokens.path} is taken for its own", flush=True
         )
     wanted = config.store.vocabulary_size
     teacher = load_teacher(settings, path, tokens, place.device, used=used, vocabulary_size=wanted)

@@ -21,6 +21,7 @@ from sparsekd.logit_store.row import Row, TeacherRecord, labels_of_records
 from sparsekd.trainer.data.inputs import model_inputs, real_length
 from sparsekd.trainer.models.causal_lm import states_of_layers
 from sparsekd.trainer.models.opened import OpenModel
+from sparsekd.trainer.models.placement import head_part
 from sparsekd.trainer.teacher.features import stored_features
 from sparsekd.trainer.teacher.units import micro_batches
 
@@ -145,10 +146,11 @@ def head_statistics(
 ) -> dict[str, NDArray[Any]]:
     """The record planes of R hidden states, as the manifest asks for them."""
     record = manifest.record
+    part = head_part(teacher.head)
     statistics = teacher_statistics(
         hidden,
-        teacher.head.weight,
-        bias=teacher.head.bias,
+        part.weight,
+        bias=part.bias,
         labels=torch.from_numpy(labels).to(teacher.device),
         head=teacher.transform,
         k=record.k,
@@ -158,6 +160,7 @@ def head_statistics(
         uniforms=torch.from_numpy(uniforms).to(teacher.device),
         chunk_positions=chunk_positions,
         impl=impl,
+        shard=part.shard,
     )
     if not record.tail_logprobs:
         statistics = statistics._replace(tail_logprobs=statistics.tail_logprobs[:, :0])

@@ -20,6 +20,7 @@ def resolved_settings(config: TeacherConfig, device: torch.device, vocabulary_si
     Raises:
         ConfigError: The implementation does not run on that device.
     """
-    impl = implementation_that_runs(config.impl, device, key="teacher.impl")
+    wanted = "torch" if config.tensor_parallel > 1 else config.impl  # which alone knows a divided head
+    impl = implementation_that_runs(wanted, device, key="teacher.impl")
     chunk = config.chunk_positions or positions_rule(impl, vocabulary_size)
     return replace(config, impl=impl, chunk_positions=chunk)

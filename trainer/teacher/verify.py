@@ -206,7 +206,7 @@ def as_captured(
 ) -> tuple[TeacherConfig, LaunchConfig]:
     """The teacher's and the launch's settings, those of the manifest where it names them."""
     found = engine_settings(identity.engine)
-    settings = replace(settings, dtype=identity.dtype)
+    settings = replace(settings, dtype=identity.dtype, tensor_parallel=1)
     if "attention" in found:
         settings = replace(settings, attention=found["attention"])
     if "micro_batch_rows" in found:

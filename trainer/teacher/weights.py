@@ -47,6 +47,7 @@ def teacher_identity(
         **({"sort_rows": config.sort_rows} if config.sort_rows else {}),
         "chunk_positions": config.chunk_positions,
         "impl": config.impl,
+        **({"tensor_parallel": config.tensor_parallel} if config.tensor_parallel > 1 else {}),
         **({"quantization": quantization} if quantization is not None else {}),
     }
     packages: tuple[str, ...] = MODEL_PACKAGES

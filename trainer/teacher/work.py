@@ -6,9 +6,10 @@ shard where they were its last, and gives the lease back. Equal rows are equal b
 files are whole or not there: a lease only saves work, and one that is lost costs no more than a unit that is
 done twice.
 
-A worker is one replica of the teacher: here one process. On an object store units are whole shards, claimed
-by objects where the service honours conditional uploads. Where no lease can be made, each worker takes those
-of its share, gives the others time to end theirs, and then takes what they have left.
+A worker is one replica of the teacher: one process, or the first of several (see `replica`). On an object
+store units are whole shards, claimed by objects where the service honours conditional uploads. Where no lease
+can be made, each worker takes those of its share, gives the others time to end theirs, and then takes what
+they have left.
 """
 
 import time
