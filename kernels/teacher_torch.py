@@ -5,8 +5,7 @@ it reads them a dozen times and they stay in the cache. So a chunk of logits is 
 in slices. Neither a row's largest entries nor its draws need an order of the row: both are looked for in the
 few parts of it that can hold them.
 
-N positions, C positions of a slice, V vocabulary (true; of a split head, this rank's part of it), k head,
-n draws, G grid temperatures.
+N positions, C positions of a slice, V vocabulary (true), k head, n draws, G grid temperatures.
 """
 
 import torch
@@ -19,7 +18,6 @@ from sparsekd.kernels.gemm import (
     wide_dtype,
     wide_product,
 )
-from sparsekd.kernels.shard import VocabularyShard
 from sparsekd.kernels.teacher_memory import PART, torch_slice
 from sparsekd.kernels.teacher_record import (
     SumsOfRest,
@@ -29,21 +27,14 @@ from sparsekd.kernels.teacher_record import (
     sums_of_rest,
     whole_entropy,
 )
-from sparsekd.kernels.teacher_shard import (
-    added,
-    drawn_by_all,
-    highest,
-    own_columns,
-    points_here,
-    values_at,
-    whole_head,
-)
+from sparsekd.kernels.teacher_shard import own_columns, slice_of_shard
 
 
 def torch_statistics(inputs: TeacherInputs) -> TeacherStatistics:
     """The record of N positions."""
     hidden, whole = inputs.hidden, inputs.head.vocabulary_size
     size = own_columns(inputs.shard, inputs.weight.shape[0], whole)
+    record = _one_slice if inputs.shard is None else slice_of_shard
     count, dtype = hidden.shape[0], wide_dtype(hidden.dtype)
     chunk = min(inputs.chunk_positions, max(count, 1))
     step = torch_slice(chunk, inputs.uniforms.shape[1], whole, on_cpu=not hidden.is_cuda)
@@ -64,7 +55,7 @@ def torch_statistics(inputs: TeacherInputs) -> TeacherStatistics:
                 logits, _ = transform_logits(products[first : first + step], bias, inputs.head)
                 here = slice(start + first, start + min(first + step, length))
                 slices.append(
-                    _one_slice(logits, inputs.labels[here], inputs.uniforms[here], inputs, sums, scratch)
+                    record(logits, inputs.labels[here], inputs.uniforms[here], inputs, sums, scratch)
                 )
     return TeacherStatistics(*(torch.cat(parts) for parts in zip(*slices, strict=True)))
 
@@ -79,67 +70,59 @@ def _one_slice(
 ) -> TeacherStatistics:
     """The record of C positions; uses up `logits` [C, V], and `scratch` [2, C or more, V]."""
     powers, products = scratch[:, : logits.shape[0]]
-    shard = inputs.shard
-    normaliser = _logsumexp(logits, powers, shard)
-    true_logprob = (values_at(logits, labels.clamp_min(0)[:, None], shard) - normaliser)[:, 0]
-    columns = top_ids(logits, normaliser, min(inputs.k, logits.shape[1]))
-    entries = logits.gather(1, columns)
-    head = whole_head(columns, entries - normaliser, inputs.k, shard)
-    rest = logits.scatter_(1, columns, torch.where(head.is_in, -torch.inf, entries))
-    maximum = highest(rest.amax(1, keepdim=True), shard)
+    normaliser = _logsumexp(logits, powers)
+    true_logprob = (logits.gather(1, labels.clamp_min(0)[:, None]) - normaliser)[:, 0]
+    head_ids = top_ids(logits, normaliser, inputs.k)
+    head_logprobs = logits.gather(1, head_ids) - normaliser
+    rest = logits.scatter_(1, head_ids, -torch.inf)
+    maximum = rest.amax(1, keepdim=True)
     reference = torch.where(maximum > -torch.inf, maximum, 0.0)  # an empty rest has no largest entry
     # Now the largest of each rest is 0; NaN stays. What is outside is held finite: 0 times -inf is NaN.
     rest.sub_(reference + 0.0 * normaliser).clamp_(min=torch.finfo(rest.dtype).min)
     offset = (reference - normaliser)[:, 0]
-    sums_of_rank, weighted_of_rank = [], []
+    log_sums, entropies = {}, {}
     tail = coalesce_draws(uniforms.int()[:, :0])
     for index, temperature in enumerate(sums.temperatures):
         if sums.squares[index]:
             powers.square_()
         else:
             torch.div(rest, temperature, out=powers).exp_()
-        sums_of_rank.append(powers.sum(1))
-        if index in sums.entropies:
-            weighted_of_rank.append(torch.mul(powers, rest, out=products).sum(1) / temperature)
-        if index == sums.drawn:
-            tail = draw_tail(powers, uniforms, shard)
-    totals = added(torch.stack([*sums_of_rank, *weighted_of_rank]), shard)
-    log_sums, entropies = {}, {}
-    weighted = iter(totals[len(sums_of_rank) :])
-    for index, (temperature, total) in enumerate(zip(sums.temperatures, totals, strict=False)):
+        total = powers.sum(1)
         some = total != 0  # NaN is no empty rest
         log_total = torch.where(some, total, 1.0).log()
         log_sums[temperature] = torch.where(some, log_total + offset / temperature, -torch.inf)
         if index in sums.entropies:
             # -sum p log p = log total - sum of powers * rest / T / total.
+            weighted = torch.mul(powers, rest, out=products).sum(1) / temperature
             entropies[temperature] = torch.where(
-                some, log_total - next(weighted) / torch.where(some, total, 1.0), 0.0
+                some, log_total - weighted / torch.where(some, total, 1.0), 0.0
             )
+        if index == sums.drawn:
+            tail = draw_tail(powers, uniforms)
     tail_ids, tail_counts = tail
-    tail_logprobs = values_at(rest, tail_ids.clamp_min(0).long(), shard) + offset[:, None]
+    tail_logprobs = rest.gather(1, tail_ids.clamp_min(0).long()) + offset[:, None]
     log_rest = [log_sums[temperature] for temperature in inputs.temperatures]
     drawn_at = inputs.draw_temperature
     return TeacherStatistics(
-        head_ids=head.ids.int(),
-        head_logprobs=head.logprobs.float(),
+        head_ids=head_ids.int(),
+        head_logprobs=head_logprobs.float(),
         tail_ids=tail_ids,
         tail_counts=tail_counts,
         log_rest=torch.stack(log_rest, 1).float() if log_rest else rest.new_empty(rest.shape[0], 0).float(),
         rest_entropy=entropies[1.0].float(),
         true_logprob=torch.where(labels >= 0, true_logprob, 0.0).float(),
-        entropy=whole_entropy(head.logprobs, log_sums[drawn_at], entropies[drawn_at], drawn_at).float(),
+        entropy=whole_entropy(head_logprobs, log_sums[drawn_at], entropies[drawn_at], drawn_at).float(),
         tail_logprobs=torch.where(tail_ids >= 0, tail_logprobs, -torch.inf).float(),
     )
 
 
-def _logsumexp(logits: Tensor, scratch: Tensor, shard: VocabularyShard | None) -> Tensor:
+def _logsumexp(logits: Tensor, scratch: Tensor) -> Tensor:
     """torch.logsumexp over V, [C, 1], without memory of its own; uses up `scratch`, both [C, V].
 
     NaN where the largest entry is no finite number: such a row is no distribution, and every plane says so.
     """
-    maximum = highest(logits.amax(1, keepdim=True), shard)
-    powers = torch.sub(logits, maximum, out=scratch).exp_()
-    return added(powers.sum(1, keepdim=True), shard).log_().add_(maximum)
+    maximum = logits.amax(1, keepdim=True)
+    return torch.sub(logits, maximum, out=scratch).exp_().sum(1, keepdim=True).log_().add_(maximum)
 
 
 def top_ids(logits: Tensor, normaliser: Tensor, k: int) -> Tensor:
@@ -192,9 +175,7 @@ def _largest_parts(logits: Tensor, number: int) -> Tensor:
     return torch.cat([chosen.flatten(1), columns[parts * PART :].expand(count, -1)], dim=1)
 
 
-def draw_tail(
-    powers: Tensor, uniforms: Tensor, shard: VocabularyShard | None = None
-) -> tuple[Tensor, Tensor]:
+def draw_tail(powers: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draws with replacement from powers / their sum by inverse CDF, coalesced.
 
     A draw finds its part by the parts' cumulative sums, and its entry by those inside of the part; where the
@@ -203,52 +184,32 @@ def draw_tail(
     Args:
         powers: [C, V] unnormalised probabilities, the largest of a row 1; a row of zeros gives no draws.
         uniforms: float64 [C, n] in [0, 1).
-        shard: where the powers are those of this rank's columns.
 
     Returns:
         (ids int32 [C, n] distinct, ascending, padded with -1; counts int32 [C, n] padded with 0).
     """
     if uniforms.numel() == 0:
         return coalesce_draws(uniforms.int())
-    in_parts = uniforms.shape[1] * PART < powers.shape[1]
-    # float64: in float32 a cumulative sum over 10^5 entries loses those below its 10^-7.
-    summands = _masses_of_parts(powers).double() if in_parts else powers.to(torch.float64, copy=True)
-    cumulative = summands.cumsum_(1)
-    total = cumulative[:, -1:]
-    if shard is None:
-        drawn = _columns_at(powers, cumulative, uniforms * total, in_parts=in_parts)
-        return coalesce_draws(torch.where(total > 0, drawn, -1))
-    is_here, points = points_here(total[:, 0], uniforms, shard)
-    drawn = _columns_at(powers, cumulative, points, in_parts=in_parts)
-    return coalesce_draws(drawn_by_all(drawn, is_here, shard))
-
-
-def _masses_of_parts(powers: Tensor) -> Tensor:
-    """Sums of PART neighbouring columns each, and of those that are left: [C, parts]."""
-    parts = powers.shape[1] // PART
-    whole = parts * PART
-    return torch.cat(
-        [powers[:, :whole].unflatten(1, (parts, PART)).sum(2), powers[:, whole:].sum(1, keepdim=True)], dim=1
+    size = powers.shape[1]
+    if uniforms.shape[1] * PART >= size:
+        cumulative = powers.to(torch.float64, copy=True).cumsum_(1)
+        drawn = _first_above(cumulative, uniforms * cumulative[:, -1:])
+        return coalesce_draws(torch.where(cumulative[:, -1:] > 0, drawn, -1))
+    whole = size // PART * PART
+    masses = torch.cat(
+        [powers[:, :whole].unflatten(1, (size // PART, PART)).sum(2), powers[:, whole:].sum(1, keepdim=True)],
+        dim=1,
     )
-
-
-def _columns_at(powers: Tensor, cumulative: Tensor, points: Tensor, *, in_parts: bool) -> Tensor:
-    """The column in which each point lies, int64 [C, n].
-
-    Args:
-        powers: [C, V].
-        cumulative: float64, sums of the columns or of the parts.
-        points: float64 [C, n], from 0 to the last of these sums.
-        in_parts: whether `cumulative` is of parts.
-    """
-    found = _first_above(cumulative, points)  # (C, n)
-    if not in_parts:
-        return found
-    before = torch.where(found > 0, cumulative.gather(1, (found - 1).clamp_min(0)), 0.0)
-    columns = found[:, :, None] * PART + torch.arange(PART, device=powers.device)  # (C, n, PART)
-    entries = powers.gather(1, columns.clamp_max(powers.shape[1] - 1).flatten(1)).view(columns.shape)
-    inside = torch.where(columns < powers.shape[1], entries, 0.0).double().cumsum_(2)
-    return found * PART + _first_above(inside, (points - before)[:, :, None])[:, :, 0]
+    # float64: in float32 a cumulative sum over 10^5 entries loses those below its 10^-7.
+    cumulative = masses.double().cumsum_(1)
+    points = uniforms * cumulative[:, -1:]
+    part = _first_above(cumulative, points)  # (C, n)
+    before = torch.where(part > 0, cumulative.gather(1, (part - 1).clamp_min(0)), 0.0)
+    columns = part[:, :, None] * PART + torch.arange(PART, device=powers.device)  # (C, n, PART)
+    entries = powers.gather(1, columns.clamp_max(size - 1).flatten(1)).view(columns.shape)
+    inside = torch.where(columns < size, entries, 0.0).double().cumsum_(2)
+    drawn = part * PART + _first_above(inside, (points - before)[:, :, None])[:, :, 0]
+    return coalesce_draws(torch.where(cumulative[:, -1:] > 0, drawn, -1))
 
 
 def _first_above(cumulative: Tensor, points: Tensor) -> Tensor:
