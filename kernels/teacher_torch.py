@@ -141,7 +141,9 @@ def _one_slice(
         tail_ids=tail_ids,
         tail_counts=tail_counts,
         log_rest=torch.stack(log_rest, 1).float() if log_rest else rest.new_empty(rest.shape[0], 0).float(),
-        rest_entropy=entropies[1.0].float(),
+        rest_entropy=(
+            entropies[1.0] + 0.0 * normaliser[:, 0]
+        ).float(),  # a maximum over ranks passes over NaN
         true_logprob=torch.where(labels >= 0, label_logits - normaliser[:, 0], 0.0).float(),
         entropy=whole_entropy(head_logprobs, log_sums[drawn_at], entropies[drawn_at], drawn_at).float(),
         tail_logprobs=torch.where(tail_ids >= 0, tail_logprobs, -torch.inf).float(),

@@ -24,7 +24,7 @@ CASES: list[dict[str, Any]] = [
     {"n": 0},
     {"dtype": torch.bfloat16},
     {"dtype": torch.float64, "drawn_at": 2.0},
-    {"size": 1999, "n": 3},  # draws by parts of a rank's columns
+    {"size": 1999, "n": 3},  # one process draws by parts
     {"size": 1999, "k": 2},
     {"ties": True},
     {"nan": True},

@@ -118,8 +118,8 @@ def load_causal_lm(
     """
     if source.gguf_file is not None and source.placement.tensor_parallel > 1:
         raise ModelError(
-            f"{source.named} is a GGUF file, which is not divided among ranks: leave {key}.tensor_parallel out, "
-            "or name the model as transformers saves it."
+            f"{source.named} is a GGUF file, which is not divided among ranks: leave {key}.tensor_parallel "
+            "out, or name the model as transformers saves it."
         )
     try:
         if source.path is None:
