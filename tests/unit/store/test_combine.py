@@ -66,6 +66,26 @@ def test_parts_of_a_store_merge_to_its_rows(tmp_path: Path, whole: Path) -> None
     assert step["sources"][1]["provenance"][0]["row_numbers"] == [[5, 8]]
 
 
+def test_a_store_that_is_merged_with_more_text_is_not_touched(tmp_path: Path, whole: Path) -> None:
+    more = synthetic_manifest(dataset={"name": "more"})
+    write_synthetic_store(tmp_path / "more", more, {"train": 3, "heldout": 1}, seed=9)
+    parts = (whole, tmp_path / "more")
+    before = [_files(part) for part in parts]
+    merge_stores(parts, tmp_path / "both")
+    assert [_files(part) for part in parts] == before
+    old, both = open_store(whole), open_store(tmp_path / "both")
+    for split, count in (("train", 11), ("heldout", 3)):
+        assert both.rows(split) == count
+        first = _rows(both, split)[: old.rows(split)]
+        assert all(_same(*pair) for pair in zip(first, _rows(old, split), strict=True))
+
+
+def _files(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Content and time of change of each file, by name."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
 def test_documents_of_different_corpora_stay_apart(tmp_path: Path) -> None:
     left = synthetic_manifest(dataset={"name": "left"})
     right = synthetic_manifest(dataset={"name": "right"}, rows_per_shard=2)
