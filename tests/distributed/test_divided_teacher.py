@@ -15,7 +15,9 @@ from sparsekd.logit_store.manifest import Manifest
 from sparsekd.logit_store.protocol.reader import open_store
 from sparsekd.logit_store.row import Row, TeacherRecord
 from sparsekd.logit_store.synthetic import synthetic_manifest
+from sparsekd.trainer.config.compose import check_for_verb, compose_config
 from sparsekd.trainer.door.cli import main
+from sparsekd.trainer.run.errors import ConfigError
 from sparsekd.trainer.teacher.deviation import deviation_of
 
 pytestmark = pytest.mark.distributed
@@ -186,6 +188,11 @@ def test_teachers_that_cannot_be_divided_are_refused(
 def test_other_verbs_do_not_divide_a_teacher(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "teacher.tensor_parallel=2"]) == 2
     assert "leave it out of `evaluate`" in capsys.readouterr().err
+    check_for_verb(
+        compose_config(["teacher.tensor_parallel=2"]), "plan"
+    )  # a forecast of `capture`'s own words
+    with pytest.raises(ConfigError, match="leave it out of `plan`"):
+        check_for_verb(compose_config(["teacher.tensor_parallel=2", "plan.probe_rows=2"]), "plan")
 
 
 @pytest.mark.parametrize(

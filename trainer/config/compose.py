@@ -254,7 +254,8 @@ def _check_tensor_parallel(config: Config, verb: str) -> None:
     if teacher.tensor_parallel == 1:
         return
     asked = f"teacher.tensor_parallel={teacher.tensor_parallel}"
-    if verb != "capture":
+    is_forecast = verb == "plan" and config.plan.probe_rows == 0  # of that very command line
+    if verb != "capture" and not is_forecast:
         raise ConfigError(
             f"{asked} divides the teacher of `capture` among its ranks; leave it out of `{verb}`, where "
             "teacher.device_map=auto divides a teacher."
