@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsekd.kernels.shard import VocabularyShard
 
 
-class HeadPart(NamedTuple):
+class HeadOfAll(NamedTuple):
     """The head of N positions, and what of it is this rank's.
 
     Attributes:
@@ -77,7 +77,7 @@ def values_at(values: Tensor, ids: Tensor, shard: VocabularyShard | None) -> Ten
     return highest(torch.where(is_here, here, -torch.inf), shard)
 
 
-def whole_head(columns: Tensor, values: Tensor, k: int, shard: VocabularyShard | None) -> HeadPart:
+def whole_head(columns: Tensor, values: Tensor, k: int, shard: VocabularyShard | None) -> HeadOfAll:
     """The head of all ranks, descending, ties by ascending id.
 
     Args:
@@ -86,11 +86,11 @@ def whole_head(columns: Tensor, values: Tensor, k: int, shard: VocabularyShard |
         k: Of the head.
     """
     if shard is None:
-        return HeadPart(columns, values, columns, torch.ones_like(columns, dtype=torch.bool))
+        return HeadOfAll(columns, values, columns, torch.ones_like(columns, dtype=torch.bool))
     count, held = columns.shape
     world, rank = dist.get_world_size(shard.group), dist.get_rank(shard.group)
     if k == 0:
-        return HeadPart(columns, values, columns, torch.ones_like(columns, dtype=torch.bool))
+        return HeadOfAll(columns, values, columns, torch.ones_like(columns, dtype=torch.bool))
     # All ranks send k entries, of which those beyond a rank's own columns come last.
     ids = columns.new_zeros(count, k)
     ids[:, :held] = columns + shard.start
@@ -101,7 +101,7 @@ def whole_head(columns: Tensor, values: Tensor, k: int, shard: VocabularyShard |
     # Stable: ranks follow one another by id, so that equal values stay in the order of theirs.
     order = whole.sort(dim=1, descending=True, stable=True).indices[:, :k]
     is_chosen = torch.zeros(count, world * k, dtype=torch.bool, device=ids.device).scatter_(1, order, True)
-    return HeadPart(
+    return HeadOfAll(
         everyones.gather(1, order),
         whole.gather(1, order),
         columns,

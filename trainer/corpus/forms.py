@@ -17,6 +17,9 @@ from sparsekd.trainer.run.errors import DataError
 
 SHAREGPT_FIELD = "conversations"
 ALPACA_TEMPLATE = "{instruction}\n\n{input}\n\n"
+CHOSEN_FIELD, REJECTED_FIELD = "chosen", "rejected"
+"""Two answers of a preference: the first is learned."""
+COMPLETION_FIELDS = ("completion", "output", CHOSEN_FIELD)
 TOKEN_FIELDS = ("input_ids", "labels", *MASKS, "attention_mask")
 
 
@@ -26,12 +29,14 @@ class Forms:
     Attributes:
         kind: As `corpus.kind`; where that is null, None until the first record was seen.
         others: Fields of the first record by which it could have been of another kind.
+        rejected: How many records had an answer that is no more than counted, since another was preferred.
     """
 
     def __init__(self, config: CorpusConfig) -> None:
         self._config = config
         self.kind = "text" if config.format == "text" else config.kind
         self.others: list[str] = []
+        self.rejected = 0
         self._by = ""
         self._filled = False
         self._met: set[str] = set()  # fields of the template that a record had
@@ -66,11 +71,17 @@ class Forms:
             raise missing_field(found, wanted[self.kind], where, noun, _REMEDIES[self.kind])
 
     def lines(self) -> list[str]:
-        """What is to be said where the configuration does not say what records hold."""
-        if self._config.kind is not None or (self.kind in (None, "text") and not self.others):
-            return []
-        could = f", and not by {' or '.join(self.others)}" if self.others else ""
-        return [f"records are read as corpus.kind={self.kind}, by {self._by}{could}"]
+        """What is to be said: what records hold where the configuration is silent, and what nobody learns."""
+        found = []
+        if self._config.kind is None and (self.kind not in (None, "text") or self.others):
+            could = f", and not by {' or '.join(self.others)}" if self.others else ""
+            found.append(f"records are read as corpus.kind={self.kind}, by {self._by}{could}")
+        if self.rejected:
+            found.append(
+                f"{self.rejected:,} records have a {REJECTED_FIELD!r} answer beside the one that is learned; "
+                "nothing is made of it"
+            )
+        return found
 
     def check(self) -> None:
         """Looks, after all records were read, whether the user's template goes with them.
@@ -96,7 +107,7 @@ class Forms:
         if self.kind == "tokens":
             return [*TOKEN_FIELDS, *names]
         names += [name for name in (config.prompt_field, config.completion_field) if name is not None]
-        names += ["prompt", "completion", "output", *_named(config.template or ALPACA_TEMPLATE)]
+        names += ["prompt", *COMPLETION_FIELDS, REJECTED_FIELD, *_named(config.template or ALPACA_TEMPLATE)]
         names += [name for name in (config.tools_field, config.system_field) if name is not None]
         return [*names, config.messages_field, SHAREGPT_FIELD]
 
@@ -123,6 +134,8 @@ class Forms:
         Raises:
             RecordError: A field is not there, or cannot be used.
         """
+        if _has(record, REJECTED_FIELD) and lookup(record, REJECTED_FIELD) is not None:
+            self.rejected += 1
         if self.kind == "tokens":
             if not _has(record, "input_ids"):
                 raise RecordError("a field that is missing", f"{where} has no input_ids.")
@@ -187,6 +200,8 @@ class Forms:
             raise RecordError(
                 "prompt of another form", f"{where}: prompt and completion are no lists of messages."
             )
+        if isinstance(prompt, str) and any(_content(message) == prompt for message in after):
+            before = []  # the answer is the whole conversation, as in UltraFeedback's pairs
         return conversation_of(
             before + after,
             self._optional(record, self._config.tools_field),
@@ -196,6 +211,10 @@ class Forms:
             given=len(before),
             is_table=is_table,
         )
+
+
+def _content(message: Any) -> Any:
+    return message.get("content") if isinstance(message, Mapping) else None
 
 
 _REMEDIES = {
@@ -233,7 +252,11 @@ def _text_fields(found: Mapping[str, Any], config: CorpusConfig) -> list[str]:
 
 
 def _conversation_fields(found: Mapping[str, Any], config: CorpusConfig) -> list[str]:
-    return [name for name in (config.messages_field, SHAREGPT_FIELD) if _has(found, name)][:1]
+    names = [config.messages_field, SHAREGPT_FIELD]
+    # Of preferences without a prompt of their own, each answer is a whole conversation.
+    if _has(found, REJECTED_FIELD) and not any(_has(found, name) for name in _prompt(found, config)[1]):
+        names.append(CHOSEN_FIELD)
+    return [name for name in names if _has(found, name)][:1]
 
 
 def _prompt(found: Mapping[str, Any], config: CorpusConfig) -> tuple[str | None, list[str]]:
@@ -247,7 +270,7 @@ def _prompt(found: Mapping[str, Any], config: CorpusConfig) -> tuple[str | None,
 
 def _pair_fields(found: Mapping[str, Any], config: CorpusConfig) -> list[str]:
     """The fields of which a prompt is made, and behind them that of the completion; none where one lacks."""
-    completions = ("completion", "output") if config.completion_field is None else (config.completion_field,)
+    completions = COMPLETION_FIELDS if config.completion_field is None else (config.completion_field,)
     prompts = [name for name in _prompt(found, config)[1] if _has(found, name)]
     last = [name for name in completions if _has(found, name)][:1]
     return [*prompts, *last] if prompts and last else []

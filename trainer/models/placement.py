@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
-from transformers.distributed import DistributedConfig
 
 from sparsekd.kernels.shard import VocabularyShard
 from sparsekd.trainer.run.errors import ModelError
@@ -52,6 +51,8 @@ class Placement:
         if self.tensor_parallel > 1:
             if (problem := _tensor_parallel_problem(config, self, device)) is not None:
                 raise ValueError(problem)
+            from transformers.distributed import DistributedConfig  # older releases have none
+
             if device.index is not None:
                 # Where transformers looks for the GPU; Slurm may show a task none but its own.
                 os.environ["LOCAL_RANK"] = str(device.index)

@@ -151,6 +151,38 @@ def test_templates_leave_paragraphs_of_empty_fields_away() -> None:
         filled("{a}", {"a": 3}, "here")
 
 
+WORSE = {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    ("record", "body"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, Pair("q", "a")),
+        (
+            {"prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE]},
+            Conversation([USER, ANSWER], None, given=1),
+        ),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, WORSE]}, CHAT),
+        ({"prompt": "q", "chosen": [USER, ANSWER], "rejected": [USER, WORSE], "score_chosen": 1.0}, CHAT),
+        ({"messages": [USER, ANSWER], "rejected": [USER, WORSE]}, CHAT),
+    ],
+)
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_of_a_preference_the_chosen_is_learned_and_the_rejected_counted(
+    tmp_path: Path, record: dict[str, Any], body: Body, format: str
+) -> None:
+    records = [record, record | {"rejected": None}, record]
+    if format == "jsonl":
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    else:
+        parquet.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    config = CorpusConfig(paths=[str(tmp_path / f"a.{format}")], format=format, tokenizer="any")
+    forms = Forms(config)
+    assert [document.body for document in read_documents(config, forms=forms)] == [body] * 3
+    assert forms.rejected == 2
+    assert forms.lines()[-1].startswith("2 records have a 'rejected' answer beside the one that is learned")
+
+
 def test_a_template_that_names_no_field_of_any_record_is_refused(tmp_path: Path) -> None:
     """`input` may be empty in some; a name that was misspelled lacks in all."""
     (tmp_path / "a.jsonl").write_text(
