@@ -98,6 +98,40 @@ def learned_texts(rows: list[Row]) -> dict[int, str]:
     return {number: tokenizer.decode(ids) for number, ids in found.items()}
 
 
+@pytest.mark.parametrize(("weight", "jobs"), [(0.25, 1), (0.0, 2)])
+def test_a_rationale_weighs_what_was_asked(
+    tmp_path: Path, tokenizer: Path, weight: float, jobs: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At each position stands the weight of the token that follows: its label."""
+    records = conversations(24)
+    for number, record in enumerate(records):
+        first = record["messages"][1]
+        first["content"] = f"<think>{number} and 1 </think>" + first["content"]
+    path = write_lines(tmp_path / "chats.jsonl", records)
+    keys = {"weight_field": "w", "rationale_weight": weight, "packing": "none", "jobs": jobs}
+    tokens = prepared(path, tokenizer, tmp_path / "tokens", **keys, sequence_length=256)
+    assert "of rationales in 24 records, the first chats.jsonl:1, weigh what" in capsys.readouterr().out
+    assert tokens.manifest.dataset["rationale"] == {"weight": weight, "marks": ["<think>", "</think>"]}
+    words, seen = chat_tokenizer(None), 0
+    for split in ("train", "heldout"):
+        for row in rows_of(tokens, split):
+            number = int(row.segment_documents[0])
+            weights = weights_of_positions(row)
+            own = 1 + number % 2
+            texts = [
+                words.decode(row.token_ids[np.flatnonzero(weights[:-1] == each) + 1])
+                for each in (own, own * weight)
+            ]
+            learned = words.decode(row.token_ids[np.flatnonzero(row.loss_mask) + 1])
+            answers = [turn["content"] for turn in records[number]["messages"] if turn["role"] == "assistant"]
+            whole = "".join(f"{answer}<|im_end|>" for answer in answers)
+            thought = f"{number} and 1 "
+            assert texts[1] == thought and thought + "</think>" not in texts[0]
+            assert learned == (whole if weight else whole.replace(thought, "", 1))
+            seen += 1
+    assert seen == 24
+
+
 def test_answers_alone_are_recorded_and_trained(
     tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -100,6 +100,15 @@ class CorpusConfig:
         "Field or column that holds a document's weight in the loss, a number of 0 or more (0 leaves its "
         "tokens out of the loss); null weighs all alike. Held-out figures are unweighted.",
     )
+    rationale_weight: float = option(
+        1.0,
+        "Weight, within an answer's own, of what was thought before it, between corpus.rationale_marks: 0 "
+        "leaves it out of the loss. The marks themselves weigh as the answer does.",
+        minimum=0.0,
+    )
+    rationale_marks: list[str] = option(
+        ["<think>", "</think>"], "What stands before and behind a rationale in the text of an answer."
+    )
     dataset_config: str | None = option(None, "Configuration name of a hub dataset.")
     dataset_split: str = option("train", "Split that is read from a dataset.")
     max_documents: int | None = option(None, "Take only the first so many documents.", minimum=1)
@@ -173,6 +182,11 @@ def check_corpus(corpus: CorpusConfig) -> None:
             f"corpus.weight_field={corpus.weight_field} with corpus.format=text: a text file has no fields; "
             "use jsonl, csv, parquet or dataset, or leave corpus.weight_field away."
         )
+    if len(corpus.rationale_marks) != 2 or not all(corpus.rationale_marks):
+        raise ConfigError(
+            f"corpus.rationale_marks={corpus.rationale_marks}: expected two texts, such as "
+            "[<think>, </think>]."
+        )
     if corpus.sample_by != "document" or corpus.separator is not None:
         cut = "sample_by" if corpus.separator is None else "separator"
         found = f"corpus.{cut}={getattr(corpus, cut)}"
@@ -201,6 +215,24 @@ def check_corpus(corpus: CorpusConfig) -> None:
                 f"corpus.delimiter={corpus.delimiter!r}, expected one character other than a quote or a line "
                 r"break, such as ; or | or \t for a tab."
             )
+
+
+def is_weighted(corpus: CorpusConfig) -> bool:
+    """Whether rows carry weights."""
+    return corpus.weight_field is not None or corpus.rationale_weight != 1
+
+
+def check_rationale_of(kind: str | None, corpus: CorpusConfig) -> None:
+    """Checks that records of a kind, as `corpus.kind` names it, have answers to look for a rationale in.
+
+    Raises:
+        ConfigError: They have none.
+    """
+    if corpus.rationale_weight != 1 and kind not in ("conversation", "pair"):
+        raise ConfigError(
+            f"corpus.rationale_weight={corpus.rationale_weight:g} with corpus.kind={kind}: only "
+            "conversations and pairs have answers; leave it away, or set corpus.kind."
+        )
 
 
 def check_tokenizer_of(kind: str | None, corpus: CorpusConfig) -> None:

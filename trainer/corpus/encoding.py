@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsekd.trainer.config.corpus import CorpusConfig
 from sparsekd.trainer.corpus.documents import Document
-from sparsekd.trainer.corpus.examples import ExampleEncoder
+from sparsekd.trainer.corpus.examples import Example, ExampleEncoder
 from sparsekd.trainer.corpus.fields import RecordError
 from sparsekd.trainer.corpus.findings import Records
 from sparsekd.trainer.corpus.split import split_of_document
@@ -44,14 +44,15 @@ class Encoded(NamedTuple):
     Attributes:
         number: The document's place in the corpus.
         split: The store's split to which it belongs.
-        weight: Of the document in the loss.
+        weight: Of the document in the loss; float32 [N] where it is not that of all that is predicted: of
+            what is predicted at each token.
         token_ids: int32 [N]; a long document comes in parts, which follow one another.
         counted: bool [N], which of the tokens are learned; None for all.
     """
 
     number: int
     split: str
-    weight: float
+    weight: float | NDArray[np.float32]
     token_ids: NDArray[np.int32]
     counted: NDArray[np.bool_] | None = None
 
@@ -132,10 +133,16 @@ class Encoder:
         number: int,
         document: Document,
         token_ids: NDArray[np.int32],
-        counted: NDArray[np.bool_] | None = None,
+        example: Example | None = None,
     ) -> Encoded:
         split = split_of_document(document, self._config)
-        return Encoded(number, split, document.weight, token_ids, counted)
+        if example is None:
+            return Encoded(number, split, document.weight, token_ids)
+        if example.factors is None:
+            return Encoded(number, split, document.weight, token_ids, example.counted)
+        # The weight at a token is that of the next one, its label.
+        weights = np.float32(document.weight) * np.append(example.factors[1:], np.float32(1))
+        return Encoded(number, split, weights, token_ids, example.counted)
 
     def _long(self, number: int, document: Document) -> Iterator[list[Encoded]]:
         for part in tokenize_long(self._tokenizer, document.text, **self._how):
@@ -161,7 +168,7 @@ class Encoder:
                 records.skip(example.reason, document.place)
                 continue
             records.look(example, document.place)
-            made[number] = self._encoded(number, document, example.token_ids, example.counted)
+            made[number] = self._encoded(number, document, example.token_ids, example)
         return [made[number] for number, _ in block if number in made]
 
     def _shortened(
@@ -185,7 +192,9 @@ class Encoder:
                 records.cut.add(places[number])
                 ids = np.concatenate([part.token_ids for part in parts])[:length]
                 counted = None if parts[0].counted is None else parts[0].counted[:length]
-                shortened.append(parts[0]._replace(token_ids=ids, counted=counted))
+                weight = parts[0].weight
+                weight = weight[:length] if isinstance(weight, np.ndarray) else weight
+                shortened.append(parts[0]._replace(token_ids=ids, counted=counted, weight=weight))
         return shortened
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsekd.trainer.config.corpus import CorpusConfig
 from sparsekd.trainer.corpus.bodies import Conversation, Pair, TokenIds
-from sparsekd.trainer.corpus.chat_template import ChatTemplate, Rendered
+from sparsekd.trainer.corpus.chat_template import ChatTemplate, Rendered, Span
 from sparsekd.trainer.corpus.documents import Document
 from sparsekd.trainer.corpus.fields import RecordError
 from sparsekd.trainer.corpus.offsets import OffsetTokenizer, Placed, within
@@ -36,6 +36,7 @@ class Example(NamedTuple):
         across: How many lie across the beginning or end of what is learned, and are not.
         rewritten: Whether its chat template writes turns otherwise once others follow them.
         unwritten: Whether its chat template leaves a message's text away, or changes it.
+        factors: float32 [N], of the document's weight at each token; None for 1 everywhere.
     """
 
     token_ids: NDArray[np.int32]
@@ -43,6 +44,27 @@ class Example(NamedTuple):
     across: int = 0
     rewritten: bool = False
     unwritten: bool = False
+    factors: NDArray[np.float32] | None = None
+
+
+def rationales(rendered: Rendered, opening: str, closing: str) -> list[Span]:
+    """What stands between two marks in the parts that are learned; one that is not closed ends with its part.
+
+    A part may begin within a rationale, where the template writes the first mark for the assistant.
+    """
+    text, found = rendered.text, []
+    for start, stop in rendered.spans:
+        place = start
+        first, end = text.find(opening, start, stop), text.find(closing, start, stop)
+        if end != -1 and (first == -1 or end < first) and text[:start].rstrip().endswith(opening):
+            found.append((start, end))
+            place = end
+        while (first := text.find(opening, place, stop)) != -1:
+            begin = first + len(opening)
+            end = text.find(closing, begin, stop)
+            place = stop if end == -1 else end
+            found.append((begin, place))
+    return found
 
 
 class ExampleEncoder:
@@ -144,8 +166,9 @@ class ExampleEncoder:
 
     def _example(self, document: Document, rendered: Rendered, placed: Placed) -> Example:
         counted, across = within(placed, rendered.spans)
+        factors = self._factors(rendered, placed)
         if not isinstance(document.body, Pair):
-            return Example(placed.token_ids, counted, across, rendered.rewritten, rendered.unwritten)
+            return Example(placed.token_ids, counted, across, rendered.rewritten, rendered.unwritten, factors)
         before, behind, end = self._around_pairs()
         ids = placed.token_ids
         # Where spellings are control tokens, a text may bring its own first and last one.
@@ -154,7 +177,20 @@ class ExampleEncoder:
         last = behind[-1] if len(behind) else ids[-1] if len(ids) else None
         closing = behind if last == end else np.append(behind, np.int32(end))
         learned = np.zeros(len(before), np.bool_), counted, closing == end
-        return Example(np.concatenate([before, ids, closing]), np.concatenate(learned), across)
+        if factors is not None:
+            ends = [np.ones(len(part), np.float32) for part in (before, closing)]
+            factors = np.concatenate([ends[0], factors, ends[1]])
+        return Example(
+            np.concatenate([before, ids, closing]), np.concatenate(learned), across, factors=factors
+        )
+
+    def _factors(self, rendered: Rendered, placed: Placed) -> NDArray[np.float32] | None:
+        """What tokens of a rationale weigh beside the others; None where none weighs another."""
+        weight = self._config.rationale_weight
+        spans = rationales(rendered, *self._config.rationale_marks) if weight != 1 else []
+        if not spans:
+            return None
+        return np.where(within(placed, spans)[0], np.float32(weight), np.float32(1))
 
     def _around_pairs(self) -> tuple[NDArray[np.int32], NDArray[np.int32], int]:
         """What the tokenizer puts before and behind a text, and the token that closes it."""

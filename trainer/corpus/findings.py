@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sparsekd.trainer.config.corpus import CorpusConfig
@@ -48,6 +49,7 @@ class Records:
         self._skipped: dict[str, Tally] = {}
         self._across, self._rewritten, self._unwritten = Tally(), Tally(), Tally()
         self._tokens_across = 0
+        self._rationales, self._tokens_of_rationales = Tally(), 0
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -67,6 +69,9 @@ class Records:
             self._rewritten.add(place)
         if example.unwritten:
             self._unwritten.add(place)
+        if example.factors is not None:
+            self._rationales.add(place)
+            self._tokens_of_rationales += int(np.count_nonzero(example.counted & (example.factors != 1)))
 
     def take_in(self, later: "Records") -> None:
         """Counts what another one has counted, of documents that come later."""
@@ -77,6 +82,8 @@ class Records:
         self._rewritten.take_in(later._rewritten)
         self._unwritten.take_in(later._unwritten)
         self._tokens_across += later._tokens_across
+        self._rationales.take_in(later._rationales)
+        self._tokens_of_rationales += later._tokens_of_rationales
 
     def lines(self) -> list[str]:
         """What is to be said of them."""
@@ -91,6 +98,11 @@ class Records:
                 f"{self._tokens_across:,} tokens of {self._across.count:,} documents join what is "
                 f"learned with what is not, and are not learned, the first in {self._across.first}: a prompt "
                 "that ends with a space, or an answer that begins with a line break, does so"
+            )
+        if self._rationales.count:
+            lines.append(
+                f"{self._tokens_of_rationales:,} tokens of rationales in {self._rationales.count:,} records, "
+                f"the first {self._rationales.first}, weigh what corpus.rationale_weight says"
             )
         if self._rewritten.count:
             lines.append(

@@ -23,7 +23,7 @@ class Stream(NamedTuple):
     Attributes:
         token_ids: int32 [M].
         documents: int64 [M], the number of the document at each token.
-        weights: float32 [M], the weight of that document in the loss.
+        weights: float32 [M], the weight in the loss of what is predicted there.
         counted: bool [M], whether the token is learned.
     """
 
@@ -40,7 +40,7 @@ def append(
     stream: Stream,
     token_ids: Sequence[NDArray[np.int32]],
     numbers: Sequence[int],
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float | NDArray[np.float32]] | None = None,
     counted: Sequence[NDArray[np.bool_] | None] | None = None,
 ) -> Stream:
     """The stream with documents added at its end.
@@ -49,7 +49,7 @@ def append(
         stream: What waits already.
         token_ids: Tokens of each document, int32.
         numbers: Number of each document; neighbours must differ, for that is how borders are found.
-        weights: Weight of each document; None weighs all alike.
+        weights: Weight of each document, or of what is predicted at each of its tokens; None for 1.
         counted: Which tokens of each document are learned; None for all.
     """
     lengths = [len(ids) for ids in token_ids]
@@ -58,11 +58,14 @@ def append(
         np.ones(length, np.bool_) if mask is None else mask
         for length, mask in zip(lengths, masks, strict=True)
     ]
-    weights = [1.0] * len(lengths) if weights is None else weights
+    each = [1.0] * len(lengths) if weights is None else weights
+    spread = [
+        np.broadcast_to(np.float32(weight), length) for weight, length in zip(each, lengths, strict=True)
+    ]
     return Stream(
         token_ids=np.concatenate([stream.token_ids, *token_ids]).astype(np.int32, copy=False),
         documents=np.concatenate([stream.documents, np.repeat(np.asarray(numbers, np.int64), lengths)]),
-        weights=np.concatenate([stream.weights, np.repeat(np.asarray(weights, np.float32), lengths)]),
+        weights=np.concatenate([stream.weights, *spread]),
         counted=np.concatenate([stream.counted, *learned]),
     )
 

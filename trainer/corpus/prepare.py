@@ -26,7 +26,7 @@ from sparsekd.logit_store.places.paths import StorePath, store_path
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
 from sparsekd.logit_store.protocol.writer import create_store, seal
 from sparsekd.logit_store.tools.processes import WorkerKilledError
-from sparsekd.trainer.config.corpus import CorpusConfig, check_tokenizer_of
+from sparsekd.trainer.config.corpus import CorpusConfig, check_rationale_of, check_tokenizer_of, is_weighted
 from sparsekd.trainer.config.schema import Config, StoreConfig, require
 from sparsekd.trainer.corpus.documents import (
     CorpusDigest,
@@ -131,6 +131,7 @@ def _prepare(config: Config, watch: StopWatch) -> None:
             flush=True,
         )
     check_tokenizer_of(survey.forms.kind, corpus)
+    check_rationale_of(survey.forms.kind, corpus)
     tokenizer, name = _tokenizer(corpus, watch)
     special = SpecialTokens(tokenizer, corpus)
     with _stopped_with_its_workers(watch), Workers(tokenizer, corpus) as workers, Kept(path) as kept:
@@ -377,6 +378,8 @@ def _manifest(
         dataset["special_tokens"] = "where the text spells them"
     if corpus.weight_field is not None:
         dataset["weights"] = f"of documents, from the field {corpus.weight_field}"
+    if corpus.rationale_weight != 1:
+        dataset["rationale"] = {"weight": corpus.rationale_weight, "marks": list(corpus.rationale_marks)}
     end = end_token_id(tokenizer, corpus.end_token)
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -390,7 +393,7 @@ def _manifest(
         teacher=None,
         # A table of frequent ids would have to be made of the very tokens that are to be written.
         codec=CodecSpec(DEFAULT_CODEC if settings.codec == "compact" else settings.codec, {}),
-        planes=() if corpus.weight_field is None else ("weights",),
+        planes=("weights",) if is_weighted(corpus) else (),
     )
 
 

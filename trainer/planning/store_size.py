@@ -36,6 +36,7 @@ from sparsekd.logit_store.row import Row, document_of_position, take_records, we
 from sparsekd.logit_store.spacing import evenly
 from sparsekd.logit_store.synthetic import synthetic_rows
 from sparsekd.logit_store.synthetic_text import can_be_text_like, text_like_rows
+from sparsekd.trainer.config.corpus import is_weighted
 from sparsekd.trainer.config.feature_requests import FeatureRequest, feature_requests
 from sparsekd.trainer.config.record import record_spec
 from sparsekd.trainer.config.schema import Config, CorpusConfig, PlanConfig, StoreConfig, TeacherConfig
@@ -215,7 +216,7 @@ def _made_up_tokens(corpus: CorpusConfig, settings: StoreConfig, vocabulary_size
         record=_no_record(),
         teacher=None,
         codec=CodecSpec(settings.codec, {}),
-        planes=() if corpus.weight_field is None else ("weights",),
+        planes=("weights",) if is_weighted(corpus) else (),
     )
 
 

@@ -10,14 +10,14 @@ from chat_templates import chat_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sparsekd.trainer.config.corpus import CorpusConfig
+from sparsekd.trainer.config.corpus import CorpusConfig, check_corpus, check_rationale_of
 from sparsekd.trainer.corpus.bodies import Body, Pair, TokenIds, conversation_of
-from sparsekd.trainer.corpus.chat_template import ChatTemplate
+from sparsekd.trainer.corpus.chat_template import ChatTemplate, Rendered
 from sparsekd.trainer.corpus.documents import Document
-from sparsekd.trainer.corpus.examples import Example, ExampleEncoder
+from sparsekd.trainer.corpus.examples import Example, ExampleEncoder, rationales
 from sparsekd.trainer.corpus.fields import RecordError
 from sparsekd.trainer.corpus.tokenizer import END_OF_TEXT
-from sparsekd.trainer.run.errors import DataError
+from sparsekd.trainer.run.errors import ConfigError, DataError
 
 Messages = list[dict[str, Any]]
 
@@ -343,3 +343,32 @@ def test_given_ids_are_taken_and_checked() -> None:
     entries = len(chat_tokenizer(None))
     with pytest.raises(RecordError, match=rf"hold {entries}, and the tokenizer has {entries:,} ids"):
         encoded(None, TokenIds(np.array([entries], np.int32), np.array([True])))
+
+
+@pytest.mark.parametrize(
+    ("text", "spans", "thought"),
+    [
+        ("u <think>a</think>b", [(2, 19)], ["a"]),
+        ("u <think>a</think>b <think>c</think>", [(2, 36)], ["a", "c"]),
+        ("u <think>a</think>b <think>c", [(2, 28)], ["a", "c"]),  # cut off
+        ("<think>u</think> b", [(17, 18)], []),  # of the question
+        ("u <think>\na</think>b", [(10, 20)], ["a"]),  # the template begins it
+        ("u a</think>b", [(2, 12)], []),
+    ],
+)
+def test_rationales_stand_between_marks_of_what_is_learned(
+    text: str, spans: list[tuple[int, int]], thought: list[str]
+) -> None:
+    found = rationales(Rendered(text, spans), "<think>", "</think>")
+    assert [text[start:stop] for start, stop in found] == thought
+
+
+def test_what_is_no_answer_has_no_rationale() -> None:
+    check_rationale_of("text", CorpusConfig())
+    with pytest.raises(ConfigError, match="only conversations and pairs have answers"):
+        check_rationale_of("text", CorpusConfig(rationale_weight=0.5))
+    with pytest.raises(ConfigError, match=r"rationale_marks=\['<think>'\]: expected two texts"):
+        check_corpus(CorpusConfig(paths=["a"], format="jsonl", rationale_marks=["<think>"]))
+    pair = encoded(None, Pair("x ", "<think>y</think> z"), rationale_weight=0.5)
+    assert pair.factors is not None and len(pair.factors) == len(pair.token_ids)
+    assert set(pair.factors.tolist()) == {0.5, 1.0} and pair.factors[-1] == 1
