@@ -43,6 +43,11 @@ class CleanConfig:
         "Regular expressions; answers in whose first 300 characters one is found, in any case, are left out: "
         "['^i.?m sorry', 'as an ai'].",
     )
+    languages: list[str] = option(
+        [],
+        "Languages, by their codes ([en, de]): answers in another one are left out; code between fences and "
+        "answers of fewer than 40 letters are not looked at. Needs pip install 'sparsekd[clean]'.",
+    )
     duplicates: str = option(
         "exact",
         "Answers that are left out: exact, where question and answer stood before, up to case and spaces; "

@@ -14,6 +14,7 @@ from sparsekd.logit_store.errors import first_line
 from sparsekd.trainer.config.generate import CleanConfig
 from sparsekd.trainer.corpus.findings import Tally
 from sparsekd.trainer.generation.answers import LENGTH
+from sparsekd.trainer.generation.language import Languages
 from sparsekd.trainer.generation.near import NearDuplicates
 from sparsekd.trainer.run.errors import ConfigError, UserError
 
@@ -41,7 +42,7 @@ class Cleaning:
         kept: How many are kept.
 
     Raises:
-        ConfigError: The filter, or the library for near duplicates, cannot be imported.
+        ConfigError: The filter, or the library for near duplicates or languages, cannot be imported.
     """
 
     def __init__(self, config: CleanConfig) -> None:
@@ -49,6 +50,7 @@ class Cleaning:
         self._refusals = [re.compile(pattern, re.IGNORECASE) for pattern in config.refusals]
         self._seen: set[bytes] = set()
         self._near = NearDuplicates(config.near_similarity) if config.duplicates == "near" else None
+        self._languages = Languages(config.languages) if config.languages else None
         self._filter = None if config.filter is None else _imported(config.filter)
         self.left_out: dict[str, Tally] = {}
         self.kept = 0
@@ -88,6 +90,7 @@ class Cleaning:
             ("too long", self._is_too_long),
             ("repetition", lambda answer: repetition_of(_text(answer)) > self._config.repetition),
             ("refusal", self._is_refusal),
+            ("another language", self._is_in_another_language),
             ("exact duplicate", self._is_duplicate),
             ("near duplicate", self._is_near_duplicate),
         ]
@@ -106,6 +109,9 @@ class Cleaning:
     def _is_refusal(self, answer: dict[str, Any]) -> bool:
         head = _text(answer).lstrip()[:_HEAD]
         return any(pattern.search(head) for pattern in self._refusals)
+
+    def _is_in_another_language(self, answer: dict[str, Any]) -> bool:
+        return self._languages is not None and self._languages.is_another(_text(answer))
 
     def _is_duplicate(self, answer: dict[str, Any]) -> bool:
         if self._config.duplicates == "none":

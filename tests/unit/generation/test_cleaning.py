@@ -91,6 +91,17 @@ def test_near_duplicates_are_those_above_the_similarity() -> None:
     assert len(cleaned(short, duplicates="near")[0]) == 3
 
 
+def test_answers_in_another_language_are_left_out() -> None:
+    german = "Die Flut kommt zweimal am Tag, weil der Mond das Wasser an sich zieht und die Erde sich dreht."
+    code = "```python\ndef flut(mond):\n    return mond.zieht(wasser) and erde.dreht(sich) or nichts\n```"
+    answers = [answer(text, number) for number, text in enumerate((PROSE, german, "Ja, genau.", code))]
+    kept, left_out = cleaned(answers, languages=["en"])
+    assert kept == [PROSE, "Ja, genau.", code] and left_out == {"another language": 1}
+    assert len(cleaned(answers, languages=["en", "de"])[0]) == 4
+    with pytest.raises(ConfigError, match="holds 'english', expected some of "):
+        cleaned(answers, languages=["english"])
+
+
 def test_a_function_of_one_s_own_weighs_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_rules.py").write_text(
         "def score(record):\n"
