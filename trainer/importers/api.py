@@ -10,6 +10,7 @@ answered stands in each of `choices`, or at the top, under `logprobs`, in one of
 - completions: `{"tokens": [...], "token_logprobs": [...], "top_logprobs": [{token: logprob, ...}, ...]}`;
   with `"echo": true` these are the prompt's, too (the first has null): leave the line's own prompt empty.
 
+A line, or one of its choices, may have a `weight`, 0 or more: a judge's score, or what a ranking makes of it.
 Tokens become ids by their exact bytes, or as `token_id:17` (`token_bytes.py`). Entry i of an answer describes
 token i of it: the record at the position before. Completions list the sampled token also where it is not
 among the most likely, as one entry more, which a head of `--k` entries, or of as many as every position
@@ -20,6 +21,7 @@ Shapes: P tokens of a prompt, T tokens of prompt and answer, K most entries of a
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +47,9 @@ if TYPE_CHECKING:
 
 CLAMPED = -9999.0
 """What servers write for -inf."""
+
+MOST_WEIGHT = 1e30
+"""Of an answer in the loss; beyond is soon no float32."""
 
 MOST_LISTED = 1_000
 """Entries of a position. APIs give 20; more than this is no list of the most likely, but damage."""
@@ -100,7 +105,16 @@ def _documents(
     for number, choice in enumerate(choices):
         place = where if len(choices) == 1 else f"{where}, choice {number}"
         prompt = _prompt(place, {**line, **choice}, tokenizer)
-        yield _document(place, prompt, _entries(place, choice.get("logprobs")), ids)
+        weight = choice.get("weight", line.get("weight", 1))
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not is_number or not 0 <= weight <= MOST_WEIGHT:
+            raise StoreError(
+                f"{place} has the weight {weight!r:.40}, expected a number from 0 to {MOST_WEIGHT:g}: mend "
+                "the line, or leave the weight out."
+            )
+        document = _document(place, prompt, _entries(place, choice.get("logprobs")), ids)
+        weights = np.full(len(document.token_ids), weight, np.float32)
+        yield document if weight == 1 else replace(document, weights=weights)
 
 
 def _prompt(where: str, line: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> list[int]:

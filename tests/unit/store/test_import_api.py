@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import AddedToken
 from sparsekd.kernels.objective import Objective
 from sparsekd.logit_store.errors import StoreError
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
-from sparsekd.logit_store.row import Row
+from sparsekd.logit_store.row import Row, weights_of_positions
 from sparsekd.logit_store.tools.inspect import inspect_text
 from sparsekd.logit_store.tools.stats import store_stats
 from sparsekd.trainer.config.checks import resolved_objective
@@ -79,6 +80,21 @@ def test_each_choice_is_a_document_behind_its_prompt(place: Path, capsys: pytest
     captures.write_lines(Path("alone.jsonl"), [alone])
     assert run("import alone.jsonl other --tokenizer hub", capsys)[0] == 0
     assert open_store(Path("other")).read_row("train", 0).token_ids.tolist() == [7, 8, *TEXT[0][PROMPT:]]
+
+
+def test_answers_weigh_what_a_judge_says(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = captures.api_chat(TEXT, PROMPT, K)
+    choice = line["choices"][0]
+    judged = line | {"choices": [choice | {"weight": 0.25}, choice, choice | {"weight": 0}], "weight": 3}
+    store = imported([judged, line], capsys, "--rows-per-shard 4")
+    rows = [store.read_row("train", index) for index in range(store.rows("train"))]
+    found = [set(weights_of_positions(row)[row.loss_mask].tolist()) for row in rows]
+    assert found == [{0.25}, {3.0}, set(), {1.0}]
+    for wrong in (-1, "much", True, None, math.nan, 1e31):
+        captures.write_lines(Path("wrong.jsonl"), [line | {"weight": wrong}])
+        code, _, error = run("import wrong.jsonl wrong --tokenizer hub", capsys)
+        assert code == 2 and "line 1 has the weight" in error and "expected a number from 0 to" in error
+        assert not Path("wrong").exists()
 
 
 def test_compressed_lines_are_the_same_lines(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
