@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -26,6 +28,10 @@ LARGEST_JOBS = 1024
 
 ITEMS_AHEAD = 4
 """Items for each process that wait or are done before their turn: their results are in memory."""
+
+_SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_TO_BREAK = 2.0
+"""In which the pool finds out by itself that one of its processes is dead: it is told at once."""
 
 _pickled = b""  # of a worker process: what it does, and once it was needed, as a function
 _work: Callable[[Any], Any] | None = None
@@ -71,6 +77,8 @@ class Processes(Generic[Item, Result]):
             initializer=_begin,
             initargs=(pickle.dumps(work), self._alive),
         )
+        self._is_over = threading.Event()
+        threading.Thread(target=self._break_where_stuck, daemon=True).start()
 
     def __enter__(self) -> "Processes[Item, Result]":
         return self
@@ -86,7 +94,26 @@ class Processes(Generic[Item, Result]):
         finally:
             self._held.close()
             self._pool.shutdown(cancel_futures=True)
+            self._is_over.set()
             self._alive.close()
+
+    def _break_where_stuck(self) -> None:
+        """Ends the wait for a result of which half was sent when its process was killed.
+
+        All processes of a pool send by one pipe, and its end for sending is held by others, too, this process
+        among them: so who reads the first half waits for the second, and all others for their turn.
+        """
+        while not self._is_over.wait(_SECONDS_BETWEEN_LOOKS):
+            processes = list((self._pool._processes or {}).values())
+            if not processes or not connection.wait([one.sentinel for one in processes], timeout=0):
+                continue
+            if not self._is_over.wait(_SECONDS_TO_BREAK):
+                for process in processes:
+                    with suppress(ValueError):  # it was closed meanwhile
+                        process.kill()
+                with suppress(AttributeError, OSError):
+                    self._pool._result_queue._writer.close()
+            return
 
     def begin(self, item: Item) -> "Future[Result]":
         """Has an item worked on, after those that were begun before.
