@@ -111,8 +111,9 @@ class Processes(Generic[Item, Result]):
                 for process in processes:
                     with suppress(ValueError):  # it was closed meanwhile
                         process.kill()
+                results: Any = self._pool._result_queue
                 with suppress(AttributeError, OSError):
-                    self._pool._result_queue._writer.close()
+                    results._writer.close()
             return
 
     def begin(self, item: Item) -> "Future[Result]":
