@@ -98,10 +98,10 @@ class Processes(Generic[Item, Result]):
             self._alive.close()
 
     def _break_where_stuck(self) -> None:
-        """Ends the wait for a result of which half was sent when its process was killed.
+        """Ends the waits in which a pool is caught when its process is killed while something is sent.
 
-        All processes of a pool send by one pipe, and its end for sending is held by others, too, this process
-        among them: so who reads the first half waits for the second, and all others for their turn.
+        All processes of a pool send by one pipe and receive by another, and this process holds their other
+        ends, too: who has half of a result waits for the second half, who sends an item for a reader.
         """
         while not self._is_over.wait(_SECONDS_BETWEEN_LOOKS):
             processes = list((self._pool._processes or {}).values())
@@ -111,9 +111,12 @@ class Processes(Generic[Item, Result]):
                 for process in processes:
                     with suppress(ValueError):  # it was closed meanwhile
                         process.kill()
-                results: Any = self._pool._result_queue
+                pool: Any = self._pool
                 with suppress(AttributeError, OSError):
-                    results._writer.close()
+                    pool._result_queue._writer.close()
+                # Python 3.11.2 sends items on to processes that are dead (its issue 94777).
+                with suppress(AttributeError, OSError):
+                    pool._call_queue._reader.close()
             return
 
     def begin(self, item: Item) -> "Future[Result]":
