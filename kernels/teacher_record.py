@@ -107,6 +107,22 @@ def coalesce_draws(drawn: Tensor) -> tuple[Tensor, Tensor]:
     return ids, counts
 
 
+def first_above(cumulative: Tensor, points: Tensor) -> Tensor:
+    """Index of the first sum that exceeds a point: its own summand is above 0.
+
+    A point that rounds up to the total has none such; it belongs to the last summand above 0.
+
+    Args:
+        cumulative: float64 [..., S], sums of what is 0 or more.
+        points: float64 [..., n].
+
+    Returns:
+        int64 [..., n].
+    """
+    last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous())
+    return torch.minimum(torch.searchsorted(cumulative, points.contiguous(), right=True), last)
+
+
 def values_of_draws(ids: Tensor, drawn: Tensor, values: Tensor) -> Tensor:
     """What each distinct id was drawn with, float [N, n]; -inf where there is none.
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparsekd.kernels.shard import VocabularyShard
+from sparsekd.kernels.teacher_record import first_above
 
 
 class HeadOfAll(NamedTuple):
@@ -122,9 +123,7 @@ def points_here(mass: Tensor, uniforms: Tensor, shard: VocabularyShard) -> tuple
     masses = torch.stack(_of_all(mass, shard), dim=1)  # (N, W)
     ends = masses.cumsum(1)
     points = uniforms * ends[:, -1:]
-    # A point that rounds up to the total belongs to the last rank that has something.
-    last = torch.searchsorted(ends, ends[:, -1:].contiguous())
-    owner = torch.minimum(torch.searchsorted(ends, points.contiguous(), right=True), last)
+    owner = first_above(ends, points)
     rank = dist.get_rank(shard.group)
     start = ends[:, rank - 1 : rank] if rank else torch.zeros_like(ends[:, :1])
     return (owner == rank) & (ends[:, -1:] > 0), (points - start).clamp_min(0.0)

@@ -28,6 +28,7 @@ from sparsekd.kernels.teacher_record import (
     TeacherInputs,
     TeacherStatistics,
     coalesce_draws,
+    first_above,
     sums_of_rest,
     whole_entropy,
 )
@@ -267,27 +268,11 @@ def _columns_at(powers: Tensor, cumulative: Tensor, points: Tensor, *, in_parts:
         points: float64 [C, n], from 0 to the last of these sums.
         in_parts: whether `cumulative` is of parts.
     """
-    found = _first_above(cumulative, points)  # (C, n)
+    found = first_above(cumulative, points)  # (C, n)
     if not in_parts:
         return found
     before = torch.where(found > 0, cumulative.gather(1, (found - 1).clamp_min(0)), 0.0)
     columns = found[:, :, None] * PART + torch.arange(PART, device=powers.device)  # (C, n, PART)
     entries = powers.gather(1, columns.clamp_max(powers.shape[1] - 1).flatten(1)).view(columns.shape)
     inside = torch.where(columns < powers.shape[1], entries, 0.0).double().cumsum_(2)
-    return found * PART + _first_above(inside, (points - before)[:, :, None])[:, :, 0]
-
-
-def _first_above(cumulative: Tensor, points: Tensor) -> Tensor:
-    """Index of the first sum that exceeds a point: its own summand is above 0.
-
-    A point that rounds up to the total has none such; it belongs to the last summand above 0.
-
-    Args:
-        cumulative: float64 [..., S], sums of what is 0 or more.
-        points: float64 [..., n].
-
-    Returns:
-        int64 [..., n].
-    """
-    last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous())
-    return torch.minimum(torch.searchsorted(cumulative, points.contiguous(), right=True), last)
+    return found * PART + first_above(inside, (points - before)[:, :, None])[:, :, 0]

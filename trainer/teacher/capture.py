@@ -144,9 +144,9 @@ def _begin(
         disable_progress_bar()  # of transformers: one bar for each rank, and none of use in a log
     if place.is_first:
         _announce(config, path, teacher_path, tokens, place)
-    # Apart from its loading, in which the ranks of a divided teacher wait for one another.
     # Those of a divided teacher would wait in its probe for a first rank that has found something: all look.
     used = UsedIds(tokens, looks=place.is_first or settings.tensor_parallel > 1)
+    # Apart from its loading, in which they wait for one another, too.
     together(place, lambda: _check_tokenizer(settings, teacher_path, used, place))
     teacher = together(place, lambda: _loaded_teacher(config, teacher_path, used, place))
     identity = on_first(
