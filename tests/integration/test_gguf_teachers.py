@@ -1,16 +1,22 @@
 """Teachers in llama.cpp's format: one file that holds configuration, tokens and weights."""
 
+import random
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
 from gguf.quants import quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsekd.logit_store.protocol.reader import LogitStore, open_store
+from sparsekd.trainer.config.schema import TeacherConfig
+from sparsekd.trainer.models.causal_lm import load_causal_lm
+from sparsekd.trainer.models.gguf_file import gguf_tokens
+from sparsekd.trainer.models.source import teacher_source
 from sparsekd.trainer.run.errors import ModelError
 from sparsekd.trainer.teacher.capture import run as capture
 from sparsekd.trainer.teacher.verify import run as verify
@@ -110,6 +116,26 @@ def test_records_are_those_of_the_weights_in_the_file(
     verify(config_for(tokens, tmp_path / "rounded", tmp_path / "unused"), tmp_path / "stores" / "rounded")
     said = capsys.readouterr().out
     assert said.count("largest deviation 0 nats") == 5 and "not those of the manifest" not in said
+
+
+def test_damaged_headers_are_one_sentence(tokens: Path, saved: Path, tmp_path: Path) -> None:
+    """Counts and lengths of a stranger's file lead nowhere, whatever its reader raises at them."""
+    write_gguf(tmp_path / "model.gguf", saved, words_of(tokens), quantised=False)
+    whole = (tmp_path / "model.gguf").read_bytes()
+    chance, refused = random.Random(3), 0
+    for _ in range(60):
+        damaged, place = bytearray(whole), chance.randrange(4, 3000)
+        for byte in range(place, place + chance.choice((1, 4, 8))):
+            damaged[byte] ^= chance.choice((0x10, 0x80, 0xFF))
+        (tmp_path / "model.gguf").write_bytes(damaged)
+        source = teacher_source(TeacherConfig(), str(tmp_path))
+        try:
+            load_causal_lm(source, "teacher", dtype=torch.float32)
+            gguf_tokens(tmp_path / "model.gguf", source.named)
+        except ModelError as error:
+            refused += 1
+            assert "model.gguf" in str(error) and "\n" not in str(error)
+    assert refused > 20
 
 
 def test_what_is_refused(tokens: Path, saved: Path, tmp_path: Path) -> None:

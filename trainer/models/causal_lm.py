@@ -78,7 +78,7 @@ def load_config(source: ModelSource, key: str) -> PretrainedConfig:
     if source.path is not None:
         try:
             return AutoConfig.from_pretrained(source.path, **source.files)
-        except (OSError, ValueError, ImportError) as error:
+        except _errors_of(source) as error:
             raise ModelError(_load_problem(source, key, error)) from error
     model_type, fields = _typed_fields(source, key)
     config = made_config(model_type, fields, key)
@@ -133,7 +133,9 @@ def load_causal_lm(
             **source.files,
             **placed,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except _errors_of(source) as error:
         raise ModelError(_load_problem(source, key, error)) from error
     if device is not None and not is_placed(model):
         nn.Module.to(model, device)  # transformers' own annotation of .to hides its arguments
@@ -172,6 +174,11 @@ def picked_attention(config: PretrainedConfig, source: ModelSource) -> str:
             return attention_of(model_of(config, source, dtype=torch.float32))
     except Exception:  # of code that transformers or the model brings: building the model itself will say it
         return AUTO_ATTENTION
+
+
+def _errors_of(source: ModelSource) -> tuple[type[Exception], ...]:
+    """What transformers raises at a model that it cannot load: at a damaged GGUF file, anything."""
+    return (OSError, ValueError, ImportError) if source.gguf_file is None else (Exception,)
 
 
 def _load_problem(source: ModelSource, key: str, error: Exception) -> str:
